@@ -1,0 +1,216 @@
+"""The frozen target: features for the drafter, and one forward pass over any packed set of nodes.
+
+Nothing here knows an architecture. Auxiliary hidden states are read by hooks at the inputs of decoder layers; a
+pass over tree nodes is an ordinary forward pass with explicit positions, an explicit mask and a `TreeCache`.
+
+Legend: B batch, N tokens or nodes of one pass, L keys, h hidden size, V vocabulary.
+"""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vsd.errors import VSDError
+from vsd.targets.cache import TreeCache, key_positions, visible
+
+_KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+class TargetOutput(NamedTuple):
+    """What one pass yields: `hidden` [B, N, h] enters the LM head, `aux` [B, N, 3h] feeds the drafter."""
+
+    hidden: Tensor
+    aux: Tensor
+
+
+class Target:
+    """A causal LM, frozen, in evaluation mode.
+
+    Args:
+        model: any transformers causal LM with full or sliding-window attention.
+        tokenizer: its tokenizer.
+        aux_layers: decoder layers whose *inputs* are the drafter's features (vLLM's convention, equal to
+            `hidden_states[i]`); default [2, L/2, L-3], EAGLE-3's.
+
+    Raises:
+        VSDError: the attention or the LM head of the model is of a kind this class would get wrong.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        aux_layers: tuple[int, ...] | None = None,
+        name: str = "",
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+        self.layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self.aux_layers = aux_layers or default_aux_layers(len(self.layers))
+        self.window, self._mixed = _attention_kind(self.config)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise VSDError(f"{type(model).__name__} has no LM head: a target must be a causal LM")
+        self.head_weight: Tensor = head.weight  # [V, h]
+        self.embedding_weight: Tensor = model.get_input_embeddings().weight  # [V, h]
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self.embedding_weight.device
+
+    @property
+    def hidden_size(self) -> int:
+        """h."""
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the LM head."""
+        return self.head_weight.shape[0]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = ids if ids is not None else self.tokenizer.eos_token_id
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [..., h] of token ids [...], as the model itself embeds them."""
+        return self.model.get_input_embeddings()(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM-head logits [..., V] in float32 of final hidden states [..., h]."""
+        return self.cap(self.model.get_output_embeddings()(hidden).float())
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """What the model does to the logits after the head (soft-capping in Gemma 2; nothing in most models)."""
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
+        """An empty cache for this model."""
+        return TreeCache(len(self.layers), batch_size, capacity, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, lengths: Tensor, cache: TreeCache) -> TargetOutput:
+        """Read right-padded prompts ids [B, N] of the given lengths [B] into an empty cache and commit them."""
+        N = ids.shape[1]
+        positions = torch.arange(N, device=ids.device).expand(ids.shape[0], N)
+        causal = torch.ones(1, N, N, dtype=torch.bool, device=ids.device).tril()
+        output = self.forward(ids, positions, causal, cache)
+        cache.commit(positions, lengths)
+        return output
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache) -> TargetOutput:
+        """One pass over nodes ids [B, N] at positions [B, N].
+
+        Every node sees its row's committed cache and the nodes that ancestors [B or 1, N, N] (bool) marks, itself
+        included. Nothing is committed: call `cache.commit` with the nodes to keep.
+        """
+        allowed = visible(cache.lengths, cache.fill, ancestors)
+        keys = key_positions(cache.lengths, cache.fill, positions)
+        return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
+
+    @torch.inference_mode()
+    def features(self, ids: Tensor) -> TargetOutput:
+        """Features of whole right-padded sequences ids [B, N], no cache: what a drafter is trained on."""
+        N = ids.shape[1]
+        positions = torch.arange(N, device=ids.device).expand(ids.shape[0], N)
+        causal = torch.ones(1, N, N, dtype=torch.bool, device=ids.device).tril()
+        return self._run(ids, positions, self._masks(causal, positions[:1], positions[:1]), None)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with the weights, the architecture or the features taken."""
+        shape = {k: getattr(self.config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers")}
+        digest = hashlib.sha256(json.dumps([shape, self.vocab_size, self.aux_layers], sort_keys=True).encode())
+        for weight in (self.embedding_weight, self.head_weight):
+            sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16).contiguous()
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+        for parameter in self.layers[-1].parameters():  # norms; weights too unless they are packed
+            if parameter.dim() == 1:
+                digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _run(self, ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache | None) -> TargetOutput:
+        taken: dict[int, Tensor] = {}
+
+        def take(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                taken[index] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        hooks = [self.layers[i].register_forward_pre_hook(take(i), with_kwargs=True) for i in self.aux_layers]
+        try:
+            hidden = self.model.base_model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=masks,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return TargetOutput(hidden, torch.cat([taken[i] for i in self.aux_layers], dim=-1))
+
+    def _masks(self, allowed: Tensor, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive masks [B, 1, N, L] from allowed [B, N, L] and positions of queries [B, N] and keys [B, L]."""
+        if self.window is None:
+            return self._additive(allowed)
+        near = queries[:, :, None] - keys[:, None, :] < self.window
+        sliding = self._additive(allowed & near)
+        if not self._mixed:
+            return sliding
+        return {"full_attention": self._additive(allowed), "sliding_attention": sliding}
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)[:, None]
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Refuse a model that does more to its logits than `logits` does, rather than draft from wrong ones."""
+        ids = torch.arange(4, device=self.device)[None] % self.vocab_size
+        own = self.model(input_ids=ids).logits.float()
+        ours = self.logits(self.features(ids).hidden)
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=5e-2, atol=5e-2 * float(own.abs().max())):
+            raise VSDError(
+                f"{type(self.model).__name__} transforms its logits in a way that is not understood; please report it"
+            )
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's three layers, by input index: [2, L/2, L-3]; spread evenly where there are fewer than six."""
+    if num_layers < 6:
+        return (0, num_layers // 2, num_layers - 1)
+    return (2, num_layers // 2, num_layers - 3)
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise VSDError(f"cannot find the {count} decoder layers of {type(model).__name__}")
+
+
+def _attention_kind(config: Any) -> tuple[int | None, bool]:
+    """(window or None, whether full and sliding layers are mixed)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - _KNOWN_ATTENTION:
+        raise VSDError(f"{', '.join(sorted(kinds - _KNOWN_ATTENTION))} is not supported: a draft tree needs attention")
+    if kinds == {"full_attention"} or window is None:
+        return None, False
+    return window, kinds == _KNOWN_ATTENTION
