@@ -83,6 +83,7 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """One `TreeLayer` per decoder layer, and the committed length of every row."""
 
+    layers: list[TreeLayer]  # type: ignore[assignment]
     lengths: Tensor
 
     def __init__(

@@ -55,7 +55,8 @@ def load_target(
         )
     except (OSError, ValueError) as error:
         raise VSDError(f"cannot load target '{name}': {_first_line(error)}") from error
-    target = Target(model.to(where), tokenizer, name=name)
+    model.to(where)  # type: ignore[arg-type]
+    target = Target(model, tokenizer, name=name)
     if pack:
         pack_linears(target.model)
     return target
@@ -147,7 +148,7 @@ def _save_dequantised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     # transformers refuses to save what it read from GGUF, although dequantised weights are ordinary weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.is_quantized = False  # type: ignore[assignment]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

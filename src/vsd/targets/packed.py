@@ -48,8 +48,12 @@ def pack_linears(model: nn.Module) -> int:
 
     Call it on frozen modules only: a packed weight has no gradient and is absent from `state_dict`.
     """
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    found = [(p, n, c) for p, n, c in found if isinstance(c, nn.Linear) and can_pack(c)]
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear) and can_pack(child)
+    ]
     for parent, name, child in found:
         setattr(parent, name, PackedLinear(child))
     return len(found)

@@ -8,7 +8,7 @@ Legend: B batch, N tokens or nodes of one pass, L keys, h hidden size, V vocabul
 
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,11 @@ class Target:
         head = model.get_output_embeddings()
         if head is None:
             raise VSDError(f"{type(model).__name__} has no LM head: a target must be a causal LM")
-        self.head_weight: Tensor = head.weight  # [V, h]
-        self.embedding_weight: Tensor = model.get_input_embeddings().weight  # [V, h]
+        self.head_weight = cast(Tensor, head.weight)  # [V, h]
+        self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._check_head()
+        self._fingerprint = self._digest()  # now: packing hides weights later
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +102,7 @@ class Target:
         """An empty cache for this model."""
         return TreeCache(len(self.layers), batch_size, capacity, self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor, cache: TreeCache) -> TargetOutput:
         """Read right-padded prompts ids [B, N] of the given lengths [B] into an empty cache and commit them."""
         N = ids.shape[1]
@@ -111,7 +112,7 @@ class Target:
         cache.commit(positions, lengths)
         return output
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, ids: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache) -> TargetOutput:
         """One pass over nodes ids [B, N] at positions [B, N].
 
@@ -122,7 +123,7 @@ class Target:
         keys = key_positions(cache.lengths, cache.fill, positions)
         return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, ids: Tensor) -> TargetOutput:
         """Features of whole right-padded sequences ids [B, N], no cache: what a drafter is trained on."""
         N = ids.shape[1]
@@ -132,13 +133,16 @@ class Target:
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with the weights, the architecture or the features taken."""
+        return self._fingerprint
+
+    def _digest(self) -> str:
         shape = {k: getattr(self.config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers")}
         digest = hashlib.sha256(json.dumps([shape, self.vocab_size, self.aux_layers], sort_keys=True).encode())
         for weight in (self.embedding_weight, self.head_weight):
             sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16).contiguous()
             digest.update(sample.view(torch.int16).numpy().tobytes())
-        for parameter in self.layers[-1].parameters():  # norms; weights too unless they are packed
-            if parameter.dim() == 1:
+        for parameter in self.layers[-1].parameters():
+            if parameter.dim() == 1:  # the norms: cheap, and different in every fine-tune
                 digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -179,7 +183,7 @@ class Target:
         mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
         return mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)[:, None]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _check_head(self) -> None:
         """Refuse a model that does more to its logits than `logits` does, rather than draft from wrong ones."""
         ids = torch.arange(4, device=self.device)[None] % self.vocab_size

@@ -1,0 +1,6 @@
+"""The engine: draft, verify, commit."""
+
+from vsd.decoding.engine import Engine, Result, Sampling, Step
+from vsd.decoding.generate import speculative
+
+__all__ = ["Engine", "Result", "Sampling", "Step", "speculative"]

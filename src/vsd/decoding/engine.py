@@ -1,0 +1,286 @@
+"""Lossless speculative decoding of a batch: draft a tree, verify it in one target pass, commit what was accepted.
+
+Without a drafter the tree is its root alone: the same engine is then plain decoding, the honest baseline.
+
+Legend: B active rows, N nodes of a tree, A accepted nodes of the luckiest row, h hidden, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsd.drafters import DraftCache, Eagle3Drafter
+from vsd.errors import VSDError
+from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
+from vsd.targets import Target, TargetOutput, TreeCache
+from vsd.targets.sampling import choose
+from vsd.verification import Verdict, follow, verify_rejection
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn and where they end.
+
+    Attributes:
+        temperature: 0 is greedy.
+        eos_ids: tokens that end an answer; None takes the target's own, () none.
+        stop: strings that end an answer, at the token that completes one.
+        seed: of the generator, when temperature > 0.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    eos_ids: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0 or self.temperature < 0:
+            raise VSDError("max_new_tokens and temperature must not be negative")
+
+
+@dataclass
+class Result:
+    """One answer, and what it took.
+
+    Attributes:
+        finish: "stop" (EOS or stop string), "length" (max_new_tokens) or "window" (the target's context is full).
+        accepted: drafted tokens accepted by each verification pass.
+        delivered: new tokens each pass added to the answer, bonus token included.
+    """
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    accepted: list[int] = field(default_factory=list)
+    delivered: list[int] = field(default_factory=list)
+
+
+class Step(NamedTuple):
+    """One verification pass: new tokens by row index, and seconds spent to draft, verify and commit."""
+
+    tokens: dict[int, list[int]]
+    draft: float
+    verify: float
+    commit: float
+
+
+@dataclass
+class _State:
+    """What one step hands to the next, for the rows still active."""
+
+    rows: list[int]  # [B] index into the prompts
+    root: Tensor  # [B] the token decided last, not yet in the cache
+    cache: TreeCache
+    draft_cache: DraftCache | None
+    hidden: Tensor | None  # [B, 1, h] the drafter's last output
+
+
+class Engine:
+    """Decodes with a target and, if given, a drafter.
+
+    Args:
+        target: the frozen model.
+        drafter: None for plain decoding.
+        shape: the draft tree.
+        verification: "auto" is `greedy` at temperature 0 and `target` above; "rejection" samples chains from the
+            drafter (temperature > 0, top_k 1).
+
+    Raises:
+        VSDError: the drafter belongs to another target, or the verification does not fit the tree.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Eagle3Drafter | None = None,
+        shape: TreeShape | None = None,
+        verification: str = "auto",
+    ) -> None:
+        self.target, self.drafter, self.shape = target, drafter, shape or TreeShape()
+        self.verification = verification
+        if drafter is not None:
+            drafter.check_target(target)
+        if verification not in ("auto", "rejection"):
+            raise VSDError(f"unknown verification '{verification}': choose auto or rejection")
+        if verification == "rejection" and self.shape.top_k != 1:
+            raise VSDError("rejection sampling verifies chains: use top_k 1 (for trees, verification 'auto')")
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Result]:
+        """Answer a batch of prompts (token ids)."""
+        results = [Result(prompt) for prompt in prompts]
+        for _ in self.stream(results, sampling):
+            pass
+        return results
+
+    @torch.inference_mode()
+    def stream(self, results: list[Result], sampling: Sampling) -> Iterator[Step]:
+        """Answer `results[i].prompt` for all i, filling each in place and yielding after every pass.
+
+        Raises:
+            VSDError: a prompt is empty or leaves no room in the target's context window.
+        """
+        self._check_prompts(results)
+        if sampling.max_new_tokens == 0:
+            for result in results:
+                result.finish = "length"
+            return
+        generator = torch.Generator(self.target.device).manual_seed(sampling.seed)
+        state, first = self._prefill(results, sampling, generator)
+        deliver = _Delivery(self.target, sampling)
+        yield Step({i: deliver(results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
+        while self._retire(state, results):
+            clock = _Clock(self.target.device)
+            tree, chain = self._draft(state, sampling, generator)
+            drafted = clock.lap()
+            output = self._forward(tree, state)
+            verdict = self._verify(tree, chain, output, sampling, generator)
+            counts, path = verdict.counts.tolist(), self._path(tree, verdict).tolist()
+            verified = clock.lap()
+            self._commit(state, verdict, output, self._path(tree, verdict))
+            new = {}
+            for i, count, tokens in zip(state.rows, counts, path):
+                results[i].accepted.append(count - 1)
+                new[i] = deliver(results[i], tokens[:count])
+                results[i].delivered.append(len(new[i]))
+            yield Step(new, drafted, verified, clock.lap())
+
+    def _prefill(self, results: list[Result], sampling: Sampling, generator: torch.Generator) -> tuple[_State, float]:
+        """Read the prompts; the target's first tokens become the roots."""
+        clock = _Clock(self.target.device)
+        device, B = self.target.device, len(results)
+        lengths = torch.tensor([len(r.prompt) for r in results], device=device)
+        longest = int(lengths.max())
+        ids = torch.zeros(B, longest, dtype=torch.long)
+        for b, result in enumerate(results):
+            ids[b, : len(result.prompt)] = torch.tensor(result.prompt)
+        ids = ids.to(device)
+        capacity = longest + sampling.max_new_tokens + self.shape.nodes + 1
+        cache = self.target.new_cache(B, capacity)
+        output = self.target.prefill(ids, lengths, cache)
+        last = (lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
+        root = choose(self.target.logits(output.hidden.gather(1, last)), sampling.temperature, generator)[:, 0]
+        state = _State(list(range(B)), root, cache, None, None)
+        if self.drafter is not None:
+            state.draft_cache = self.drafter.new_cache(B, capacity + self.shape.depth * self.shape.top_k)
+            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, root[:, None])
+            state.hidden = self.drafter.extend(output.aux, self.target.embed(following), lengths, state.draft_cache)
+        return state, clock.lap()
+
+    def _draft(self, state: _State, sampling: Sampling, generator: torch.Generator) -> tuple[Tree, Chain | None]:
+        if self.drafter is None:
+            zero = torch.zeros_like(state.root[:, None])
+            return Tree(state.root[:, None], zero, zero, zero.float()), None
+        assert state.hidden is not None and state.draft_cache is not None
+        given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
+        if self.verification == "rejection" and sampling.temperature > 0:
+            chain = draw_chain(*given, self.shape.depth, sampling.temperature, generator)
+            return chain.tree, chain
+        return draw_tree(*given, self.shape), None
+
+    def _forward(self, tree: Tree, state: _State) -> TargetOutput:
+        positions = state.cache.lengths[:, None] + tree.depths
+        depth = self.shape.depth if self.drafter is not None else 0
+        return self.target.forward(tree.tokens, positions, ancestors(tree.parents, depth), state.cache)
+
+    def _verify(
+        self,
+        tree: Tree,
+        chain: Chain | None,
+        output: TargetOutput,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> Verdict:
+        logits = self.target.logits(output.hidden)
+        if chain is not None:
+            assert self.drafter is not None
+            return verify_rejection(chain, logits, self.drafter.draft_ids(), sampling.temperature, generator)
+        return follow(tree, choose(logits, sampling.temperature, generator))
+
+    @staticmethod
+    def _path(tree: Tree, verdict: Verdict) -> Tensor:
+        """New tokens of every row [B, A]: what was accepted below the root, then the bonus token."""
+        accepted = tree.tokens.gather(1, verdict.nodes)
+        shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
+        return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
+
+    def _commit(self, state: _State, verdict: Verdict, output: TargetOutput, path: Tensor) -> None:
+        """Keep the accepted nodes in both caches; the bonus token is the next root."""
+        state.cache.commit(verdict.nodes, verdict.counts)
+        state.root = verdict.bonus
+        if self.drafter is not None:
+            assert state.draft_cache is not None
+            aux = output.aux.gather(1, verdict.nodes[..., None].expand(-1, -1, output.aux.shape[-1]))
+            state.hidden = self.drafter.extend(aux, self.target.embed(path), verdict.counts, state.draft_cache)
+
+    @staticmethod
+    def _retire(state: _State, results: list[Result]) -> bool:
+        """Drop finished rows from the batch; False when none is left."""
+        keep = [b for b, i in enumerate(state.rows) if not results[i].finish]
+        if len(keep) < len(state.rows) and keep:
+            rows = torch.tensor(keep, device=state.root.device)
+            state.root = state.root[rows]
+            state.cache.select(rows)
+            if state.draft_cache is not None and state.hidden is not None:
+                state.draft_cache.select(rows)
+                state.hidden = state.hidden[rows]
+        state.rows = [state.rows[b] for b in keep]
+        return bool(keep)
+
+    def _check_prompts(self, results: list[Result]) -> None:
+        window = self.target.config.max_position_embeddings
+        for i, result in enumerate(results):
+            if not result.prompt:
+                raise VSDError(f"prompt {i} is empty")
+            if len(result.prompt) >= window:
+                raise VSDError(f"prompt {i} has {len(result.prompt)} tokens; the target's window is {window}")
+
+
+class _Delivery:
+    """Adds decided tokens to an answer, up to where it ends."""
+
+    def __init__(self, target: Target, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.eos = frozenset(target.eos_ids if sampling.eos_ids is None else sampling.eos_ids)
+        self.window = target.config.max_position_embeddings
+        self.text: Callable[[list[int]], Any] = target.tokenizer.decode
+
+    def __call__(self, result: Result, tokens: list[int]) -> list[int]:
+        """Append; set `finish` if the answer ends; return what was appended."""
+        start = len(result.tokens)
+        for token in tokens:
+            result.tokens.append(token)
+            if token in self.eos or self._stopped(result.tokens):
+                result.finish = "stop"
+            elif len(result.tokens) == self.sampling.max_new_tokens:
+                result.finish = "length"
+            elif len(result.prompt) + len(result.tokens) >= self.window:
+                result.finish = "window"
+            if result.finish:
+                break
+        return result.tokens[start:]
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        if not self.sampling.stop:
+            return False
+        # A stop string of n characters is completed within the last n + 4 tokens, whatever bytes they split.
+        tail = self.text(tokens[-max(map(len, self.sampling.stop)) - 4 :])
+        return any(stop in tail for stop in self.sampling.stop)
+
+
+class _Clock:
+    """Seconds between laps, waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.lap()
+
+    def lap(self) -> float:
+        self.wait()
+        now = time.perf_counter()
+        elapsed, self.last = now - getattr(self, "last", now), now
+        return elapsed

@@ -1,0 +1,64 @@
+"""`vsd generate`: an answer as it comes, drafted tokens in green, and what drafting saved."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from vsd.data import prompt_ids
+from vsd.decoding.engine import Engine, Result, Sampling
+from vsd.decoding.statistics import acceptance_length
+from vsd.drafters import Eagle3Drafter
+from vsd.paths import TreeShape
+from vsd.targets import Target
+
+
+def answer(
+    target: Target,
+    drafter: Eagle3Drafter | None,
+    shape: TreeShape,
+    prompt: str,
+    *,
+    system: str | None = None,
+    verification: str = "auto",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    stop: tuple[str, ...] = (),
+    seed: int = 0,
+    console: Console | None = None,
+) -> Result:
+    """Stream the answer to one user message to the console."""
+    console = console or Console(highlight=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = prompt_ids(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
+    engine = Engine(target, drafter, shape, verification)
+    result, start = Result(ids), time.perf_counter()
+    steps = engine.stream([result], Sampling(max_new_tokens, temperature, stop=stop, seed=seed))
+    for text, drafted in pieces(target, (step.tokens.get(0, []) for step in steps)):
+        console.print(Text(text, style="green" if drafted else ""), end="", soft_wrap=True)
+    seconds = time.perf_counter() - start
+    summary = f"{len(result.tokens)} tokens, {len(result.tokens) / seconds:.1f}/s"
+    if drafter is not None and result.delivered:
+        summary += (
+            f", τ = {acceptance_length([result]):.2f}: {sum(result.accepted)} drafted tokens accepted "
+            f"in {len(result.delivered)} target passes"
+        )
+    console.print(f"\n\n[dim]{summary}[/dim]")
+    return result
+
+
+def pieces(target: Target, steps: Iterable[list[int]]) -> Iterator[tuple[str, bool]]:
+    """(text, whether it was drafted) of every token, from the tokens of each pass; the last of a pass is the target's.
+
+    A character that several tokens spell comes with the last of them.
+    """
+    tokens: list[int] = []
+    shown = ""
+    for step in steps:
+        for i, token in enumerate(step):
+            tokens.append(token)
+            text = str(target.tokenizer.decode(tokens, skip_special_tokens=True))
+            if not text.endswith("\ufffd") and len(text) > len(shown):
+                yield text[len(shown) :], i < len(step) - 1
+                shown = text

@@ -1,0 +1,88 @@
+"""`vsd demo`: train a drafter for the embedded target within minutes, then measure what it saves.
+
+The text in `assets/` was written by the target itself (`vsd data synthesize`); the questions measured on are held out.
+"""
+
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from vsd.data import Example, encode, read_conversations
+from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.errors import VSDError
+from vsd.evaluation import Contender, Prompt, bench, print_table, write_json
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+from vsd.training.features import affordable
+
+HELD_OUT = 16
+ANSWER_TOKENS = 96
+DRAFT_VOCABULARY = 4096
+DRAFT_STEPS = 3
+TREE = TreeShape(depth=4, top_k=3, nodes=8)
+_FEATURE_SHARE = 0.4  # of the time: then the rest reads the text about three times
+
+
+def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
+    """Train for `minutes`, measure, write `out`/drafter and `out`/results.json; returns what is in the latter.
+
+    Raises:
+        VSDError: too little time, or the embedded target is not installed.
+    """
+    if minutes < 1:
+        raise VSDError("the demo needs a minute at least: --minutes 1")
+    console = Console()
+    console.print(f"[bold]vsd demo[/bold]: {minutes:g} minutes of training, then about three of measuring\n")
+    target = load_target()
+    examples, prompts = demo_text(target)
+    start = time.perf_counter()
+    set_seed(seed)
+    budget = _FEATURE_SHARE * 60 * minutes
+    used = examples[: affordable(target, examples, budget)]
+    dataset = DraftDataset(used)
+    store = FeatureStore.build(out / "features", target, used)
+    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    config = VSDConfig(
+        output_dir=str(out),
+        max_minutes=minutes - (time.perf_counter() - start) / 60,
+        draft_steps=DRAFT_STEPS,
+        learning_rate=2e-3,
+        save_strategy="no",
+        seed=seed,
+    )
+    trainer = VSDTrainer(target, Eagle3Drafter.for_target(target, vocabulary), config, dataset, store=store)
+    trainer.train()
+    trainer.save_model(str(out / "drafter"))
+    drafter = Eagle3Drafter.from_pretrained(out / "drafter").eval()
+    report = bench(target, [Contender("EAGLE-3", drafter, TREE)], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+    report["training"] = {
+        "minutes": minutes,
+        "seed": seed,
+        "steps": trainer.state.global_step,
+        "conversations": len(used),
+        "supervised_tokens": len(dataset.drafted_tokens()),
+        "coverage": vocabulary.coverage,
+    }
+    write_json(report, out / "results.json")
+    print_table(report, console)
+    console.print(f"drafter: {out / 'drafter'}   numbers: {out / 'results.json'}")
+    return report
+
+
+def demo_text(target: Target) -> tuple[list[Example], list[Prompt]]:
+    """(training examples, held-out questions) from the text in the package."""
+    with as_file(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz") as path:
+        conversations = list(read_conversations(path))
+    held_out = {i * len(conversations) // HELD_OUT for i in range(HELD_OUT)}
+    examples = [
+        encode(target.tokenizer, conversation, max_length=1024)
+        for i, conversation in enumerate(conversations)
+        if i not in held_out and len(conversation.response_ids or []) > 1
+    ]
+    questions = [conversations[i] for i in sorted(held_out)]
+    return examples, [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions]

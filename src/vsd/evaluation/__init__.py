@@ -1,0 +1,7 @@
+"""Honest measurement: τ and speed on the same prompts, alternately, with confidence intervals."""
+
+from vsd.evaluation.bench import Contender, Run, bench
+from vsd.evaluation.prompts import Prompt, load_prompts
+from vsd.evaluation.report import print_table, write_json
+
+__all__ = ["Contender", "Prompt", "Run", "bench", "load_prompts", "print_table", "write_json"]

@@ -1,0 +1,235 @@
+"""`vsd bench`: plain decoding, transformers' `generate` and every drafter on the same prompts, alternately.
+
+Each turn of each prompt is answered by all of them one after another, in rotating order, one request at a time, so that
+a machine that slows down slows all. Answers of plain decoding make the history of multi-turn prompts for everyone.
+"""
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.progress import track
+
+from vsd import __version__
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Result, Sampling
+from vsd.decoding.statistics import acceptance_length, acceptance_per_position
+from vsd.drafters import Eagle3Drafter
+from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
+from vsd.evaluation.prompts import Prompt
+from vsd.paths import TreeShape
+from vsd.targets import Target
+
+
+@dataclass
+class Contender:
+    """A drafter under measurement; plain decoding has neither name nor drafter."""
+
+    name: str | None
+    drafter: Eagle3Drafter | None
+    shape: TreeShape | None = None
+    verification: str = "auto"
+
+
+@dataclass
+class Answers:
+    """What one way of decoding did: a result and its seconds for every turn; sums of the latency split.
+
+    `prompts` and `suites` say for every turn which prompt and which file it belongs to.
+    """
+
+    prompts: list[int] = field(default_factory=list)
+    suites: list[str] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    draft: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+    prefill: float = 0.0
+
+    def by_prompt(self, per_turn: Sequence[float]) -> np.ndarray:
+        """Sums over the turns of each prompt: what is resampled."""
+        return np.bincount(self.prompts, weights=per_turn)
+
+    def rate(self) -> tuple[np.ndarray, np.ndarray]:
+        """(new tokens, seconds) of every prompt."""
+        return self.by_prompt([len(r.tokens) for r in self.results]), self.by_prompt(self.seconds)
+
+
+@dataclass
+class Run:
+    """Measurements of one drafter (null: plain decoding) at one temperature; intervals are 95 %, paired over prompts.
+
+    Attributes:
+        tau: new tokens per target forward, bonus token included, pooled over all passes after prefill.
+        tokens_per_second: wall clock, prefill included.
+        speedup: over plain decoding in this engine; `speedup_generate`: over transformers' `generate`.
+        acceptance_per_position: share of passes that accepted at least 1, 2, … drafted tokens.
+        latency: milliseconds per pass to draft, verify and commit, per prompt to prefill.
+        identical: share of answers that equal plain decoding's, at temperature 0.
+    """
+
+    drafter: str | None
+    temperature: float
+    tree: dict[str, int] | None
+    verification: str
+    tau: float
+    tau_ci: tuple[float, float]
+    tokens_per_second: float
+    speedup: float
+    speedup_ci: tuple[float, float]
+    speedup_generate: float
+    speedup_generate_ci: tuple[float, float]
+    acceptance_per_position: list[float]
+    latency: dict[str, float]
+    tau_by_suite: dict[str, float]
+    identical: float | None
+    new_tokens: int
+
+
+def bench(
+    target: Target,
+    contenders: Sequence[Contender],
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure; returns what `--json` writes: `runs` (plain decoding first), `generate`, versions, machine, settings."""
+    everyone = [Contender(None, None), *contenders]
+    engines = [Engine(target, c.drafter, c.shape, c.verification) for c in everyone]
+    answers = [Answers() for _ in everyone]
+    reference = Answers()
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    _warm_up(engines, target, prompts, sampling)
+    for n, prompt in enumerate(track(prompts, "bench", disable=not progress)):
+        history = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        for turn in prompt.turns:
+            history.append({"role": "user", "content": turn})
+            ids = prompt_ids(target.tokenizer, history)
+            for done in (*answers, reference):
+                done.prompts.append(n)
+                done.suites.append(prompt.suite)
+            for i in _rotated(len(engines) + 1, n):
+                if i == len(engines):
+                    _generate(target, ids, sampling, reference)
+                else:
+                    _decode(engines[i], ids, sampling, answers[i])
+            text = target.tokenizer.decode(answers[0].results[-1].tokens, skip_special_tokens=True)
+            history.append({"role": "assistant", "content": str(text).strip() or "…"})
+    runs = [_run(c, a, answers[0], reference, temperature) for c, a in zip(everyone, answers)]
+    return {
+        "runs": [asdict(run) for run in runs],
+        "generate": {
+            "tokens_per_second": pooled_rate(*reference.rate()),
+            "version": transformers.__version__,
+        },
+        "settings": {
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "prompts": len(prompts),
+            "turns": len(reference.results),
+        },
+        "versions": {
+            "vsd": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "machine": machine(target),
+    }
+
+
+def machine(target: Target) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    gpu = target.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(target.device) if gpu else platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+    }
+
+
+def _rotated(n: int, by: int) -> list[int]:
+    return [(i + by) % n for i in range(n)]
+
+
+def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    """Let kernels and allocators settle before anything is timed."""
+    ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
+    short = Sampling(min(8, sampling.max_new_tokens), sampling.temperature)
+    for engine in engines:
+        _decode(engine, ids, short, Answers())
+    _generate(target, ids, short, Answers())
+
+
+def _decode(engine: Engine, ids: list[int], sampling: Sampling, answers: Answers) -> None:
+    result = Result(ids)
+    start = time.perf_counter()
+    for number, step in enumerate(engine.stream([result], sampling)):
+        if number == 0:
+            answers.prefill += step.verify
+        else:
+            answers.draft += step.draft
+            answers.verify += step.verify
+            answers.commit += step.commit
+    answers.seconds.append(time.perf_counter() - start)
+    answers.results.append(result)
+
+
+def _generate(target: Target, ids: list[int], sampling: Sampling, answers: Answers) -> None:
+    """The same request to transformers' `generate`."""
+    config = transformers.GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_k=0 if sampling.temperature > 0 else None,
+        eos_token_id=list(target.eos_ids) or None,
+        pad_token_id=next(iter(target.eos_ids), 0),
+    )
+    inputs = torch.tensor([ids], device=target.device)
+    torch.manual_seed(sampling.seed)
+    start = time.perf_counter()
+    output = target.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    new = output[0, len(ids) :].tolist()
+    answers.seconds.append(time.perf_counter() - start)
+    answers.results.append(Result(ids, new))
+
+
+def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers, temperature: float) -> Run:
+    shape = contender.shape or TreeShape()
+    passes = [len(result.delivered) for result in mine.results]
+    per_pass = (mine.by_prompt([sum(r.delivered) for r in mine.results]), mine.by_prompt(passes))
+    same = [a.tokens == b.tokens for a, b in zip(mine.results, plain.results)]
+    split = {"draft": mine.draft, "verify": mine.verify, "commit": mine.commit}
+    latency = {name: 1e3 * seconds / max(1, sum(passes)) for name, seconds in split.items()}
+    rate = pooled_rate(*mine.rate())
+    return Run(
+        drafter=contender.name,
+        temperature=temperature,
+        tree=asdict(shape) if contender.drafter else None,
+        verification=contender.verification,
+        tau=acceptance_length(mine.results),
+        tau_ci=rate_interval(*per_pass),
+        tokens_per_second=rate,
+        speedup=rate / pooled_rate(*plain.rate()),
+        speedup_ci=ratio_interval(*mine.rate(), *plain.rate()),
+        speedup_generate=rate / pooled_rate(*reference.rate()),
+        speedup_generate_ci=ratio_interval(*mine.rate(), *reference.rate()),
+        acceptance_per_position=acceptance_per_position(mine.results, shape.depth) if contender.drafter else [],
+        latency={**latency, "prefill": 1e3 * mine.prefill / len(mine.results)},
+        tau_by_suite={
+            suite: acceptance_length([r for r, s in zip(mine.results, mine.suites) if s == suite])
+            for suite in dict.fromkeys(mine.suites)
+        },
+        identical=sum(same) / len(same) if temperature == 0 else None,
+        new_tokens=sum(len(result.tokens) for result in mine.results),
+    )

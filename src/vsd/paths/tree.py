@@ -1,0 +1,155 @@
+"""Draft trees as EAGLE-2 builds them (Li et al., arXiv:2406.16858), and sampled chains.
+
+The root is the token already decided; its children are the drafter's k best. Then repeatedly: run the k best nodes of
+the newest level, give each its k best children, put all of them in a pool. The tree is the root and the best N - 1 of
+the pool by cumulative log-probability. A child never outranks its parent, so what is kept is connected; nodes come
+out sorted, so a parent's index is always below its children's.
+
+Legend: B batch, N nodes of a tree, k beam width, P pool size, S scratch slots of the drafter's cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsd.drafters import DraftCache, Eagle3Drafter
+from vsd.errors import VSDError
+
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How far to draft: `depth` tokens, beam of `top_k`, `nodes` in all (root included). top_k = 1 is a chain."""
+
+    depth: int = 5
+    top_k: int = 4
+    nodes: int = 12
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.top_k) < 1 or self.nodes < 2:
+            raise VSDError(f"a draft tree needs depth ≥ 1, top_k ≥ 1 and nodes ≥ 2, not {self}")
+        if self.nodes > 1 + self.pool:
+            raise VSDError(
+                f"depth {self.depth} and top_k {self.top_k} draft {self.pool} nodes: nodes ≤ {1 + self.pool}"
+            )
+
+    @property
+    def pool(self) -> int:
+        """Number of nodes drafted before the best are kept."""
+        return self.top_k + (self.depth - 1) * self.top_k**2
+
+    @classmethod
+    def chain(cls, depth: int) -> "TreeShape":
+        """A single path of `depth` tokens."""
+        return cls(depth, 1, depth + 1)
+
+
+class Tree(NamedTuple):
+    """tokens, parents, depths [B, N]; log_q [B, N] cumulative. Node 0 is the root, its own parent."""
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    log_q: Tensor
+
+
+class Chain(NamedTuple):
+    """A sampled path as a tree, and the log draft distribution of each of its tokens, [B, K, Vd]."""
+
+    tree: Tree
+    draft_logp: Tensor
+
+
+def ancestors(parents: Tensor, depth: int) -> Tensor:
+    """[B, N, N] bool: node j is node i or above it; parents [B, N], no path longer than `depth`."""
+    own = torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device).expand(*parents.shape, -1)
+    above = own
+    for _ in range(depth):
+        above = own | above.gather(1, parents[..., None].expand_as(above))
+    return above
+
+
+def draw_tree(
+    drafter: Eagle3Drafter, embed: Embed, hidden: Tensor, root: Tensor, cache: DraftCache, shape: TreeShape
+) -> Tree:
+    """Draft a tree below `root` [B] from the drafter's last output, hidden [B, 1, h]."""
+    B, k = root.shape[0], shape.top_k
+    ids = drafter.draft_ids()
+    beam_logp, best = drafter.log_probs(hidden[:, 0]).topk(k)  # [B, k]
+    beam = ids[best]
+    tokens, scores = [root[:, None], beam], [torch.zeros_like(beam_logp[:, :1]), beam_logp]
+    parents, depths = [torch.zeros_like(beam[:, :1]), torch.zeros_like(beam)], [0] + [1] * k
+    hidden = hidden.expand(-1, k, -1)
+    seen = torch.zeros(B, k, 0, dtype=torch.bool, device=root.device)
+    own = torch.eye(k, dtype=torch.bool, device=root.device).expand(B, k, k)
+    beam_nodes = torch.arange(1, k + 1, device=root.device).expand(B, k)  # where the beam stands in the pool
+    for depth in range(1, shape.depth):
+        seen = torch.cat([seen, own], dim=-1)
+        hidden = drafter.expand(hidden, embed(beam), depth, seen, cache)
+        child_logp, best = drafter.log_probs(hidden).topk(k)  # [B, k, k]
+        child_logp = (beam_logp[..., None] + child_logp).flatten(1)
+        children = ids[best].flatten(1)
+        tokens.append(children)
+        scores.append(child_logp)
+        parents.append(beam_nodes.repeat_interleave(k, dim=1))
+        depths += [depth + 1] * k**2
+        beam_logp, chosen = child_logp.topk(k)
+        beam = children.gather(1, chosen)
+        beam_nodes = 1 + k + (depth - 1) * k**2 + chosen
+        parent = (chosen // k)[..., None]
+        hidden = hidden.gather(1, parent.expand(-1, -1, hidden.shape[-1]))
+        seen = seen.gather(1, parent.expand(-1, -1, seen.shape[-1]))
+    pool = Tree(
+        torch.cat(tokens, 1),
+        torch.cat(parents, 1),
+        torch.tensor(depths, device=root.device).expand(B, -1),
+        torch.cat(scores, 1),
+    )
+    return _best(pool, shape.nodes)
+
+
+def _best(pool: Tree, nodes: int) -> Tree:
+    """The `nodes` best of a pool whose parents precede their children; the order stays topological under ties."""
+    order = pool.log_q.argsort(dim=1, descending=True, stable=True)[:, :nodes]
+    rank = torch.zeros_like(pool.tokens).scatter_(
+        1, order, torch.arange(nodes, device=order.device).expand_as(order)
+    )  # pool index -> node index
+    tokens, parents, depths, log_q = (field.gather(1, order) for field in pool)
+    return Tree(tokens, rank.gather(1, parents), depths, log_q)
+
+
+def draw_chain(
+    drafter: Eagle3Drafter,
+    embed: Embed,
+    hidden: Tensor,
+    root: Tensor,
+    cache: DraftCache,
+    depth: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> Chain:
+    """Sample one path of `depth` tokens below `root` [B] from the drafter at `temperature` > 0."""
+    B = root.shape[0]
+    ids = drafter.draft_ids()
+    path, distributions, log_q = [root], [], [torch.zeros(B, device=root.device)]
+    for step in range(depth):
+        logp = (drafter.log_probs(hidden[:, 0]) / temperature).log_softmax(-1)  # [B, Vd]
+        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+        distributions.append(logp)
+        log_q.append(log_q[-1] + logp.gather(1, drawn)[:, 0])
+        path.append(ids[drawn[:, 0]])
+        if step + 1 < depth:
+            scratch = torch.ones(B, 1, step + 1, dtype=torch.bool, device=root.device)
+            hidden = drafter.expand(hidden, embed(path[-1][:, None]), step + 1, scratch, cache)
+    nodes = torch.arange(depth + 1, device=root.device)
+    tree = Tree(
+        torch.stack(path, 1),
+        (nodes - 1).clamp(min=0).expand(B, -1),
+        nodes.expand(B, -1),
+        torch.stack(log_q, 1),
+    )
+    return Chain(tree, torch.stack(distributions, 1))

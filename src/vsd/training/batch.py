@@ -1,0 +1,70 @@
+"""From examples to padded batches.
+
+Legend: B batch, T longest sequence, Q most drafted tokens of a sequence.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vsd.data import Example
+from vsd.errors import VSDError
+from vsd.training.features import FeatureStore
+
+IGNORED = -100  # label of a token that is not drafted, as everywhere in transformers
+
+
+class DraftDataset(Dataset):
+    """Examples as the trainer's sampler wants them; `index` finds their features in a store."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        if not examples:
+            raise VSDError("there is nothing to train on")
+        self.examples = examples
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One example, and its index."""
+        ids, drafted = self.examples[index]
+        return {"input_ids": ids, "drafted": drafted, "index": index}
+
+    def drafted_tokens(self) -> Tensor:
+        """Every supervised token, [n]: what a draft vocabulary is built from."""
+        return torch.cat([torch.tensor(ids)[torch.tensor(mask)] for ids, mask in self.examples])
+
+
+class Collator:
+    """Pads examples and, given a store, adds their features.
+
+    Yields input_ids [B, T]; labels [B, T], the token where drafted, else -100; drafted [B, Q], positions of the
+    drafted tokens, padded with 2; and from the store aux [B, T, 3h], hidden [B, Q, h], log_normaliser [B, Q].
+    """
+
+    def __init__(self, store: FeatureStore | None = None) -> None:
+        self.store = store
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """One batch from dataset items."""
+        B, T = len(items), max(len(item["input_ids"]) for item in items)
+        input_ids = torch.zeros(B, T, dtype=torch.long)
+        labels = torch.full((B, T), IGNORED)
+        for b, item in enumerate(items):
+            ids, mask = torch.tensor(item["input_ids"]), torch.tensor(item["drafted"])
+            input_ids[b, : len(ids)] = ids
+            labels[b, : len(ids)][mask] = ids[mask]
+        batch = {"input_ids": input_ids, "labels": labels, "drafted": _positions(labels)}
+        if self.store is not None:
+            batch |= self.store.batch([item["index"] for item in items], T, batch["drafted"].shape[1])
+        return batch
+
+
+def _positions(labels: Tensor) -> Tensor:
+    """Positions of the labelled tokens, ascending, [B, Q]; padded with 2, the first position that can be drafted."""
+    rows = [(row != IGNORED).nonzero()[:, 0] for row in labels]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)

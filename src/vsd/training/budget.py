@@ -1,0 +1,58 @@
+"""Training for a given time: the learning rate follows the clock instead of a count of steps."""
+
+import math
+import time
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+UNLIMITED_STEPS = 10**9
+
+
+class TimeBudget(TrainerCallback):
+    """Stops training after some minutes, and shows how far it is."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.start: float | None = None
+        self.loss = math.nan
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn()
+        )
+        self.task = self.bar.add_task("", total=self.seconds, info="")
+
+    def progress(self) -> float:
+        """Share of the time that is over, 0 … 1."""
+        return 0.0 if self.start is None else min(1.0, (time.perf_counter() - self.start) / self.seconds)
+
+    def rate(self, warm_up: float) -> float:
+        """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then a cosine to 0."""
+        done = self.progress()
+        if done < warm_up:
+            return (done + 1e-3) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+        if state.is_world_process_zero:
+            self.bar.start()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember what to show."""
+        self.loss = kwargs.get("logs", {}).get("loss", self.loss)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop when the time is over."""
+        info = f"step {state.global_step}, loss {float(self.loss):.2f}"
+        self.bar.update(self.task, completed=self.progress() * self.seconds, info=info)
+        control.should_training_stop |= self.progress() >= 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.bar.stop()

@@ -1,0 +1,50 @@
+"""Options of training: those of `transformers.TrainingArguments`, with defaults for drafters, and a few of our own."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from vsd.errors import VSDError
+from vsd.training.budget import UNLIMITED_STEPS
+
+
+@dataclass
+class VSDConfig(TrainingArguments):
+    """What a drafter is trained with.
+
+    Defaults suit a drafter of about ten million parameters: many small steps beat few large ones.
+    """
+
+    draft_steps: int = field(default=5, metadata={"help": "steps K of the training-time test"})
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "answer length when τ is measured"})
+    eval_batch: int = field(default=32, metadata={"help": "prompts decoded at once when τ is measured"})
+    depth: int = field(default=5, metadata={"help": "draft tree of the τ measurement: tokens drafted ahead"})
+    top_k: int = field(default=4, metadata={"help": "… its beam"})
+    nodes: int = field(default=12, metadata={"help": "… its size, root included"})
+
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "train for so long instead of max_steps; the schedule follows the clock"},
+    )
+
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 8
+    train_sampling_strategy: str = "group_by_length"
+    logging_steps: float = 20
+    save_steps: float = 250
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = "tensorboard"
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        if self.draft_steps < 1:
+            raise VSDError("draft_steps must be at least 1")
+        if self.max_minutes is not None:
+            self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
+        super().__post_init__()

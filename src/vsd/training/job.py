@@ -1,0 +1,163 @@
+"""`vsd train`: from a recipe to a trained drafter in a folder."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from vsd.data import Example, load_examples
+from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.errors import VSDError
+from vsd.targets import EMBEDDED, Target, load_target
+from vsd.training.batch import DraftDataset
+from vsd.training.config import VSDConfig
+from vsd.training.features import FeatureStore
+from vsd.training.trainer import VSDTrainer
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default_factory=lambda: default, metadata={"help": help_text})
+
+
+@dataclass
+class TrainJob:
+    """What to train on what; how is `VSDConfig`."""
+
+    target: str = _option(EMBEDDED, "hub id, folder or .gguf file of the target")
+    data: list[str] = _option([], "training text, written by the target: JSONL files or hub datasets")
+    output_dir: str = _option("runs/drafter", "folder for checkpoints, curves and the drafter")
+    drafter: str | None = _option(None, "start from this drafter instead of from random weights")
+    draft_vocab_size: int = _option(8192, "target tokens that can be drafted (default 8192)")
+    max_length: int = _option(2048, "longest conversation, in tokens (default 2048)")
+    held_out: int = _option(32, "conversations kept back to measure τ on while training (default 32)")
+    features: str = _option("store", "store: keep target features on disk; online: compute them in every step")
+    on_bad_line: str = _option("fatal", "fatal: stop at an unusable line; skip: report it and go on")
+    dtype: str = _option("auto", "precision of the target")
+    device: str = _option("auto", "auto, cpu, cuda, …")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            self.data = [self.data]
+        for name, choices in {"features": ("store", "online"), "on_bad_line": ("fatal", "skip")}.items():
+            if getattr(self, name) not in choices:
+                raise VSDError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
+
+    @classmethod
+    def options(cls) -> dict[str, tuple[dict[str, Any], str]]:
+        """Command-line arguments of the fields: how argparse reads each, and its help."""
+        kinds: dict[Any, dict[str, Any]] = {int: {"type": int}, list[str]: {"nargs": "+"}}
+        return {f.name: (kinds.get(f.type, {}), f.metadata["help"]) for f in dataclasses.fields(cls)}
+
+
+def recipe(path: Path | None, overrides: list[str], flags: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
+    """A job and its configuration from a YAML file, KEY=VALUE overrides and command-line flags (strongest last).
+
+    Raises:
+        VSDError: unreadable file, unknown key, or a value that does not fit.
+    """
+    values: dict[str, Any] = _yaml(path) if path else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise VSDError(f"--set takes KEY=VALUE, not '{override}'")
+        values[key] = yaml.safe_load(value)
+    values |= flags
+    mine = {f.name for f in dataclasses.fields(TrainJob)}
+    theirs = {f.name for f in dataclasses.fields(VSDConfig) if f.init}
+    unknown = sorted(set(values) - mine - theirs)
+    if unknown:
+        raise VSDError(f"unknown option {', '.join(unknown)}: see vsd train --help and transformers.TrainingArguments")
+    job = TrainJob(**{key: value for key, value in values.items() if key in mine})
+    if not job.data:
+        raise VSDError("no training text: give --data FILE (make one with vsd data)")
+    defaults = {"eval_strategy": "steps" if job.held_out else "no", "eval_steps": 250}
+    own = {key: _number(value) for key, value in values.items() if key in theirs}
+    try:
+        config = VSDConfig(**{**defaults, **own, "output_dir": job.output_dir})
+    except (TypeError, ValueError) as error:
+        raise VSDError(f"bad training option: {str(error).splitlines()[0]}") from error
+    return job, config
+
+
+def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[str], None] | None = None) -> Path:
+    """Run a job; returns the folder of the trained drafter.
+
+    Raises:
+        VSDError: bad data or target, or an output folder that holds another run and `resume` was not asked for.
+    """
+    checkpoint = _checkpoint(job, resume)
+    target = load_target(job.target, dtype=job.dtype, device=job.device)
+    examples = [
+        example
+        for source in job.data
+        for example in load_examples(source, target.tokenizer, job.max_length, job.on_bad_line, report)  # type: ignore[arg-type]
+    ]
+    kept, held_out = hold_out(examples, job.held_out)
+    dataset = DraftDataset(kept)
+    drafter = _drafter(job, target, dataset, config.seed)
+    folder = Path(job.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
+    store = FeatureStore.build(folder / "features", target, kept) if job.features == "store" else None
+    trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder / "drafter"))
+    return folder / "drafter"
+
+
+def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples; the held-out ones are spread evenly over the text."""
+    if count >= len(examples):
+        raise VSDError(f"{count} of {len(examples)} conversations are to be held out: nothing is left to train on")
+    picked = {i * len(examples) // count for i in range(count)}
+    return [e for i, e in enumerate(examples) if i not in picked], [examples[i] for i in sorted(picked)]
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The tokens before the first answer."""
+    return example.input_ids[: example.drafted.index(True) - 1]
+
+
+def _drafter(job: TrainJob, target: Target, dataset: DraftDataset, seed: int) -> Eagle3Drafter:
+    from transformers import set_seed
+
+    set_seed(seed)
+    if job.drafter is not None:
+        return Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
+    size = min(job.draft_vocab_size, target.vocab_size)
+    return Eagle3Drafter.for_target(target, draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size))
+
+
+def _checkpoint(job: TrainJob, resume: bool) -> str | None:
+    folder = Path(job.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is not None and not resume:
+        raise VSDError(f"'{folder}' holds a run already: add --resume to continue it, or give another --output-dir")
+    return last
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise VSDError(f"no recipe at '{path}'") from None
+    except yaml.YAMLError as error:
+        raise VSDError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise VSDError(f"'{path}' must hold KEY: VALUE lines")
+    return values
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,124 @@
+"""Every accepted shape is read alike; every bad line is named and never gets through."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from vsd.data import read_conversations
+from vsd.errors import VSDError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+GOOD = json.dumps({"id": "good", "messages": [USER, ANSWER]})
+
+BAD = {
+    "not JSON": b'{"messages": ',
+    "empty line": b"   ",
+    "not UTF-8": b'{"messages": "\xff"}',
+    "expected a JSON object, found list": b"[1]",
+    "no messages": b'{"text": "hello"}',
+    "messages must be a list that is not empty": b'{"messages": []}',
+    "conversations must be a list": b'{"conversations": "hello"}',
+    'a message needs "role" and "content"': b'{"messages": [{"role": "user"}]}',
+    'a message needs "from" and "value"': b'{"conversations": ["hello"]}',
+    "role 'tool' is not": b'{"messages": [{"role": "tool", "content": "x"}]}',
+    "role None is not": b'{"messages": [{"role": null, "content": "x"}]}',
+    "a message is empty": b'{"messages": [{"role": "user", "content": " "}]}',
+    "must be text, found list": b'{"messages": [{"role": "user", "content": []}]}',
+    "half a surrogate pair": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    "message 1 is assistant, not user": json.dumps({"messages": [ANSWER, USER]}).encode(),
+    "message 2 is user, not assistant": json.dumps({"messages": [USER, USER, ANSWER]}).encode(),
+    "a system message alone": b'{"messages": [{"role": "system", "content": "x"}]}',
+    "no answer in it": json.dumps({"messages": [USER]}).encode(),
+    "the last message is not an answer": json.dumps({"messages": [USER, ANSWER, USER]}).encode(),
+    "prompt_ids must be a list of token ids": b'{"prompt_ids": [1.5], "response_ids": [1]}',
+    "response_ids must be a list of token ids": b'{"prompt_ids": [1], "response_ids": "x"}',
+    "prompt_ids is empty": b'{"prompt_ids": [], "response_ids": [1]}',
+    "response_ids is empty": b'{"prompt_ids": [1]}',
+}
+
+
+def read(path: Path, **options):
+    return list(read_conversations(path, **options))
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_lines_are_named_and_left_out(what: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(GOOD.encode() + b"\n" + BAD[what] + b"\n" + GOOD.encode())
+    said: list[str] = []
+    assert [c.where for c in read(file, on_bad_line="skip", report=said.append)] == [f"{file}:1", f"{file}:3"]
+    assert len(said) == 1
+    assert said[0].startswith(f"{file}:2: ")
+    assert what in said[0]
+    with pytest.raises(VSDError) as error:
+        read(file)
+    assert str(error.value) == said[0]
+    assert "\n" not in said[0]
+
+
+def test_all_shapes_say_the_same(tmp_path: Path) -> None:
+    sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    file = write(tmp_path / "f.jsonl", {"messages": [USER, ANSWER]}, {"conversations": sharegpt})
+    assert [c.messages for c in read(file)] == [[USER, ANSWER]] * 2
+    prompts = write(tmp_path / "p.jsonl", {"turns": ["Hi"]}, {"prompt": "Hi"}, {"messages": [USER], "id": 7})
+    text = tmp_path / "p.txt"
+    text.write_text("Hi\n")
+    found = read(prompts, need_answer=False) + read(text, need_answer=False)
+    assert [c.messages for c in found] == [[USER]] * 4
+    assert [c.id for c in found] == ["p-000001", "p-000002", "7", "p-000001"]
+
+
+def test_several_turns_without_answers(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.jsonl", {"turns": ["Hi", "And?"]})
+    assert [m["content"] for m in read(file, need_answer=False)[0].messages] == ["Hi", "And?"]
+
+
+def test_exact_tokens_and_gzip(tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl.gz"
+    with gzip.open(file, "wt") as stream:
+        stream.write('{"id": "x", "prompt_ids": [5, 6], "response_ids": [7, 2]}\n')
+    (conversation,) = read(file)
+    assert conversation == ("x", f"{file}:1", [], [5, 6], [7, 2])
+    file.write_bytes(file.read_bytes()[:-12])
+    with pytest.raises(VSDError, match="cannot be read after line"):
+        read(file)
+
+
+def test_sources_that_yield_nothing(tmp_path: Path) -> None:
+    with pytest.raises(VSDError, match="no file at"):
+        read(tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(VSDError, match="no usable conversation"):
+        read(tmp_path / "empty.jsonl")
+    with pytest.raises(VSDError, match="no usable conversation"):
+        read(write(tmp_path / "bad.jsonl", {}), on_bad_line="skip")
+    (tmp_path / "p.txt").write_text("Hi\n")
+    with pytest.raises(VSDError, match="prompts without answers"):
+        read(tmp_path / "p.txt")
+    (tmp_path / "p.csv").touch()
+    with pytest.raises(VSDError, match=r"expected a \.jsonl"):
+        read(tmp_path / "p.csv")
+    with pytest.raises(VSDError, match="cannot be read after line 0"):
+        (tmp_path / "d.jsonl").mkdir()
+        read(tmp_path / "d.jsonl")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is a data set too, so this needs no hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", {"messages": [USER, ANSWER]}, {"messages": [USER]})
+    said: list[str] = []
+    (found,) = read(Path(f"hf:{tmp_path}/set:train"), on_bad_line="skip", report=said.append)
+    assert found.messages == [USER, ANSWER]
+    assert said == [f"{tmp_path}/set[train]:1: no answer in it: make one with `vsd data regenerate`"]
+    with pytest.raises(VSDError, match=r"cannot read data set '.*' \(split 'nope'\)"):
+        read(Path(f"hf:{tmp_path}/set:nope"))
