@@ -157,12 +157,15 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
 def _shape(a: argparse.Namespace) -> Any:
     from vsd.paths import TreeShape
 
-    return TreeShape(a.depth, a.top_k, a.nodes or (a.depth + 1 if a.top_k == 1 else 12))
+    return TreeShape(a.depth, a.top_k, a.nodes if a.nodes is not None else a.depth + 1 if a.top_k == 1 else 12)
 
 
-def _sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int, several: bool = False) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default {max_new_tokens}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    if several:
+        parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="one or more; 0 is greedy")
+    else:
+        parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -259,7 +262,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override any field of the recipe")
     for name, (kind, help_text) in TrainJob.options().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"job_{name}", help=help_text, **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"job_{name}", metavar="…", help=help_text, **kind)
 
 
 def _train(a: argparse.Namespace) -> None:
@@ -293,7 +296,7 @@ def _generate(a: argparse.Namespace) -> None:
     target = _load_target(a)
     answer(
         target,
-        _load_drafter(a.drafter, target) if a.drafter else None,
+        _load_drafter(a.drafter, target, a.top_k) if a.drafter else None,
         _shape(a),
         prompt,
         system=a.system,
@@ -305,10 +308,14 @@ def _generate(a: argparse.Namespace) -> None:
     )
 
 
-def _load_drafter(path: str, target: Any) -> Any:
+def _load_drafter(path: str, target: Any, top_k: int) -> Any:
     from vsd.drafters import Eagle3Drafter
 
-    return Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device).eval()
+    drafter = Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device).eval()
+    size = drafter.config.draft_vocab_size
+    if top_k > size:
+        raise VSDError(f"--top-k {top_k} is too wide: the drafter knows {size} tokens")
+    return drafter
 
 
 # ---- bench
@@ -319,7 +326,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", nargs="+", required=True, help="prompt files (JSONL), multi-turn included")
     parser.add_argument("--limit", type=int, help="only so many prompts of each file, evenly spread")
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    _sampling_options(parser, 128)
+    _sampling_options(parser, 128, several=True)
     _tree_options(parser)
     _target_options(parser)
 
@@ -329,8 +336,10 @@ def _bench(a: argparse.Namespace) -> None:
 
     prompts = load_prompts(a.prompts, a.limit)
     shape, target = _shape(a), _load_target(a)
-    contenders = [Contender(path, _load_drafter(path, target), shape, a.verification) for path in a.drafter]
-    report = bench(target, contenders, prompts, temperature=a.temperature, max_new_tokens=a.max_new_tokens, seed=a.seed)
+    contenders = [Contender(path, _load_drafter(path, target, a.top_k), shape, a.verification) for path in a.drafter]
+    report = bench(
+        target, contenders, prompts, temperatures=a.temperature, max_new_tokens=a.max_new_tokens, seed=a.seed
+    )
     print_table(report)
     if a.json:
         write_json(report, a.json)

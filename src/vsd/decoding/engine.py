@@ -184,6 +184,7 @@ class Engine:
 
     def _forward(self, tree: Tree, state: _State) -> TargetOutput:
         positions = state.cache.lengths[:, None] + tree.depths
+        positions.clamp_(max=self.target.config.max_position_embeddings - 1)  # no token from beyond is delivered
         depth = self.shape.depth if self.drafter is not None else 0
         return self.target.forward(tree.tokens, positions, ancestors(tree.parents, depth), state.cache)
 

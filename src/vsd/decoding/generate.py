@@ -14,12 +14,17 @@ from vsd.targets import Target
 
 
 def speculative(
-    target: Target, drafter: Eagle3Drafter, shape: TreeShape | None = None, verification: str = "auto"
+    target: Target,
+    drafter: Eagle3Drafter,
+    shape: TreeShape | None = None,
+    verification: str = "auto",
+    streamer: Any = None,
 ) -> Callable[..., Tensor]:
     """A decoding method for transformers: `target.model.generate(ids, custom_generate=speculative(target, drafter))`.
 
     Honoured: `max_new_tokens`/`max_length`, `do_sample` and `temperature`, `eos_token_id`, `pad_token_id`,
-    `attention_mask` of left-padded batches, `streamer`. Sampling is seeded from torch's global generator.
+    `attention_mask` of left-padded batches. Sampling is seeded from torch's global generator. Give a streamer to this
+    function: transformers does not hand the one given to `generate` to a decoding method of one's own.
 
     Raises:
         VSDError: on logits processors and stopping criteria that would change the output's law (top-p, penalties, …).
@@ -32,22 +37,23 @@ def speculative(
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
-        streamer: Any = None,
-        attention_mask: Tensor | None = None,
-        **_: Any,
+        **inputs: Any,
     ) -> Tensor:
         config = generation_config
-        _refuse_unsupported(config, logits_processor)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        _refuse_unsupported(config, logits_processor, stopping_criteria)
+        mask = inputs.get("attention_mask")  # not a parameter: transformers would pass it twice
+        mask = torch.ones_like(input_ids) if mask is None else mask
         prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask)]
         eos = config.eos_token_id
         sampling = Sampling(
             max_new_tokens=config.max_length - input_ids.shape[1],
             temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,
-            eos_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             seed=int(torch.randint(2**31, ())) if config.do_sample else 0,
         )
         results = [Result(prompt) for prompt in prompts]
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # as `generate` does: streamers can skip the prompt
         for step in engine.stream(results, sampling):
             if streamer is not None:
                 for token in step.tokens.get(0, []):
@@ -59,13 +65,17 @@ def speculative(
     return decode
 
 
-def _refuse_unsupported(config: Any, processors: Any) -> None:
-    """Temperature is handled by the engine; every other processor would have to run at each tree node."""
+def _refuse_unsupported(config: Any, processors: Any, criteria: Any) -> None:
+    """Temperature, length and EOS are handled by the engine; all else would have to run at each tree node."""
     names = [type(p).__name__ for p in processors or [] if type(p).__name__ != "TemperatureLogitsWarper"]
     if names:
         raise VSDError(
             f"speculative decoding does not apply {', '.join(names)} yet: switch it off (top_k=0, top_p=1.0)"
         )
+    names = [type(c).__name__ for c in criteria or []]
+    names = [name for name in names if name not in ("MaxLengthCriteria", "EosTokenCriteria")]
+    if names:
+        raise VSDError(f"speculative decoding does not apply {', '.join(names)} yet: leave it out")
     if config.num_beams not in (None, 1) or (config.num_return_sequences or 1) != 1:
         raise VSDError("speculative decoding returns one sequence a prompt, without beam search")
 

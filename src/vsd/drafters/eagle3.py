@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
@@ -142,6 +143,7 @@ class Eagle3Drafter(PreTrainedModel):
 
     config_class = Eagle3Config
     base_model_prefix = ""
+    _no_split_modules = ["Eagle3Layer"]  # noqa: RUF012 — transformers' name for what FSDP wraps
     config: Eagle3Config
     d2t: Tensor
     t2d: Tensor
@@ -198,10 +200,11 @@ class Eagle3Drafter(PreTrainedModel):
             VSDError: there is no drafter at `path`, or its tensors are not exactly those of the architecture.
         """
         options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **kwargs}
+        options["ignore_mismatched_sizes"] = True  # named below, with what else is wrong
         load: Callable[..., Any] = super().from_pretrained
         try:
             drafter, found = load(path, *args, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise VSDError(f"cannot load a drafter from '{path}': {str(error).splitlines()[0]}") from error
         wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
         if wrong:

@@ -20,6 +20,7 @@ from vsd.data import prompt_ids
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter
+from vsd.errors import VSDError
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.evaluation.prompts import Prompt
 from vsd.paths import TreeShape
@@ -97,19 +98,36 @@ def bench(
     contenders: Sequence[Contender],
     prompts: Sequence[Prompt],
     *,
-    temperature: float = 0.0,
+    temperatures: Sequence[float] = (0.0,),
     max_new_tokens: int = 128,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure; returns what `--json` writes: `runs` (plain decoding first), `generate`, versions, machine, settings."""
+    """Measure; returns what `--json` writes: `runs` (plain decoding first), versions, machine, settings.
+
+    Raises:
+        VSDError: nothing could be drafted, as every answer is a single token.
+    """
     everyone = [Contender(None, None), *contenders]
+    samplings = [Sampling(max_new_tokens, temperature, seed=seed) for temperature in temperatures]
+    measured = [_measure(target, everyone, prompts, sampling, progress) for sampling in samplings]
+    return {
+        "runs": [asdict(run) for runs in measured for run in runs],
+        "settings": {"max_new_tokens": max_new_tokens, "seed": seed, "prompts": [p.id for p in prompts]},
+        "versions": {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine(target),
+    }
+
+
+def _measure(
+    target: Target, everyone: Sequence[Contender], prompts: Sequence[Prompt], sampling: Sampling, progress: bool
+) -> list[Run]:
+    """All contenders at one temperature."""
     engines = [Engine(target, c.drafter, c.shape, c.verification) for c in everyone]
     answers = [Answers() for _ in everyone]
     reference = Answers()
-    sampling = Sampling(max_new_tokens, temperature, seed=seed)
     _warm_up(engines, target, prompts, sampling)
-    for n, prompt in enumerate(track(prompts, "bench", disable=not progress)):
+    for n, prompt in enumerate(track(prompts, f"bench, temperature {sampling.temperature:g}", disable=not progress)):
         history = [{"role": "system", "content": prompt.system}] if prompt.system else []
         for turn in prompt.turns:
             history.append({"role": "user", "content": turn})
@@ -124,26 +142,9 @@ def bench(
                     _decode(engines[i], ids, sampling, answers[i])
             text = target.tokenizer.decode(answers[0].results[-1].tokens, skip_special_tokens=True)
             history.append({"role": "assistant", "content": str(text).strip() or "…"})
-    runs = [_run(c, a, answers[0], reference, temperature) for c, a in zip(everyone, answers)]
-    return {
-        "runs": [asdict(run) for run in runs],
-        "generate": {
-            "tokens_per_second": pooled_rate(*reference.rate()),
-            "version": transformers.__version__,
-        },
-        "settings": {
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "prompts": len(prompts),
-            "turns": len(reference.results),
-        },
-        "versions": {
-            "vsd": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": machine(target),
-    }
+    if not all(any(result.delivered for result in a.results) for a in answers):
+        raise VSDError("every answer ended with its first token: there was nothing to draft")
+    return [_run(c, a, answers[0], reference, sampling.temperature) for c, a in zip(everyone, answers)]
 
 
 def machine(target: Target) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers
         latency={**latency, "prefill": 1e3 * mine.prefill / len(mine.results)},
         tau_by_suite={
             suite: acceptance_length([r for r, s in zip(mine.results, mine.suites) if s == suite])
-            for suite in dict.fromkeys(mine.suites)
+            for suite in dict.fromkeys(s for r, s in zip(mine.results, mine.suites) if r.delivered)
         },
         identical=sum(same) / len(same) if temperature == 0 else None,
         new_tokens=sum(len(result.tokens) for result in mine.results),

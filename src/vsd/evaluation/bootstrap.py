@@ -13,7 +13,7 @@ def pooled_rate(tokens: np.ndarray, cost: np.ndarray) -> float:
 def rate_interval(tokens: np.ndarray, cost: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of a pooled rate."""
     picks = _resamples(len(tokens), seed)
-    return _percentiles(tokens[picks].sum(1) / cost[picks].sum(1), level)
+    return _percentiles(_rates(tokens, cost, picks), level)
 
 
 def ratio_interval(
@@ -26,9 +26,13 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the ratio of two pooled rates over the same prompts."""
     picks = _resamples(len(tokens), seed)
-    rate = tokens[picks].sum(1) / cost[picks].sum(1)
-    base = base_tokens[picks].sum(1) / base_cost[picks].sum(1)
-    return _percentiles(rate / base, level)
+    return _percentiles(_rates(tokens, cost, picks) / _rates(base_tokens, base_cost, picks), level)
+
+
+def _rates(tokens: np.ndarray, cost: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """The pooled rate of every resample; NaN where all prompts picked cost nothing (answers of one token)."""
+    with np.errstate(invalid="ignore"):
+        return tokens[picks].sum(1) / cost[picks].sum(1)
 
 
 def _resamples(n: int, seed: int) -> np.ndarray:
@@ -36,5 +40,5 @@ def _resamples(n: int, seed: int) -> np.ndarray:
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -12,7 +12,7 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Print what `bench` returned, one row a run."""
     settings, machine = report["settings"], report["machine"]
     table = Table(
-        title=f"{settings['turns']} answers of at most {settings['max_new_tokens']} tokens, one request at a time",
+        title=f"{len(settings['prompts'])} prompts, ≤ {settings['max_new_tokens']} new tokens, one request at a time",
         caption=(
             f"τ: new tokens per target pass, bonus token included. [ ]: 95 % paired bootstrap over prompts. "
             f"{machine['dtype']}, {machine['device']} {machine['cpu_capability']}, {machine['threads']} threads."

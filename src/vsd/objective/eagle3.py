@@ -21,7 +21,7 @@ def step_weights(drafted: Tensor, valid: Tensor, steps: int, decay: float = DECA
         valid: which of them are not padding, [B, Q] bool.
     """
     weights = torch.zeros(steps, *drafted.shape, device=drafted.device)
-    for k in range(steps):
+    for k in range(min(steps, drafted.shape[1])):
         reach = drafted[:, k:] - drafted[:, : drafted.shape[1] - k] == k  # the k tokens before are of the same answer
         weights[k, :, k:] = decay**k * (reach & valid[:, k:])
     return weights

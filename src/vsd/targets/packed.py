@@ -32,15 +32,20 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether this build of torch and this layer (float32 or bfloat16 weight on the CPU) allow packing."""
+    """Whether this processor, this build of torch and this layer (float32 or bfloat16 on the CPU) allow packing."""
     weight = linear.weight
     return (
         type(linear) is nn.Linear
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16()))
     )
+
+
+def _has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor (not with AVX2 alone)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -3,12 +3,13 @@
 Legend: B batch, T longest sequence, Q most drafted tokens of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vsd.data import Example
 from vsd.errors import VSDError
@@ -37,6 +38,18 @@ class DraftDataset(Dataset):
     def drafted_tokens(self) -> Tensor:
         """Every supervised token, [n]: what a draft vocabulary is built from."""
         return torch.cat([torch.tensor(ids)[torch.tensor(mask)] for ids, mask in self.examples])
+
+
+class ByLength(LengthGroupedSampler):
+    """Batches of like length; the order is a function of `seed` alone, so a resumed epoch is the one interrupted."""
+
+    def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=[len(example.input_ids) for example in dataset.examples])
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed())
+        return super().__iter__()
 
 
 class Collator:

@@ -17,6 +17,9 @@ class VSDConfig(TrainingArguments):
     """
 
     draft_steps: int = field(default=5, metadata={"help": "steps K of the training-time test"})
+    ramp: float = field(
+        default=0.0, metadata={"help": "share of the training over which K grows from 1 to draft_steps"}
+    )
     eval_max_new_tokens: int = field(default=64, metadata={"help": "answer length when τ is measured"})
     eval_batch: int = field(default=32, metadata={"help": "prompts decoded at once when τ is measured"})
     depth: int = field(default=5, metadata={"help": "draft tree of the τ measurement: tokens drafted ahead"})

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate import PartialState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from vsd.data import Example, load_examples
 from vsd.drafters import Eagle3Drafter, draft_vocabulary
@@ -43,6 +44,10 @@ class TrainJob:
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
             self.data = [self.data]
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), list if f.type == list[str] else f.type
+            if not isinstance(value, kind):  # type: ignore[arg-type]
+                raise VSDError(f"{f.name} takes {getattr(kind, '__name__', kind)}, not {value!r}")
         for name, choices in {"features": ("store", "online"), "on_bad_line": ("fatal", "skip")}.items():
             if getattr(self, name) not in choices:
                 raise VSDError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
@@ -65,7 +70,10 @@ def recipe(path: Path | None, overrides: list[str], flags: dict[str, Any]) -> tu
         key, equals, value = override.partition("=")
         if not equals:
             raise VSDError(f"--set takes KEY=VALUE, not '{override}'")
-        values[key] = yaml.safe_load(value)
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise VSDError(f"--set {override}: not YAML: {' '.join(str(error).split())}") from error
     values |= flags
     mine = {f.name for f in dataclasses.fields(TrainJob)}
     theirs = {f.name for f in dataclasses.fields(VSDConfig) if f.init}
@@ -76,7 +84,8 @@ def recipe(path: Path | None, overrides: list[str], flags: dict[str, Any]) -> tu
     if not job.data:
         raise VSDError("no training text: give --data FILE (make one with vsd data)")
     defaults = {"eval_strategy": "steps" if job.held_out else "no", "eval_steps": 250}
-    own = {key: _number(value) for key, value in values.items() if key in theirs}
+    kinds = {f.name: f.type for f in dataclasses.fields(VSDConfig)}
+    own = {key: _number(key, value, kinds[key]) for key, value in values.items() if key in theirs}
     try:
         config = VSDConfig(**{**defaults, **own, "output_dir": job.output_dir})
     except (TypeError, ValueError) as error:
@@ -91,7 +100,8 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         VSDError: bad data or target, or an output folder that holds another run and `resume` was not asked for.
     """
     checkpoint = _checkpoint(job, resume)
-    target = load_target(job.target, dtype=job.dtype, device=job.device)
+    device = str(config.device) if job.device == "auto" else job.device  # each process has its own GPU
+    target = load_target(job.target, dtype=job.dtype, device=device)
     examples = [
         example
         for source in job.data
@@ -103,7 +113,8 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     folder = Path(job.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
-    store = FeatureStore.build(folder / "features", target, kept) if job.features == "store" else None
+    with PartialState().main_process_first():  # one process computes the features, the others find them done
+        store = FeatureStore.build(folder / "features", target, kept) if job.features == "store" else None
     trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))
@@ -134,11 +145,20 @@ def _drafter(job: TrainJob, target: Target, dataset: DraftDataset, seed: int) ->
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:
+    """The last complete checkpoint: the trainer's state is written last, so a kill meanwhile leaves none."""
     folder = Path(job.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is not None and not resume:
+    if folder.is_dir() and get_last_checkpoint(str(folder)) is not None and not resume:
         raise VSDError(f"'{folder}' holds a run already: add --resume to continue it, or give another --output-dir")
-    return last
+    complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json") if _is_json(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -153,11 +173,12 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _number(name: str, value: Any, kind: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; where a number belongs, people mean the number."""
+    if not isinstance(value, str) or kind not in (int, float, int | None, float | None):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        raise VSDError(f"{name} must be a number, not '{value}'") from None
+    return int(number) if number.is_integer() else number

@@ -18,7 +18,7 @@ from vsd.objective import FusedLoss, HeadTarget, fused_loss
 from vsd.objective.eagle3 import align, step_weights
 from vsd.paths import TreeShape
 from vsd.targets import Target
-from vsd.training.batch import Collator, DraftDataset
+from vsd.training.batch import ByLength, Collator, DraftDataset
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
 from vsd.training.features import Features, FeatureStore, compute_features
@@ -66,6 +66,13 @@ class VSDTrainer(Trainer):
             self.add_callback(self._budget)
             self.remove_callback(PrinterCallback)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(size, self.train_dataset, lambda: self.args.seed + int(self.state.epoch or 0))  # type: ignore[arg-type]
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -91,9 +98,10 @@ class VSDTrainer(Trainer):
         features = self._features(inputs)
         tokens = inputs["labels"].gather(1, drafted)  # [B, Q], -100 where padding
         valid = (tokens >= 0) & _first_occurrence(drafted)
-        weights = step_weights(drafted, valid, self.args.draft_steps)
+        steps = self._steps()
+        weights = step_weights(drafted, valid, steps)
         roots = drafted - 2
-        consumed = roots + 1 + torch.arange(self.args.draft_steps, device=ids.device)[:, None, None]  # [K, B, Q]
+        consumed = roots + 1 + torch.arange(steps, device=ids.device)[:, None, None]  # [K, B, Q]
         path = ids.gather(1, consumed.clamp(max=ids.shape[1] - 1).transpose(0, 1).flatten(1))
         path = path.unflatten(1, consumed.shape[::2]).transpose(0, 1)
         rows = HeadTarget(
@@ -142,6 +150,12 @@ class VSDTrainer(Trainer):
             self._counts = _Counts.zeros(self.args.draft_steps)
         super().log(logs, start_time)
 
+    def _steps(self) -> int:
+        """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""
+        K, ramp = self.args.draft_steps, self.args.ramp
+        clock = self._budget.progress() if self._budget else self.state.global_step / max(1, self.state.max_steps)
+        return K if clock >= ramp else 1 + int(K * clock / ramp)
+
     def _features(self, inputs: dict[str, Tensor]) -> Features:
         """From the store, by way of the collator, or from the target, now."""
         if "aux" in inputs:
@@ -161,8 +175,8 @@ class _Counts:
         return cls(torch.zeros(steps), torch.zeros(steps))
 
     def add(self, output: FusedLoss) -> None:
-        self.rows += output.rows.cpu()
-        self.correct += output.correct.cpu()
+        self.rows[: len(output.rows)] += output.rows.cpu()
+        self.correct[: len(output.rows)] += output.correct.cpu()
 
     def accuracies(self) -> dict[str, float]:
         share = (self.correct / self.rows.clamp(min=1)).tolist()

@@ -1,0 +1,311 @@
+"""Our training step against a textbook EAGLE-3 loop in plain PyTorch, at SmolLM2-135M's sizes.
+
+    python benchmarks/training_step.py [--text FILE] [--rounds N] [--json FILE]
+
+Both train the same drafter on the same batches from the same stored target features; a step is the target's
+probabilities, forward and backward. The textbook loop is what one writes from the paper: every position of the padded
+batch, prompts included; full [B, T, V] target logits and their softmax, cut to the draft vocabulary; per step a
+T × T causal attention over the step-0 keys with one more diagonal a step, full [B, T, Vd] logits, log-softmax, and a
+graph kept over all K steps. First both must give the same loss and gradients; then they are timed alternately, and the
+peak memory of each is taken in a process of its own.
+"""
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vsd.data import Example, load_examples
+from vsd.drafters import Eagle3Config, Eagle3Drafter, draft_vocabulary
+from vsd.errors import VSDError
+from vsd.objective import HeadTarget, fused_loss, step_weights
+from vsd.objective.eagle3 import align
+from vsd.targets import load_target
+from vsd.training import Collator, DraftDataset
+from vsd.training.features import compute_features
+
+B, V, VD, K, H = 8, 49152, 8192, 5, 576
+PROMPT, ANSWER = 60, 200  # tokens of a made-up conversation, give or take
+DECAY = 0.8
+
+
+class Batch(NamedTuple):
+    """input_ids, labels [B, T]; drafted, valid [B, Q]; features aux [B, T, 3h] and final hidden [B, T, h]."""
+
+    input_ids: Tensor
+    labels: Tensor
+    drafted: Tensor
+    valid: Tensor
+    aux: Tensor
+    hidden: Tensor
+    log_normaliser: Tensor
+
+
+class Frozen(NamedTuple):
+    """The target's embedding and LM head, both [V, h]."""
+
+    embedding: Tensor
+    head: Tensor
+
+
+Step = Callable[[Eagle3Drafter, Frozen, Batch], Tensor]
+
+
+def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
+    """What `VSDTrainer.compute_loss` computes."""
+    ids, drafted = batch.input_ids, batch.drafted
+    weights = step_weights(drafted, batch.valid, K)
+    before = (drafted - 1)[..., None].expand(-1, -1, H)
+    rows = HeadTarget(
+        batch.hidden.gather(1, before).flatten(0, 1),
+        target.head[drafter.draft_ids()],
+        batch.log_normaliser.flatten(),
+        lambda logits: logits,
+        torch.full((drafted.numel(),), -1),
+    )
+    consumed = (drafted - 1 + torch.arange(K)[:, None, None]).clamp(max=ids.shape[1] - 1)
+    path = torch.stack([F.embedding(ids.gather(1, c), target.embedding) for c in consumed])
+    output = drafter(
+        batch.aux,
+        F.embedding(ids.roll(-1, 1), target.embedding),
+        drafted - 2,
+        path,
+        lambda hidden, head: fused_loss(align(hidden).flatten(1, 2), head, rows, weights.flatten(1)),
+    )
+    return output.loss / batch.valid.sum()
+
+
+def textbook_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
+    """The same loss, written straight from the paper."""
+    layer, attention = drafter.midlayer, drafter.midlayer.self_attn
+    B, T = batch.input_ids.shape
+    with torch.no_grad():
+        p = (batch.hidden @ target.head.T).softmax(-1)[..., drafter.t2d]  # [B, T, Vd], of the token at t + 1
+    mask = batch.labels >= 0
+    token, answer = batch.input_ids, mask
+    hidden = drafter.fc(batch.aux)
+    positions = torch.arange(T)[None]
+    causal = torch.full((T, T), float("-inf")).triu(1)
+    keys, values, loss = [], [], torch.zeros(())
+    alive = torch.ones(B, T, dtype=torch.bool)
+    for k in range(K):
+        token, answer, p = _shifted(token), _shifted(answer), _shifted(p)
+        alive = alive & _shifted(answer)
+        a = layer.join(F.embedding(token, target.embedding), hidden)
+        rotary = drafter.rotary_emb(hidden, positions + k)
+        queries = attention.queries(a, rotary)
+        key, value = attention.keys_values(a, rotary)
+        groups = queries.shape[1] // key.shape[1]
+        keys.append(key.repeat_interleave(groups, dim=1))
+        values.append(value.repeat_interleave(groups, dim=1))
+        scores = queries @ keys[0].transpose(-1, -2) / math.sqrt(queries.shape[-1]) + causal
+        own = [(queries * later).sum(-1, keepdim=True) / math.sqrt(queries.shape[-1]) for later in keys[1:]]
+        weights = torch.cat([scores, *own], dim=-1).softmax(-1)
+        attended = weights[..., :T] @ values[0]
+        for i, later in enumerate(values[1:]):
+            attended = attended + weights[..., T + i, None] * later
+        hidden = layer.finish(hidden, attended)
+        log_q = drafter.lm_head(drafter.norm(hidden)).log_softmax(-1)  # [B, T, Vd]
+        loss = loss - DECAY**k * ((p * log_q).sum(-1) * alive).sum()
+    return loss / mask.sum()
+
+
+def _shifted(x: Tensor) -> Tensor:
+    """x[:, 1:], padded with zeros to its length."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+STEPS: dict[str, Step] = {"textbook": textbook_step, "vsd": our_step}
+
+
+def made_up(count: int) -> list[Example]:
+    """Random tokens, with few enough kinds that the draft vocabulary means something."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(count):
+        prompt, answer = (int(n * (0.8 + 0.4 * torch.rand((), generator=generator))) for n in (PROMPT, ANSWER))
+        ids = (torch.rand(prompt + answer, generator=generator) ** 3 * V).long().tolist()
+        examples.append(Example(ids, [False] * (prompt + 1) + [True] * (answer - 1)))
+    return examples
+
+
+def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, list[Batch]]:
+    """Drafter, target and batches; of the real target where it is installed, else random ones of the same sizes."""
+    torch.manual_seed(0)
+    try:
+        target = load_target(dtype="float32", pack=False)
+    except VSDError:
+        target = None
+    if text is not None and target is not None:
+        examples = load_examples(text, target.tokenizer, 1024)[: B * batches]
+    else:
+        examples = made_up(B * batches)
+    dataset = DraftDataset(examples)
+    vocabulary = draft_vocabulary(dataset.drafted_tokens(), V, VD)
+    if target is not None:
+        drafter = Eagle3Drafter.for_target(target, vocabulary)
+        frozen = Frozen(target.embedding_weight.detach().clone(), target.head_weight.detach().clone())
+    else:
+        drafter = Eagle3Drafter(Eagle3Config(vocab_size=V, draft_vocab_size=VD))
+        drafter.d2t.copy_(vocabulary.d2t)
+        drafter.t2d.copy_(vocabulary.t2d)
+        embedding = torch.randn(V, H) * 0.1
+        frozen = Frozen(embedding, embedding.clone())
+    made = []
+    for start in range(0, len(examples), B):
+        items = [dataset[i] for i in range(start, min(start + B, len(examples)))]
+        made.append(_batch(Collator()(items), target, frozen))
+    return drafter.train(), frozen, made
+
+
+@torch.no_grad()
+def _batch(batch: dict[str, Tensor], target: Any, frozen: Frozen) -> Batch:
+    ids, labels, drafted = batch["input_ids"], batch["labels"], batch["drafted"]
+    if target is not None:
+        output = target.features(ids)
+        aux, hidden = output.aux.float(), output.hidden.float()
+        normaliser = compute_features(target, ids, drafted).log_normaliser
+    else:
+        aux, hidden = torch.randn(*ids.shape, 3 * H), torch.randn(*ids.shape, H)
+        before = hidden.gather(1, (drafted - 1)[..., None].expand(-1, -1, H))
+        normaliser = torch.stack([(row @ frozen.head.T).logsumexp(-1) for row in before])
+    valid = torch.ones_like(drafted, dtype=torch.bool)
+    valid[:, 1:] = drafted[:, 1:] > drafted[:, :-1]
+    return Batch(ids, labels, drafted, valid, aux, hidden, normaliser)
+
+
+def one_step(step: Step, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
+    """Forward and backward; the loss."""
+    drafter.zero_grad(set_to_none=True)
+    loss = step(drafter, target, batch)
+    loss.backward()
+    return float(loss.detach())
+
+
+def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
+    """Both steps give the same loss and the same gradient of every weight."""
+    gradients: dict[str, list[Tensor]] = {}
+    losses = []
+    for step in STEPS.values():
+        losses.append(one_step(step, drafter, target, batch))
+        for name, weight in drafter.named_parameters():
+            assert weight.grad is not None, name
+            gradients.setdefault(name, []).append(weight.grad.clone())
+    assert math.isclose(*losses, rel_tol=1e-4), losses
+    for name, (textbook, ours) in gradients.items():
+        error = float((ours - textbook).norm() / textbook.norm())
+        assert error < 1e-3, f"gradient of {name} differs by {error:.1e} of its norm"
+
+
+def timings(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, list[float]]:
+    """Supervised tokens a second, per round; the two take turns in going first."""
+    rates: dict[str, list[float]] = {name: [] for name in STEPS}
+    for number in range(rounds):
+        batch = batches[number % len(batches)]
+        for name in list(STEPS) if number % 2 == 0 else list(reversed(STEPS)):
+            start = time.perf_counter()
+            one_step(STEPS[name], drafter, target, batch)
+            rates[name].append(int(batch.valid.sum()) / (time.perf_counter() - start))
+    return rates
+
+
+def peak_memory(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> dict[str, float]:
+    """MiB that one step needs beyond weights and batch, each measured in a process of its own."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        drafter.save_pretrained(folder)
+        torch.save((tuple(target), tuple(batch)), Path(folder) / "inputs.pt")
+        for name in STEPS:
+            words = [sys.executable, __file__, "--memory-of", name, folder]
+            found[name] = float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
+
+
+def memory_of(name: str, folder: Path) -> float:
+    """The rise of the resident peak during the first step of this process, in MiB."""
+    target, batch = torch.load(folder / "inputs.pt")
+    drafter = Eagle3Drafter.from_pretrained(folder).train()
+    before = _peak()
+    one_step(STEPS[name], drafter, Frozen(*target), Batch(*batch))
+    return _peak() - before
+
+
+def _peak() -> float:
+    """Peak resident MiB. Not ru_maxrss where it can be helped: a Linux process inherits that from its parent."""
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    except (FileNotFoundError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure(text: Path | None, rounds: int) -> dict[str, Any]:
+    """Everything; what --json writes."""
+    drafter, target, batches = prepare(text, min(rounds, 4))
+    check_equal(drafter, target, batches[0])  # and a warm-up
+    rates = timings(drafter, target, batches, rounds)
+    ratios = [ours / textbook for ours, textbook in zip(rates["vsd"], rates["textbook"])]
+    memory = peak_memory(drafter, target, batches[0])
+    return {
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "throughput_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "peak_mib": memory,
+        "memory_ratio": memory["vsd"] / memory["textbook"],
+        "settings": {
+            "rounds": rounds,
+            "batch": list(batches[0].input_ids.shape),
+            "supervised": int(batches[0].valid.sum()),
+            "steps": K,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    settings, ratio = report["settings"], report["throughput_ratio"]
+    table = Table(title=f"One EAGLE-3 training step, {settings['batch']} tokens, {settings['supervised']} supervised")
+    for column in ("", "supervised tokens/s", "peak memory of a step, MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in STEPS:
+        table.add_row(name, f"{report['tokens_per_second'][name]:.0f}", f"{report['peak_mib'][name]:.0f}")
+    table.add_section()
+    speed = f"× {ratio['median']:.2f} (min {ratio['min']:.2f}, max {ratio['max']:.2f})"
+    table.add_row("vsd / textbook", speed, f"× {report['memory_ratio']:.3f}")
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="JSONL written by the target; default random tokens")
+    parser.add_argument("--rounds", type=int, default=6, help="default 6")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--memory-of", nargs=2, metavar=("STEP", "FOLDER"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    if a.memory_of:
+        print(memory_of(a.memory_of[0], Path(a.memory_of[1])))
+        return
+    report = measure(a.text, a.rounds)
+    show(report)
+    if a.json:
+        a.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The engine at temperature 0 is greedy decoding, token for token; and how answers end and are accounted for."""
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from architectures import ARCHITECTURES, SIZES, build, llama
+from overfit import PROMPTS, fluent_pair, greedy, random_drafter
+from vsd.decoding import Engine, Result, Sampling
+from vsd.drafters import Eagle3Drafter
+from vsd.errors import VSDError
+from vsd.paths import TreeShape
+from vsd.targets import Target
+
+LENGTH = 24
+Pair = tuple[Target, Eagle3Drafter]
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return fluent_pair(request.param)
+
+
+@pytest.fixture(scope="module")
+def fluent() -> Pair:
+    """A target and a drafter whose paths it accepts."""
+    return fluent_pair("llama")
+
+
+def check_accounts(result: Result, depth: int) -> None:
+    assert len(result.accepted) == len(result.delivered)
+    assert sum(result.delivered) + 1 == len(result.tokens)
+    assert all(1 <= d <= a + 1 for a, d in zip(result.accepted, result.delivered))
+    assert all(d == a + 1 for a, d in zip(result.accepted[:-1], result.delivered[:-1]))
+    assert all(0 <= a <= depth for a in result.accepted)
+
+
+@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape.chain(3), None], ids=["tree", "chain", "plain"])
+def test_greedy_is_generate(pair: Pair, shape: TreeShape | None) -> None:
+    """Ragged prompts in one batch and one by one; the drafter knows these answers, so paths are really accepted."""
+    target, drafter = pair
+    engine = Engine(target, None if shape is None else drafter, shape)
+    sampling = Sampling(LENGTH + 8, eos_ids=())  # beyond what the drafter learnt: paths are rejected, too
+    expected = [greedy(target, prompt, LENGTH + 8, endless=True) for prompt in PROMPTS]
+    together = engine.generate(PROMPTS, sampling)
+    alone = [engine.generate([prompt], sampling)[0] for prompt in PROMPTS]
+    assert [r.tokens for r in together] == expected
+    assert [r.tokens for r in alone] == expected
+    for result in together + alone:
+        check_accounts(result, 0 if shape is None else shape.depth)
+    accepted = [a for r in together for a in r.accepted]
+    if shape is None:
+        assert not any(accepted)
+    else:
+        assert sum(a >= 2 for a in accepted) >= 3 and min(accepted) < shape.depth
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
+@torch.no_grad()
+def test_every_pass_drafts_what_the_training_pass_would(name: str) -> None:
+    """Accepted counts equal those of a reference that drafts each chain anew from plain features of the whole text."""
+    target, drafter = fluent_pair(name)
+    ids, K, length = drafter.draft_ids(), 3, LENGTH + 8
+    results = Engine(target, drafter, TreeShape.chain(K)).generate(PROMPTS, Sampling(length, eos_ids=()))
+    for prompt, result in zip(PROMPTS, results):
+        text = torch.tensor(prompt + result.tokens)
+        aux, embeds = target.features(text[None]).aux, target.embed(text)[None]
+        expected, root = [], len(prompt)  # place of the token decided last
+        while root < len(text) - 1:
+            path = [int(text[root])]
+            for _ in range(K):
+                steps = target.embed(torch.tensor(path))[:, None, None]
+                hidden = drafter(aux[:, :root], embeds[:, 1 : root + 1], torch.tensor([[root - 1]]), steps)
+                path.append(int(ids[drafter.lm_head(hidden[-1, 0, 0]).argmax()]))
+            rest = text[root + 1 : root + 1 + K].tolist()
+            agree = next((k for k, (a, b) in enumerate(zip(path[1:], rest)) if a != b), len(rest))
+            expected.append(agree)
+            root += agree + 1
+        assert result.accepted[:-1] == expected[:-1]  # the last pass may accept beyond the end of the answer
+
+
+@pytest.mark.parametrize("shape", [TreeShape(5, 4, 20), TreeShape.chain(2)], ids=["tree", "chain"])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_an_ignorant_drafter_changes_nothing(name: str, shape: TreeShape) -> None:
+    target = ARCHITECTURES[name]()
+    results = Engine(target, random_drafter(target), shape).generate(PROMPTS, Sampling(12))
+    assert [r.tokens for r in results] == [greedy(target, prompt, 12) for prompt in PROMPTS]
+
+
+def test_rejection_verification_at_temperature_zero_is_greedy(fluent: Pair) -> None:
+    results = Engine(*fluent, TreeShape.chain(3), "rejection").generate(PROMPTS, Sampling(LENGTH))
+    assert [r.tokens for r in results] == [greedy(fluent[0], prompt, LENGTH) for prompt in PROMPTS]
+    assert max(a for r in results for a in r.accepted) >= 2
+
+
+def test_every_length_is_exact(fluent: Pair) -> None:
+    """max_new_tokens cuts accepted paths wherever it falls; tokens up to there do not change."""
+    engine = Engine(*fluent, TreeShape(4, 3, 12))
+    full = [greedy(fluent[0], prompt, 9, endless=True) for prompt in PROMPTS]
+    for count in range(10):
+        results = engine.generate(PROMPTS, Sampling(count, eos_ids=()))
+        assert [r.tokens for r in results] == [tokens[:count] for tokens in full]
+        assert all(r.finish == "length" for r in results)
+        if count:
+            for result in results:
+                check_accounts(result, 4)
+    assert engine.generate(PROMPTS, Sampling(1))[0].delivered == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4, 11])
+def test_answers_end_at_eos(fluent: Pair, at: int) -> None:
+    engine = Engine(*fluent, TreeShape(4, 3, 12))
+    full = [greedy(fluent[0], prompt, LENGTH, endless=True) for prompt in PROMPTS]
+    eos = full[0][at]
+    results = engine.generate(PROMPTS, Sampling(LENGTH, eos_ids=(eos, 127)))
+    for result, tokens in zip(results, full):
+        ends = [i for i, token in enumerate(tokens) if token in (eos, 127)]
+        assert result.tokens == (tokens[: ends[0] + 1] if ends else tokens)
+        assert result.finish == ("stop" if ends else "length")
+        check_accounts(result, 4)
+
+
+def test_eos_defaults_to_the_targets_own(fluent: Pair) -> None:
+    target, drafter = fluent
+    full = greedy(target, PROMPTS[0], LENGTH, endless=True)
+    before = target.model.generation_config.eos_token_id
+    target.model.generation_config.eos_token_id = full[5]
+    try:
+        result = Engine(target, drafter).generate([PROMPTS[0]], Sampling(LENGTH))[0]
+    finally:
+        target.model.generation_config.eos_token_id = before
+    assert result.finish == "stop" and result.tokens == full[: full.index(full[5]) + 1]
+
+
+def test_stop_strings_end_answers_at_the_token_that_completes_one(fluent: Pair) -> None:
+    target, drafter = fluent
+    full = greedy(target, PROMPTS[0], LENGTH, endless=True)
+    texts = [target.tokenizer.decode([token]) for token in full]
+    start = next(i for i in range(2, 20) if all(len(t) == 1 for t in texts[i : i + 2]))
+    stop = "".join(texts[start : start + 2])
+    end = next(i for i in range(1, LENGTH) if target.tokenizer.decode(full[: i + 1]).endswith(stop))
+    result = Engine(target, drafter).generate([PROMPTS[0]], Sampling(LENGTH, eos_ids=(), stop=("never", stop)))[0]
+    assert result.tokens == full[: end + 1] and result.finish == "stop"
+    check_accounts(result, 5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_answers_end_at_the_window(kind: str) -> None:
+    """Also with learned positions, of which none lie beyond the window."""
+    sizes = {**SIZES, "max_position_embeddings": 16}
+    target = build(GPT2Config(**sizes)) if kind == "gpt2" else llama()
+    target.config.max_position_embeddings = 16
+    drafter = random_drafter(target)
+    prompts = [list(range(20, 20 + n)) for n in (15, 12, 3)]
+    results = Engine(target, drafter, TreeShape(6, 3, 20)).generate(prompts, Sampling(10, eos_ids=()))
+    for prompt, result in zip(prompts, results):
+        room = min(10, 16 - len(prompt))
+        assert result.tokens == greedy(target, prompt, room, endless=True)
+        assert result.finish == ("length" if room == 10 else "window")
+
+
+def test_impossible_prompts_are_refused(fluent: Pair) -> None:
+    engine = Engine(*fluent)
+    with pytest.raises(VSDError, match="prompt 1 is empty"):
+        engine.generate([[20], []], Sampling(4))
+    with pytest.raises(VSDError, match="prompt 0 has 256 tokens; the target's window is 256"):
+        engine.generate([[20] * 256], Sampling(4))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streaming_yields_the_same_tokens(fluent: Pair, temperature: float) -> None:
+    engine = Engine(*fluent, TreeShape(4, 3, 12))
+    sampling = Sampling(15, temperature, eos_ids=(115,), seed=5)
+    expected = engine.generate(PROMPTS, sampling)
+    results = [Result(prompt) for prompt in PROMPTS]
+    streamed: list[list[int]] = [[] for _ in PROMPTS]
+    steps = 0
+    for step in engine.stream(results, sampling):
+        steps += 1
+        for i, tokens in step.tokens.items():
+            assert tokens
+            streamed[i] += tokens
+            assert results[i].tokens == streamed[i]
+        assert min(step.draft, step.verify, step.commit) >= 0
+    assert streamed == [r.tokens for r in expected]
+    assert steps == 1 + max(len(r.delivered) for r in expected)
+
+
+def test_seeds_decide_samples(fluent: Pair) -> None:
+    engine = Engine(*fluent, TreeShape(4, 3, 12))
+    draw = lambda seed: [r.tokens for r in engine.generate(PROMPTS, Sampling(12, 1.0, seed=seed))]  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_drafter_of_another_target_is_refused(fluent: Pair) -> None:
+    target, drafter = fluent
+    other = llama()
+    with torch.no_grad():
+        other.model.lm_head.weight.mul_(2.0)
+    with pytest.raises(VSDError, match="another target: fingerprint"):
+        Engine(Target(other.model, other.tokenizer), drafter)
+    with pytest.raises(VSDError, match="features"):
+        Engine(Target(target.model, target.tokenizer, aux_layers=(0, 1, 2)), drafter)
+
+
+def test_wrong_settings_are_refused(fluent: Pair) -> None:
+    with pytest.raises(VSDError, match="unknown verification 'typical': choose auto or rejection"):
+        Engine(*fluent, verification="typical")
+    with pytest.raises(VSDError, match="top_k 1"):
+        Engine(*fluent, TreeShape(3, 2, 5), "rejection")
+    for wrong in ({"max_new_tokens": -1}, {"temperature": -0.5}):
+        with pytest.raises(VSDError, match="negative"):
+            Sampling(**wrong)

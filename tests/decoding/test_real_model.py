@@ -1,0 +1,106 @@
+"""Losslessness on a real model, SmolLM2-135M-Instruct in float32: tokens at temperature 0, their law above."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from goodness import p_value
+from overfit import random_drafter
+from vsd.data import prompt_ids, read_conversations
+from vsd.decoding import Engine, Sampling
+from vsd.decoding.statistics import acceptance_length
+from vsd.drafters import Eagle3Drafter
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+
+pytestmark = pytest.mark.real
+
+TEXT = Path(str(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz"))
+DRAFTER = Path(__file__).parents[2] / "drafters" / "smollm2-135m-eagle3"
+PROMPTS, LENGTH, BATCH = 50, 128, 25
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return load_target(dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Target) -> Eagle3Drafter:
+    """The trained drafter of this repository, where there is one."""
+    return Eagle3Drafter.from_pretrained(DRAFTER).eval() if DRAFTER.exists() else random_drafter(target, size=8192)
+
+
+@pytest.fixture(scope="module")
+def prompts(target: Target) -> list[list[int]]:
+    """First user turns, by length, so that batches are even."""
+    found = []
+    for conversation in read_conversations(TEXT, need_answer=False):
+        ids = prompt_ids(target.tokenizer, [m for m in conversation.messages if m["role"] == "user"][:1])
+        if len(ids) <= 120:
+            found.append(ids)
+        if len(found) == PROMPTS:
+            break
+    assert len(found) == PROMPTS
+    return sorted(found, key=len)
+
+
+def batches(prompts: list[list[int]]) -> list[list[list[int]]]:
+    return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+
+
+@torch.inference_mode()
+def transformers_greedy(target: Target, prompts: list[list[int]]) -> list[list[int]]:
+    """Answers of left-padded batches by `model.generate`, cut behind EOS."""
+    pad = target.eos_ids[0]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    output = target.model.generate(ids, attention_mask=mask, max_new_tokens=LENGTH, do_sample=False, pad_token_id=pad)
+    answers = [row[longest:].tolist() for row in output]
+    return [answer[: answer.index(pad) + 1] if pad in answer else answer for answer in answers]
+
+
+def test_greedy_is_generate(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]]) -> None:
+    """50 prompts, up to 128 tokens each, a tree of 8 nodes: not one token differs."""
+    engine = Engine(target, drafter, TreeShape(4, 3, 8))
+    results = []
+    for batch in batches(prompts):
+        found = engine.generate(batch, Sampling(LENGTH))
+        assert [r.tokens for r in found] == transformers_greedy(target, batch)
+        results += found
+    assert sum(len(r.tokens) for r in results) > 0.5 * PROMPTS * LENGTH
+    if DRAFTER.exists():
+        assert acceptance_length(results) > 1.5
+
+
+@pytest.mark.parametrize("rule", ["plain", "tree", "rejection"])
+def test_samples_have_the_targets_law(
+    target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], rule: str
+) -> None:
+    """χ² of three new tokens, n = 400 a rule, false alarm 1e-4 a rule (a third of it a token), fixed seed.
+
+    The first token against its law; then the next ones, given that those before are the commonest. Bins are the
+    likeliest tokens (expected 5 times or more) and the rest.
+    """
+    prompt = prompts[0]
+    shape, verification = {
+        "plain": (None, "auto"),
+        "tree": (TreeShape(3, 3, 8), "auto"),
+        "rejection": (TreeShape.chain(3), "rejection"),
+    }[rule]
+    engine = Engine(target, drafter if shape else None, shape, verification)
+    answers = []
+    for seed in range(8):
+        answers += [r.tokens for r in engine.generate([prompt] * 50, Sampling(3, 1.0, eos_ids=(), seed=seed))]
+    prefix: list[int] = []
+    for _ in range(3):  # the law of each new token given the commonest ones before it
+        agreeing = [answer for answer in answers if answer[: len(prefix)] == prefix]
+        assert len(agreeing) >= 50
+        ids = torch.tensor([prompt + prefix])
+        law = target.logits(target.features(ids).hidden[0, -1]).double().softmax(-1)
+        counts = torch.bincount(torch.tensor([a[len(prefix)] for a in agreeing]), minlength=len(law))
+        assert p_value(counts, law) > 1e-4 / 3
+        prefix.append(int(counts.argmax()))

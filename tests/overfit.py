@@ -1,0 +1,49 @@
+"""Drafters that know a few greedy answers of a tiny target by heart, so that long paths are accepted."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+import tiny
+from architectures import ARCHITECTURES
+from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.targets import Target
+
+PROMPTS = [[40, 41, 42, 43, 60], [70], [99, 20, 33, 57, 80, 81, 26, 64, 90]]
+
+
+def random_drafter(target: Target, size: int = 100, seed: int = 0) -> Eagle3Drafter:
+    torch.manual_seed(seed)
+    common = draft_vocabulary(torch.randperm(target.vocab_size)[:size], target.vocab_size, size)
+    return Eagle3Drafter.for_target(target, common, initializer_range=0.2).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def greedy(target: Target, prompt: list[int], count: int, *, endless: bool = False) -> list[int]:
+    """What `model.generate` answers; with `endless`, no token ends the answer."""
+    end = {"eos_token_id": 10**6} if endless else {}
+    answer = target.model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=2, **end)
+    return answer[0, len(prompt) :].tolist()
+
+
+@cache
+@torch.enable_grad()
+def fluent_pair(name: str, length: int = 24, steps: int = 100, K: int = 3) -> tuple[Target, Eagle3Drafter]:
+    """A target, and a drafter trained on its greedy answers to PROMPTS at every position where decoding drafts."""
+    target = ARCHITECTURES[name]()
+    drafter = random_drafter(target, size=tiny.VOCAB).train().requires_grad_(True)
+    rows = [prompt + greedy(target, prompt, length, endless=True) for prompt in PROMPTS]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # [B, T + 1]
+    roots = torch.tensor([[len(prompt) - 1] for prompt in PROMPTS]) + torch.arange(length - K)  # [B, Q]
+    path = torch.stack([ids.gather(1, roots + 1 + k) for k in range(K + 1)])  # [K + 1, B, Q]
+    aux, embeds, steps_in = target.features(ids[:, :-1]).aux, target.embed(ids[:, 1:]), target.embed(path[:K])
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
+    for _ in range(steps):
+        hidden = drafter(aux, embeds, roots, steps_in)
+        loss = F.cross_entropy(drafter.lm_head(hidden).flatten(0, -2), path[1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return target, drafter.eval().requires_grad_(False)

@@ -1,0 +1,197 @@
+"""Draft trees and chains against slow references that recompute every node with the training pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from architectures import ARCHITECTURES, llama
+from vsd.drafters import DraftCache, Eagle3Drafter, draft_vocabulary
+from vsd.errors import VSDError
+from vsd.paths import Tree, TreeShape, ancestors, draw_chain, draw_tree
+from vsd.targets import Target
+
+Path = tuple[int, ...]
+
+
+@given(st.lists(st.lists(st.integers(0, 10**6), min_size=9, max_size=9), min_size=1, max_size=4))
+def test_ancestors_are_what_brute_force_finds(draws: list[list[int]]) -> None:
+    parents = [[0] + [draw % i for i, draw in enumerate(row, start=1)] for row in draws]
+    expected = torch.zeros(len(parents), 10, 10, dtype=torch.bool)
+    longest = 0
+    for b, row in enumerate(parents):
+        for node in range(10):
+            above, steps = node, 0
+            expected[b, node, above] = True
+            while above != 0:
+                above, steps = row[above], steps + 1
+                expected[b, node, above] = True
+            longest = max(longest, steps)
+    for depth in (longest, longest + 3):
+        assert torch.equal(ancestors(torch.tensor(parents), depth), expected)
+
+
+class Setting:
+    """A target, a random drafter, and ragged contexts that both have read; the draft cache is filled in two steps."""
+
+    def __init__(self, target: Target, seed: int = 0, vocabulary: int = 40) -> None:
+        torch.manual_seed(seed)
+        self.target = target
+        common = draft_vocabulary(torch.randperm(128)[:vocabulary], 128, vocabulary)
+        self.drafter = Eagle3Drafter.for_target(target, common, initializer_range=0.3).eval().requires_grad_(False)
+        self.first, self.second = torch.tensor([6, 1, 11]), torch.tensor([2, 4, 1])
+        self.lengths = self.first + self.second
+        self.ids = torch.randint(15, 128, (3, int(self.lengths.max()) + 1))  # the last real one is the root
+        self.root = self.ids.gather(1, self.lengths[:, None])[:, 0]
+        self.aux = target.features(self.ids[:, :-1]).aux
+        self.embeds = target.embed(self.ids[:, 1:])
+
+    def read(self) -> tuple[Tensor, DraftCache]:
+        """The drafter's output at the root, and its cache, with a tree drawn in between whose slots are reused."""
+        cache = self.drafter.new_cache(3, capacity=4)
+        hidden = self.drafter.extend(self.aux[:, :11], self.embeds[:, :11], self.first, cache)
+        draw_tree(self.drafter, self.target.embed, hidden, self.root, cache, TreeShape(3, 3, 8))
+        rest = self.first[:, None] + torch.arange(4)
+        pick = lambda x: x.gather(1, rest.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+        return self.drafter.extend(pick(self.aux), pick(self.embeds), self.second, cache), cache
+
+    def log_probs(self, row: int, path: Path) -> Tensor:
+        """log q of the token after the root and `path`, recomputed from nothing by the training pass, [Vd]."""
+        n = int(self.lengths[row])
+        consumed = torch.tensor([int(self.root[row]), *path])
+        steps = self.target.embed(consumed)[:, None, None]  # [K, 1, 1, h]
+        roots = torch.tensor([[n - 1]])
+        hidden = self.drafter(self.aux[row : row + 1, :n], self.embeds[row : row + 1, :n], roots, steps)
+        return self.drafter.lm_head(hidden[-1, 0, 0]).log_softmax(-1)
+
+    def tree(self, shape: TreeShape) -> Tree:
+        hidden, cache = self.read()
+        return draw_tree(self.drafter, self.target.embed, hidden, self.root, cache, shape)
+
+
+def reference_tree(log_probs: Callable[[Path], Tensor], ids: list[int], shape: TreeShape) -> list[tuple[Path, float]]:
+    """EAGLE-2's tree by loops: the best `nodes` - 1 paths of the pool and their cumulative log-probabilities."""
+
+    def children(path: Path, score: float) -> list[tuple[Path, float]]:
+        logp = log_probs(path).tolist()
+        best = sorted(range(len(ids)), key=lambda i: -logp[i])[: shape.top_k]
+        return [((*path, ids[i]), score + logp[i]) for i in best]
+
+    def best(nodes: list[tuple[Path, float]], count: int) -> list[tuple[Path, float]]:
+        return sorted(nodes, key=lambda node: -node[1])[:count]
+
+    newest = children((), 0.0)
+    pool = list(newest)
+    for _ in range(shape.depth - 1):
+        newest = [child for path, score in best(newest, shape.top_k) for child in children(path, score)]
+        pool += newest
+    return best(pool, shape.nodes - 1)
+
+
+def paths_of(tree: Tree, row: int) -> list[Path]:
+    """Tokens from below the root down to each node; the root's path is empty."""
+    paths: list[Path] = [()]
+    for node in range(1, tree.tokens.shape[1]):
+        paths.append((*paths[int(tree.parents[row, node])], int(tree.tokens[row, node])))
+    return paths
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("shape", [TreeShape(4, 3, 14), TreeShape(5, 4, 12), TreeShape(1, 5, 6)], ids=str)
+@torch.no_grad()
+def test_drawn_tree_is_the_reference_tree(name: str, shape: TreeShape) -> None:
+    """Same nodes and same log-probabilities: so decoding drafts exactly what training supervises."""
+    setting = Setting(ARCHITECTURES[name]())
+    tree, ids = setting.tree(shape), setting.drafter.draft_ids().tolist()
+    for row in range(3):
+        expected = dict(reference_tree(lambda path, row=row: setting.log_probs(row, path), ids, shape))
+        found = dict(zip(paths_of(tree, row)[1:], tree.log_q[row, 1:].tolist()))
+        assert found.keys() == expected.keys()
+        for path, score in found.items():
+            assert score == pytest.approx(expected[path], abs=2e-4)
+    if shape.depth > 2:
+        assert int(tree.depths.max()) >= 2  # or the beam was never tested
+
+
+SETTING = Setting(llama(), seed=1)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> TreeShape:
+    depth, top_k = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    return TreeShape(depth, top_k, draw(st.integers(2, 1 + top_k + (depth - 1) * top_k**2)))
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(shapes())
+@torch.no_grad()
+def test_tree_invariants(shape: TreeShape) -> None:
+    tree = SETTING.tree(shape)
+    N = shape.nodes
+    assert all(field.shape == (3, N) for field in tree)
+    assert torch.equal(tree.tokens[:, 0], SETTING.root)
+    assert not (tree.parents[:, 0] | tree.depths[:, 0]).any() and not tree.log_q[:, 0].any()
+    assert (tree.parents[:, 1:] < torch.arange(1, N)).all()  # parents first, so connected
+    assert torch.equal(tree.depths[:, 1:], 1 + tree.depths.gather(1, tree.parents)[:, 1:])
+    assert int(tree.depths.max()) <= shape.depth
+    assert (tree.log_q[:, 1:] <= tree.log_q.gather(1, tree.parents)[:, 1:]).all()
+    assert torch.isin(tree.tokens[:, 1:], SETTING.drafter.draft_ids()).all()
+    for row in range(3):
+        paths = paths_of(tree, row)
+        assert len(set(paths)) == N  # siblings are distinct
+        node = N - 1
+        logp = SETTING.log_probs(row, paths[node][:-1])[SETTING.drafter.draft_ids() == paths[node][-1]]
+        step = tree.log_q[row, node] - tree.log_q[row, tree.parents[row, node]]
+        assert float(step) == pytest.approx(float(logp), abs=2e-4)
+
+
+@torch.no_grad()
+def test_a_chain_is_a_tree_of_one_branch() -> None:
+    shape = TreeShape.chain(4)
+    assert shape == TreeShape(4, 1, 5)
+    tree = SETTING.tree(shape)
+    assert tree.parents.tolist() == [[0, 0, 1, 2, 3]] * 3
+    assert tree.depths.tolist() == [[0, 1, 2, 3, 4]] * 3
+    ids = SETTING.drafter.draft_ids()
+    for row in range(3):
+        path: Path = ()
+        for _ in range(4):
+            path = (*path, int(ids[SETTING.log_probs(row, path).argmax()]))
+        assert paths_of(tree, row)[-1] == path
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@torch.no_grad()
+def test_sampled_chain_reports_the_distribution_it_was_drawn_from(temperature: float) -> None:
+    def chain(seed: int):  # type: ignore[no-untyped-def]
+        hidden, cache = SETTING.read()
+        generator = torch.Generator().manual_seed(seed)
+        given = (SETTING.drafter, SETTING.target.embed, hidden, SETTING.root, cache)
+        return draw_chain(*given, 3, temperature, generator)
+
+    tree, draft_logp = chain(0)
+    ids = SETTING.drafter.draft_ids()
+    assert draft_logp.shape == (3, 3, len(ids)) and tree.parents.tolist() == [[0, 0, 1, 2]] * 3
+    for row in range(3):
+        path, total = paths_of(tree, row)[-1], 0.0
+        for k in range(3):
+            expected = (SETTING.log_probs(row, path[:k]) / temperature).log_softmax(-1)
+            torch.testing.assert_close(draft_logp[row, k], expected, rtol=0, atol=5e-4)
+            total += float(expected[ids == path[k]])
+            assert float(tree.log_q[row, k + 1]) == pytest.approx(total, abs=1e-3)
+    assert torch.equal(chain(0).tree.tokens, tree.tokens)
+    assert any(not torch.equal(chain(seed).tree.tokens, tree.tokens) for seed in (1, 2))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 2, 1), (2, 2, 8), (3, 1, 5), (-1, 1, 2)])
+def test_impossible_shapes_are_refused(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(VSDError, match="nodes"):
+        TreeShape(*shape)
+
+
+def test_largest_possible_shapes_are_not() -> None:
+    assert TreeShape(2, 2, 7).pool == 6
+    assert TreeShape(1, 1, 2).pool == 1

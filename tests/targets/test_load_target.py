@@ -1,0 +1,84 @@
+"""Loading a target: folders, the formats that are refused, and errors of one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from architectures import llama
+from vsd.errors import VSDError
+from vsd.targets import EMBEDDED, Target, load_target
+from vsd.targets.load import cache_directory, fastest_dtype, resolve
+from vsd.targets.packed import PackedLinear
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Path]:
+    target, folder = llama(), tmp_path_factory.mktemp("target")
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    return target, folder
+
+
+def test_a_saved_folder_loads(saved: tuple[Target, Path]) -> None:
+    target, folder = saved
+    ids = torch.arange(20, 32)[None]
+    expected = target.features(ids)
+    for pack in (False, True):
+        loaded = load_target(str(folder), dtype="float32", device="cpu", pack=pack)
+        assert any(isinstance(m, PackedLinear) for m in loaded.model.modules()) == pack
+        torch.testing.assert_close(loaded.features(ids).aux, expected.aux)
+        torch.testing.assert_close(loaded.logits(loaded.features(ids).hidden), target.logits(expected.hidden))
+        assert loaded.fingerprint() == target.fingerprint()
+        assert loaded.name == str(folder)
+        assert loaded.tokenizer.encode("Hi!") == target.tokenizer.encode("Hi!")
+        assert loaded.eos_ids == target.eos_ids
+    half = load_target(str(folder), dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16 and half.fingerprint() == target.fingerprint()
+
+
+def test_pickled_weights_are_refused(saved: tuple[Target, Path], tmp_path: Path) -> None:
+    target, _ = saved
+    target.model.config.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    torch.save(target.model.state_dict(), tmp_path / "pytorch_model.bin")
+    _refused(str(tmp_path), "safetensors", dtype="float32")
+
+
+def test_errors_are_one_line(saved: tuple[Target, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refused(str(tmp_path / "nowhere"), "no folder")
+    _refused("./nowhere-at-all", "no folder")
+    _refused("~/nowhere-at-all", "no folder")
+    _refused(str(tmp_path / "nothing.gguf"), "no GGUF file")
+    _refused(str(saved[1]), "unknown dtype 'int3': choose auto, float32, bfloat16, float16", dtype="int3")
+    _refused(str(tmp_path), "cannot load target", dtype="float32")  # an empty folder
+    monkeypatch.setenv("VSD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"not a model at all" * 100)
+    _refused(str(tmp_path / "broken.gguf"), "cannot read GGUF file", dtype="float32")
+
+
+def _refused(name: str, reason: str, dtype: str = "float32") -> None:
+    with pytest.raises(VSDError, match=reason) as caught:
+        load_target(name, dtype=dtype, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_resolve_leaves_hub_ids_and_folders_alone(tmp_path: Path) -> None:
+    assert resolve("someone/some-model") == "someone/some-model"
+    assert resolve(str(tmp_path)) == str(tmp_path)
+    assert resolve("~") == str(Path.home())
+    assert EMBEDDED == "smollm2-135m"
+
+
+def test_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    monkeypatch.delenv("VSD_CACHE", raising=False)
+    assert cache_directory() == Path("/somewhere/vsd")
+    monkeypatch.setenv("VSD_CACHE", "/elsewhere")
+    assert cache_directory() == Path("/elsewhere")
+
+
+def test_fastest_dtype_is_one_of_two() -> None:
+    assert fastest_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert tiny.tiny_target().model.dtype == torch.float32

@@ -1,0 +1,230 @@
+"""What the drafter and the verifier read from a target equals what the model computes for plain sequences."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CohereConfig, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
+
+import tiny
+from architectures import ARCHITECTURES, SIZES, build, llama
+from vsd.errors import VSDError
+from vsd.paths import ancestors
+from vsd.targets import Target, TargetOutput
+from vsd.targets.packed import PackedLinear, pack_linears
+from vsd.targets.target import default_aux_layers
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # hidden states are of order 1; a wrong mask or position moves them by 0.01 to 1
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def target(request: pytest.FixtureRequest) -> Target:
+    return ARCHITECTURES[request.param]()
+
+
+def tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(15, tiny.VOCAB) for _ in range(count)]
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+@torch.no_grad()
+def plain(target: Target, ids: list[int]) -> TargetOutput:
+    """A plain pass of the model over one sequence, with the model's own positions, masks and hidden states."""
+    output = target.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    aux = torch.cat([output.hidden_states[i] for i in target.aux_layers], dim=-1)
+    return TargetOutput(output.hidden_states[-1][0], aux[0])
+
+
+@torch.no_grad()
+def test_features_and_logits_are_the_models_own(target: Target) -> None:
+    rng = random.Random(0)
+    rows = [tokens(rng, n) for n in (20, 7, 1, 13)]
+    ids, lengths = padded(rows)
+    hidden, aux = target.features(ids)
+    assert aux.shape == (4, 20, 3 * target.hidden_size)
+    for b, row in enumerate(rows):
+        own = plain(target, row)
+        torch.testing.assert_close(hidden[b, : lengths[b]], own.hidden, **CLOSE)
+        torch.testing.assert_close(aux[b, : lengths[b]], own.aux, **CLOSE)
+        logits = target.model(torch.tensor([row])).logits[0]
+        torch.testing.assert_close(target.logits(hidden[b, : lengths[b]]), logits, **CLOSE)
+    torch.testing.assert_close(target.embed(ids)[0], target.model.get_input_embeddings()(torch.tensor(rows[0])))
+
+
+def random_forest(rng: random.Random, rows: int, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, parents and depths [rows, nodes] of random trees, parents before children."""
+    parents = torch.tensor([[0] + [rng.randrange(i) for i in range(1, nodes)] for _ in range(rows)])
+    depths = torch.zeros_like(parents)
+    for i in range(1, nodes):
+        depths[:, i] = 1 + depths.gather(1, parents[:, i : i + 1])[:, 0]
+    return torch.tensor([tokens(rng, nodes) for _ in range(rows)]), parents, depths
+
+
+def path_to(node: int, parents: list[int]) -> list[int]:
+    """Nodes from the root to `node`."""
+    path = [node]
+    while path[0] != 0:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+def test_tree_passes_equal_plain_sequences(target: Target) -> None:
+    """Three passes over a ragged batch; after each some path is committed, after the second rows leave."""
+    rng = random.Random(1)
+    sequences = [tokens(rng, n) for n in (9, 4, 14, 1)]
+    ids, lengths = padded(sequences)
+    cache = target.new_cache(len(sequences), capacity=20)  # smaller than needed: it grows
+    prefilled = target.prefill(ids, lengths, cache)
+    for b, sequence in enumerate(sequences):
+        torch.testing.assert_close(prefilled.hidden[b, : lengths[b]], plain(target, sequence).hidden, **CLOSE)
+    for turn in range(3):
+        nodes, parents, depths = random_forest(rng, len(sequences), nodes=9)
+        above = ancestors(parents, int(depths.max()))
+        hidden, aux = target.forward(nodes, cache.lengths[:, None] + depths, above, cache)
+        accepted = []
+        for b, sequence in enumerate(sequences):
+            for node in range(9):
+                path = nodes[b, path_to(node, parents[b].tolist())].tolist()
+                own = plain(target, sequence + path)
+                torch.testing.assert_close(hidden[b, node], own.hidden[-1], **CLOSE)
+                torch.testing.assert_close(aux[b, node], own.aux[-1], **CLOSE)
+            accepted.append(path_to(rng.randrange(9), parents[b].tolist()))
+        kept, counts = padded(accepted)
+        cache.commit(kept, counts)
+        sequences = [s + nodes[b, accepted[b]].tolist() for b, s in enumerate(sequences)]
+        assert cache.lengths.tolist() == [len(s) for s in sequences]
+        if turn == 1:
+            cache.select(torch.tensor([3, 1]))
+            sequences = [sequences[3], sequences[1]]
+            assert cache.fill == max(map(len, sequences))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_windows_matter_in_these_tests(name: str) -> None:
+    """The sliding windows above are really shorter than the sequences: without them, the output differs."""
+    target = ARCHITECTURES[name]()
+    row = tokens(random.Random(2), 20)
+    ids = torch.tensor([row])
+    windowed = target.features(ids).hidden
+    target.window = None
+    causal = torch.zeros(1, 1, 20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), torch.finfo(torch.float32).min)
+    masks = {"full_attention": causal, "sliding_attention": causal} if name == "gemma3" else causal
+    full = target._run(ids, torch.arange(20)[None], masks, None).hidden
+    assert (full - windowed)[0, -1].abs().max() > 0.05
+    torch.testing.assert_close(full[:, :5], windowed[:, :5], **CLOSE)
+
+
+def test_packed_linears_equal_plain_ones() -> None:
+    for name in ("llama", "phi"):  # without and with biases
+        target = ARCHITECTURES[name]()
+        ids = torch.tensor([tokens(random.Random(3), 11)])
+        before = target.features(ids)
+        logits = target.logits(before.hidden)
+        fingerprint = target.fingerprint()
+        plain_linears = sum(type(m) is torch.nn.Linear for m in target.model.modules())
+        assert pack_linears(target.model) == plain_linears
+        assert sum(isinstance(m, PackedLinear) for m in target.model.modules()) == plain_linears
+        after = target.features(ids)
+        torch.testing.assert_close(after.hidden, before.hidden, **CLOSE)
+        torch.testing.assert_close(after.aux, before.aux, **CLOSE)
+        torch.testing.assert_close(target.logits(after.hidden), logits, **CLOSE)
+        assert target.fingerprint() == fingerprint
+        assert target.head_weight.shape == (tiny.VOCAB, 32)
+
+
+def test_packed_linears_leave_alone_what_they_cannot_pack() -> None:
+    model = torch.nn.ModuleDict({"sixteen": torch.nn.Linear(4, 4).half(), "norm": torch.nn.LayerNorm(4)})
+    assert pack_linears(model) == 0
+
+
+def test_unknown_attention_is_refused() -> None:
+    config = Qwen3NextConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16)
+    with pytest.raises(VSDError, match="linear_attention"):
+        build(config)
+    target = llama()
+    target.model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(VSDError, match="chunked_attention"):
+        Target(target.model, target.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CohereConfig(**SIZES, logit_scale=0.25), GraniteConfig(**SIZES, logits_scaling=4.0)],
+    ids=lambda c: c.model_type,
+)
+def test_heads_that_scale_their_logits_are_refused(config: LlamaConfig) -> None:
+    with pytest.raises(VSDError, match="logits"):
+        build(config)
+
+
+def test_a_model_whose_forward_does_more_is_refused() -> None:
+    class Cooled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 0.5
+            return output
+
+    torch.manual_seed(0)
+    model = Cooled(LlamaConfig(**SIZES, num_key_value_heads=2))
+    with pytest.raises(VSDError, match="Cooled"):
+        Target(model, tiny.tiny_tokenizer())
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(VSDError, match="no LM head"):
+        Target(llama().model.model, tiny.tiny_tokenizer())
+
+
+def test_auxiliary_layers() -> None:
+    assert default_aux_layers(30) == (2, 15, 27)
+    assert default_aux_layers(6) == (2, 3, 3)
+    assert default_aux_layers(4) == (0, 2, 3)
+    model = llama().model
+    target = Target(model, tiny.tiny_tokenizer(), aux_layers=(1, 3))
+    row = tokens(random.Random(4), 6)
+    torch.testing.assert_close(target.features(torch.tensor([row])).aux[0], plain(target, row).aux)
+    assert target.features(torch.tensor([row])).aux.shape[-1] == 64
+
+
+def test_fingerprint_changes_with_weights_and_features_only() -> None:
+    first = llama()
+    model, tokenizer = first.model, first.tokenizer
+    assert llama().fingerprint() == first.fingerprint()
+    assert Target(model, tokenizer, aux_layers=(0, 1, 2)).fingerprint() != first.fingerprint()
+    assert build(LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=8), seed=1).fingerprint() != first.fingerprint()
+    assert Target(llama().model.bfloat16(), tokenizer).fingerprint() == first.fingerprint()
+    for weight in (
+        model.lm_head.weight,
+        model.model.embed_tokens.weight,
+        model.model.layers[-1].input_layernorm.weight,
+    ):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight *= 1.1
+        assert Target(model, tokenizer).fingerprint() != first.fingerprint()
+        with torch.no_grad():
+            weight.copy_(before)
+    assert Target(model, tokenizer).fingerprint() == first.fingerprint()
+
+
+def test_target_is_frozen_and_knows_where_answers_end() -> None:
+    target = llama()
+    assert not any(p.requires_grad for p in target.model.parameters()) and not target.model.training
+    target.model.generation_config.eos_token_id = [2, 4]
+    assert target.eos_ids == (2, 4)
+    target.model.generation_config.eos_token_id = None
+    assert target.eos_ids == (target.tokenizer.eos_token_id,)
+
+
+def test_learned_positions_work() -> None:
+    target = build(GPT2Config(**SIZES))
+    row = tokens(random.Random(5), 12)
+    torch.testing.assert_close(target.features(torch.tensor([row])).hidden[0], plain(target, row).hidden, **CLOSE)

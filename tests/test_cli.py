@@ -1,0 +1,194 @@
+"""The command line: help that helps, mistakes in one line, and the whole road on a tiny target."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny_run
+from vsd import __version__, cli
+from vsd.targets import Target
+
+COMMANDS = [[], ["data", "regenerate"], ["data", "synthesize"], ["train"], ["generate"], ["bench"], ["demo"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """target/, another target's folder, text.jsonl, prompts.jsonl and a drafter."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_run.write_target(tiny_target, folder / "target")
+    tiny_run.write_text(tiny_target, folder / "text.jsonl", 24)
+    examples = tiny_run.tiny_examples(tiny_target, 24)
+    tiny_run.tiny_drafter(tiny_target, examples).save_pretrained(folder / "drafter")
+    rows = [{"turns": ["hi there", "and then"]}, {"prompt": "why is that"}, {"prompt": "who"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(folder: Path, *words: object) -> int:
+    """A command on the tiny target, in float32."""
+    return cli.main([*map(str, words), "--target", str(folder / "target"), "--dtype", "float32"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text and " ".join(["vsd", *command]) in text.partition("example")[2]
+
+
+def test_version_and_a_command_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and __version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
+    """Command lines that cannot work, and what the one line on stderr must say."""
+    (folder / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
+    (folder / "untruth.jsonl").write_text('{"prompt": "a question without an answer"}\n')
+    (folder / "empty.jsonl").write_text("")
+    target, text, prompts = folder / "target", folder / "text.jsonl", folder / "prompts.jsonl"
+    drafter = folder / "drafter"
+    train = ["train", "--target", target, "--output-dir", folder / "never"]
+    bench, out = ["bench", "--target", target], ["--out", folder / "never.jsonl"]
+    generate = ["generate", "--target", target, "hi"]
+    return {
+        "no prompts": ([*bench, "--prompts", folder / "no.jsonl"], "no file at"),
+        "bad line": ([*bench, "--prompts", folder / "bad.jsonl"], "bad.jsonl:2: not JSON"),
+        "empty file": ([*bench, "--prompts", folder / "empty.jsonl"], "no usable conversation"),
+        "no drafter": ([*bench, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
+        "not a drafter": ([*generate, "--drafter", target], "drafter"),
+        "no target": (["generate", "--target", folder / "no", "hi"], "no folder at"),
+        "not a target": (["generate", "--target", drafter, "hi"], "cannot load target"),
+        "no GGUF": (["generate", "--target", "no.gguf", "hi"], "no GGUF file at"),
+        "dtype": ([*generate, "--dtype", "float7"], "unknown dtype"),
+        "top-k 0": ([*generate, "--top-k", "0"], "top_k"),
+        "top-k": ([*generate, "--drafter", drafter, "--top-k", 999, "--nodes", 8], "999"),
+        "nodes": ([*generate, "--depth", "2", "--top-k", "2", "--nodes", "99"], "nodes"),
+        "nodes 0": ([*generate, "--nodes", "0"], "nodes"),
+        "tree rejection": ([*generate, "--verification", "rejection"], "top_k 1"),
+        "empty prompt": (["generate", "--target", target, "  "], "prompt is empty"),
+        "temperature": ([*generate, "--temperature", "-1"], "temperature"),
+        "no data": (train, "no training text"),
+        "missing data": ([*train, "--data", folder / "no.jsonl"], "no file at"),
+        "unanswered": ([*train, "--data", folder / "untruth.jsonl"], "untruth.jsonl:1"),
+        "key": ([*train, "--data", text, "--set", "leaning_rate=1"], "leaning_rate"),
+        "held out": ([*train, "--data", text, "--held-out", "24"], "24 of 24"),
+        "recipe": (["train", "--config", folder / "no.yaml"], "no recipe at"),
+        "regenerate": (["data", "regenerate", folder / "no.jsonl", "--target", target, *out], "no file at"),
+        "regenerate bad": (["data", "regenerate", folder / "bad.jsonl", "--target", target, *out], "bad.jsonl:2"),
+        "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
+        "demo": (["demo", "--minutes", "0.5", "--out", folder / "never"], "a minute at least"),
+    }
+
+
+NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,top-k 0,
+top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,no data,missing data,unanswered,key,held out,recipe,
+regenerate,regenerate bad,synthesize,demo"""
+
+
+@pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
+def test_a_mistake_is_one_line_and_exit_code_one(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, what = mistakes(folder)[name]
+    assert cli.main([str(word) for word in words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vsd: ") and error.count("\n") == 1, error
+    assert what in error
+    assert not (folder / "never").exists()
+
+
+def test_all_mistakes_are_tried(folder: Path) -> None:
+    assert {name.strip() for name in NAMES.split(",")} == set(mistakes(folder))
+
+
+def test_the_installed_command_shows_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vsd.cli", "generate", "--target", str(tmp_path / "no"), "hi"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"vsd: no folder at '{tmp_path / 'no'}'\n"
+
+
+def test_regenerate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "text.jsonl"
+    words = ["data", "regenerate", folder / "prompts.jsonl", "--out", out, "--max-new-tokens", 12]
+    assert run(folder, *words) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == 4  # one a user turn
+    assert all(record["response_ids"] for record in records)
+    assert f"{out}: 4 answers" in capsys.readouterr().out
+    before = out.read_bytes()
+    assert run(folder, *words) == 0  # again: nothing is done twice
+    assert out.read_bytes() == before
+
+
+def test_regenerate_reports_what_it_skips(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "mixed.jsonl"
+    source.write_text('{"prompt": "one"}\nnot json\n{"prompt": "two"}\n{"prompt": "three"}\n')
+    words = ["data", "regenerate", source, "--out", tmp_path / "t.jsonl", "--max-new-tokens", 8]
+    assert run(folder, *words, "--on-bad-line", "skip", "--limit", 2) == 0
+    captured = capsys.readouterr()
+    assert "vsd: skipped" in captured.err and "mixed.jsonl:2" in captured.err
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 2
+
+
+def test_synthesize(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "text.jsonl"
+    words = ["data", "synthesize", "--out", out, "--conversations", 5, "--max-new-tokens", 10, "--batch-size", 8]
+    assert run(folder, *words) == 0
+    assert len(out.read_text().splitlines()) == 5
+    assert f"{out}: 5 conversations" in capsys.readouterr().out
+
+
+def test_train_then_bench_then_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, numbers = tmp_path / "run", tmp_path / "out.json"
+    options = ["max_steps=12", "learning_rate=1e-2", "draft_steps=2", "eval_steps=6", "eval_max_new_tokens=6"]
+    options += ["report_to=none", "disable_tqdm=true", "use_cpu=true", "logging_steps=4"]
+    words = ["train", "--data", folder / "text.jsonl", "--output-dir", out, "--held-out", 4]
+    assert run(folder, *words, "--draft-vocab-size", 64, "--set", *options) == 0
+    assert f"drafter: {out / 'drafter'}" in capsys.readouterr().out
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    assert any("eval_tau" in entry for entry in state["log_history"])
+
+    tree = ["--depth", 3, "--top-k", 2, "--nodes", 5, "--max-new-tokens", 8]
+    words = ["bench", "--prompts", folder / "prompts.jsonl", "--drafter", out / "drafter", "--json", numbers]
+    assert run(folder, *words, *tree) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    plain, drafted = json.loads(numbers.read_text())["runs"]
+    assert (plain["drafter"], drafted["drafter"]) == (None, str(out / "drafter"))
+    assert drafted["identical"] == 1.0 and drafted["tree"] == {"depth": 3, "top_k": 2, "nodes": 5}
+
+    assert run(folder, "generate", "hi there", "--drafter", out / "drafter", *tree) == 0
+    drafted_text = capsys.readouterr().out
+    assert "τ = " in drafted_text
+    assert run(folder, "generate", "hi there", "--max-new-tokens", 8) == 0
+    plain_text = capsys.readouterr().out
+    assert drafted_text.split("\n\n")[0] == plain_text.split("\n\n")[0]
+
+
+def test_generate_reads_standard_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi there\n"))
+    assert run(folder, "generate", "--max-new-tokens", 4, "--temperature", 0.8, "--system", "be brief") == 0
+    assert "4 tokens" in capsys.readouterr().out
+
+
+def test_a_sampled_chain_is_verified_by_rejection(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "hi", "--drafter", folder / "drafter", "--top-k", 1, "--depth", 3, "--max-new-tokens", 8]
+    assert run(folder, *words, "--verification", "rejection", "--temperature", 1.0) == 0
+    assert "target passes" in capsys.readouterr().out

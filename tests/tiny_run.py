@@ -1,0 +1,67 @@
+"""What a training run needs, built in code: text the tiny target wrote itself, a drafter for it, a folder of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsd.data import Example, generate_answers, prompt_ids
+from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.targets import Target
+from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+
+WORDS = ["hi", "what is", "name", "why", "tell me", "again", "how", "who"]
+
+
+def tiny_text(target: Target, count: int, max_new_tokens: int = 24) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) tokens of `count` conversations; every answer has at least two tokens."""
+    texts = [f"{WORDS[i % len(WORDS)]} {i}" for i in range(2 * count)]
+    prompts = [prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    answers = dict(p for batch in generate_answers(target, prompts, max_new_tokens=max_new_tokens) for p in batch)
+    kept = [(prompts[i], answers[i].ids) for i in sorted(answers) if len(answers[i].ids) > 1]
+    assert len(kept) >= count
+    return kept[:count]
+
+
+def tiny_examples(target: Target, count: int, max_new_tokens: int = 24) -> list[Example]:
+    """The same as training sequences."""
+    return [
+        Example(prompt + answer, [False] * (len(prompt) + 1) + [True] * (len(answer) - 1))
+        for prompt, answer in tiny_text(target, count, max_new_tokens)
+    ]
+
+
+def tiny_drafter(target: Target, examples: list[Example], size: int = 64) -> Eagle3Drafter:
+    """Randomly initialised, always the same."""
+    torch.manual_seed(7)
+    tokens = DraftDataset(examples).drafted_tokens()
+    return Eagle3Drafter.for_target(target, draft_vocabulary(tokens, target.vocab_size, size))
+
+
+def tiny_trainer(
+    target: Target,
+    examples: list[Example],
+    folder: Path,
+    *,
+    store: FeatureStore | None = None,
+    eval_prompts: list[list[int]] | None = None,
+    **options: Any,
+) -> VSDTrainer:
+    """A trainer that keeps quiet and saves nothing; `options` are those of `VSDConfig`."""
+    defaults = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "draft_steps": 3}
+    config = VSDConfig(output_dir=str(folder), **{**defaults, **options})
+    drafter = tiny_drafter(target, examples)
+    return VSDTrainer(target, drafter, config, DraftDataset(examples), store=store, eval_prompts=eval_prompts or [])
+
+
+def write_target(target: Target, folder: Path) -> None:
+    """A folder that `--target` takes."""
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+
+
+def write_text(target: Target, path: Path, count: int, max_new_tokens: int = 24) -> None:
+    """A file that `--data` takes."""
+    records = [{"prompt_ids": p, "response_ids": a} for p, a in tiny_text(target, count, max_new_tokens)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,132 @@
+"""Batches and the feature store: right shapes, the same features as online, and no shard of anything else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+import tiny_run
+from vsd.data import Example
+from vsd.errors import VSDError
+from vsd.targets import Target
+from vsd.training import Collator, DraftDataset, FeatureStore, features
+from vsd.training.features import affordable, compute_features
+
+T, F = True, False
+MULTI_TURN = [
+    Example([10, 11, 12, 13, 14, 15, 16, 17], [F, F, F, T, T, F, F, T]),
+    Example([20, 21, 22, 23], [F, F, T, F]),
+]
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_target: Target) -> list[Example]:
+    return [*MULTI_TURN, *tiny_run.tiny_examples(tiny_target, 10)]
+
+
+def items(examples: list[Example], indices: list[int]) -> list[dict]:
+    dataset = DraftDataset(examples)
+    return [dataset[i] for i in indices]
+
+
+def test_the_collator_labels_what_is_drafted() -> None:
+    batch = Collator()(items(MULTI_TURN, [0, 1]))
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22, 23, 0, 0, 0, 0]]
+    ignored = -100
+    assert batch["labels"].tolist() == [
+        [ignored, ignored, ignored, 13, 14, ignored, ignored, 17],
+        [ignored, ignored, 22, ignored, ignored, ignored, ignored, ignored],
+    ]
+    assert batch["drafted"].tolist() == [[3, 4, 7], [2, 2, 2]]
+
+
+def test_drafted_tokens_are_those_of_every_answer() -> None:
+    assert DraftDataset(MULTI_TURN).drafted_tokens().tolist() == [13, 14, 17, 22]
+    with pytest.raises(VSDError, match="nothing to train on"):
+        DraftDataset([])
+
+
+def test_stored_features_are_the_online_ones(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)  # several shards
+    monkeypatch.setattr(features, "_BATCH_TOKENS", 100)  # and several passes of mixed lengths in each
+    store = FeatureStore.build(tmp_path, tiny_target, examples)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for indices in ([0, 1], [5, 2, 9], [11]):
+        batch = Collator(store)(items(examples, indices))
+        online = compute_features(tiny_target, batch["input_ids"], batch["drafted"])
+        length, count = batch["input_ids"].shape[1], batch["drafted"].shape[1]
+        assert batch["aux"].shape == (len(indices), length, 96) and batch["aux"].dtype == torch.float32
+        assert batch["hidden"].shape == (len(indices), count, 32)
+        assert batch["log_normaliser"].shape == (len(indices), count)
+        for b, i in enumerate(indices):
+            ids, drafted = examples[i]
+            real = slice(0, len(ids)), slice(0, sum(drafted))
+            torch.testing.assert_close(batch["aux"][b, real[0]], online.aux[b, real[0]], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(batch["hidden"][b, real[1]], online.hidden[b, real[1]], rtol=1e-2, atol=1e-2)
+            wanted = online.log_normaliser[b, real[1]]
+            torch.testing.assert_close(batch["log_normaliser"][b, real[1]], wanted, rtol=1e-5, atol=1e-4)
+            assert not batch["aux"][b, len(ids) :].any() and not batch["hidden"][b, sum(drafted) :].any()
+
+
+def test_hidden_states_are_those_that_predict_the_drafted_tokens(tiny_target: Target) -> None:
+    found = compute_features(tiny_target, torch.tensor([MULTI_TURN[0].input_ids]), torch.tensor([[3, 4, 7]]))
+    logits = tiny_target.model(torch.tensor([MULTI_TURN[0].input_ids])).logits[0]
+    torch.testing.assert_close(tiny_target.logits(found.hidden[0]), logits[[2, 3, 6]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.log_normaliser[0], logits[[2, 3, 6]].logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_an_interrupted_build_computes_only_what_is_missing(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)
+    FeatureStore.build(tmp_path, tiny_target, examples)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    before = {path: path.read_bytes() for path in shards}
+    written = {path: path.stat().st_mtime_ns for path in shards}
+    shards[1].unlink()
+    (tmp_path / f"{shards[1].name}.part").write_bytes(before[shards[1]][:100])
+    computed = []
+    real = features._shard
+    monkeypatch.setattr(features, "_shard", lambda target, some: computed.append(some) or real(target, some))
+    FeatureStore.build(tmp_path, tiny_target, examples)
+    assert len(computed) == 1
+    assert {path: path.read_bytes() for path in sorted(tmp_path.glob("*.safetensors"))} == before
+    assert not list(tmp_path.glob("*.part"))
+    assert all(path.stat().st_mtime_ns == written[path] for path in shards if path != shards[1])
+
+
+def test_features_of_anything_else_are_refused(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    FeatureStore.build(tmp_path, tiny_target, examples)
+    other = tiny.tiny_target(seed=1)
+    with pytest.raises(VSDError, match=r"made with another target\b"):
+        FeatureStore.build(tmp_path, other, examples)
+    with pytest.raises(VSDError, match=r"made with another text\b"):
+        FeatureStore.build(tmp_path, tiny_target, examples[1:])
+    unmasked = [Example(ids, [False] * 3 + drafted[3:]) for ids, drafted in examples[2:]]
+    FeatureStore.build(tmp_path / "mask", tiny_target, examples[2:])
+    moved = [Example(ids, [*drafted[1:], True]) for ids, drafted in unmasked]
+    with pytest.raises(VSDError, match=r"made with another text\b"):
+        FeatureStore.build(tmp_path / "mask", tiny_target, moved)
+    tokenizer = tiny_target.tokenizer
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template + " "
+        with pytest.raises(VSDError, match=r"made with another (chat )?template\b"):
+            FeatureStore.build(tmp_path, tiny_target, examples)
+    finally:
+        tokenizer.chat_template = template
+    FeatureStore.build(tmp_path, tiny_target, examples)  # and still serves its own
+
+
+def test_no_store_no_features(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    with pytest.raises(VSDError, match="no feature store"):
+        FeatureStore(tmp_path / "nowhere", tiny_target, examples)
+
+
+def test_affordable_is_bounded_by_the_text_and_never_nothing(tiny_target: Target, examples: list[Example]) -> None:
+    many = examples * 4
+    assert affordable(tiny_target, many, 1e6) == len(many)
+    assert affordable(tiny_target, many, 0.0) == 16

@@ -1,0 +1,166 @@
+"""The trainer: the same step however it is cut up, and a drafter that gets better at drafting."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_run
+from vsd.data import Example
+from vsd.decoding import Engine, Sampling
+from vsd.decoding.statistics import acceptance_length
+from vsd.errors import VSDError
+from vsd.paths import TreeShape
+from vsd.targets import Target
+from vsd.training import FeatureStore, VSDConfig
+from vsd.training.job import prompt_of
+
+ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_target: Target) -> list[Example]:
+    return tiny_run.tiny_examples(tiny_target, 8)
+
+
+def uneven(examples: list[Example]) -> list[Example]:
+    """Answers of very different lengths: a mean of means would not be the mean."""
+    return [
+        Example(ids[:ids_end], drafted[:ids_end])
+        for i, (ids, drafted) in enumerate(examples)
+        for ids_end in [drafted.index(True) + 1 + 3 * i]
+    ]
+
+
+def weights_after(target: Target, examples: list[Example], folder: Path, **options: object) -> dict[str, Tensor]:
+    trainer = tiny_run.tiny_trainer(target, examples, folder, **{**ONE_STEP, **options})
+    trainer.train()
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_accumulated_batches_are_one_batch(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """SGD, so that the weights show the gradient; momentum-free AdamW would show its sign alone."""
+    text = uneven(examples)
+    whole = weights_after(tiny_target, text, tmp_path, optim="sgd", per_device_train_batch_size=8)
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_same(weights_after(tiny_target, text, tmp_path, optim="sgd", **cut), whole)
+    start = dict(tiny_run.tiny_drafter(tiny_target, text).named_parameters())
+    assert all((whole[name] - start[name]).abs().max() > 1e-5 for name in ("fc.weight", "lm_head.weight"))
+
+
+def test_stored_and_online_features_train_alike(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    store = FeatureStore.build(tmp_path / "features", tiny_target, examples)
+    online = weights_after(tiny_target, examples, tmp_path, optim="sgd")
+    stored = weights_after(tiny_target, examples, tmp_path, optim="sgd", store=store)
+    start = dict(tiny_run.tiny_drafter(tiny_target, examples).named_parameters())
+    for name in online:
+        moved = (online[name] - start[name]).norm()
+        assert (stored[name] - online[name]).norm() < 0.02 * moved, name
+
+
+def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Fewer drafted tokens than steps in the whole batch."""
+    text = [Example(ids[: d.index(True) + 2], d[: d.index(True) + 2]) for ids, d in examples]
+    assert max(sum(example.drafted) for example in text) == 2
+    weights = weights_after(tiny_target, text, tmp_path, draft_steps=6)
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+
+
+def test_training_raises_acceptance_in_the_real_decoder(tiny_target: Target, tmp_path: Path) -> None:
+    text = tiny_run.tiny_examples(tiny_target, 110, 32)
+    prompts = [prompt_of(example) for example in text[94:]]
+    trainer = tiny_run.tiny_trainer(
+        tiny_target,
+        text[:94],
+        tmp_path,
+        eval_prompts=prompts,
+        learning_rate=1e-2,
+        num_train_epochs=8,
+        logging_steps=10,
+        eval_max_new_tokens=24,
+        eval_batch=7,
+    )
+    before = trainer.evaluate()["eval_tau"]
+    trainer.train()
+    after = trainer.evaluate()["eval_tau"]
+    assert before < 1.3
+    assert after > 1.8
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    logged = [entry for entry in trainer.state.log_history if "accuracy_3" in entry]
+    assert logged[-1]["accuracy_1"] > logged[0]["accuracy_1"] + 0.1
+    engine = Engine(tiny_target, trainer.model.eval(), TreeShape(5, 4, 12))
+    results = [r for i in range(0, 16, 7) for r in engine.generate(prompts[i : i + 7], Sampling(24))]
+    assert after == pytest.approx(acceptance_length(results))
+
+
+def test_the_clock_ends_training_and_anneals_the_rate(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    seconds = 2.5
+    trainer = tiny_run.tiny_trainer(
+        tiny_target, examples, tmp_path, max_minutes=seconds / 60, learning_rate=3e-3, logging_steps=1
+    )
+    start = time.perf_counter()
+    trainer.train()
+    taken = time.perf_counter() - start
+    assert seconds <= taken < seconds + 2
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(rates) > 10
+    assert max(rates) > 2.9e-3
+    assert rates[0] < 2e-3  # warm-up
+    assert rates[-1] < 3e-5
+    peak = rates.index(max(rates))
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_draft_steps_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(VSDError, match="draft_steps"):
+        VSDConfig(output_dir=str(tmp_path), draft_steps=0)
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+import tiny, tiny_run
+target = tiny.tiny_target()
+text = [tiny_run.Example(ids[: d.index(True) + 1 + 3 * i], d[: d.index(True) + 1 + 3 * i])
+        for i, (ids, d) in enumerate(tiny_run.tiny_examples(target, 8))]
+out = Path(sys.argv[1])
+trainer = tiny_run.tiny_trainer(target, text, out, optim="sgd", per_device_train_batch_size=4, **eval(sys.argv[2]))
+trainer.train()
+assert trainer.accelerator.num_processes == 2
+if trainer.is_world_process_zero():
+    torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out / "weights.pt")
+"""
+
+
+def test_two_processes_take_the_step_of_one(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Data-parallel over gloo: two batches of 4 with different numbers of drafted tokens are the batch of 8."""
+    whole = weights_after(tiny_target, uneven(examples), tmp_path, optim="sgd", per_device_train_batch_size=8)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    options = json.dumps({**ONE_STEP, "ddp_backend": "gloo"})
+    here = str(Path(__file__).parents[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path), options],
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert_same({name: found[name] for name in whole}, whole, tolerance=1e-5)
