@@ -29,7 +29,7 @@ def greedy(target: Target, prompt: list[int], count: int, *, endless: bool = Fal
 
 @cache
 @torch.enable_grad()
-def fluent_pair(name: str, length: int = 24, steps: int = 100, K: int = 3) -> tuple[Target, Eagle3Drafter]:
+def fluent_pair(name: str, length: int = 24, steps: int = 80, K: int = 3) -> tuple[Target, Eagle3Drafter]:
     """A target, and a drafter trained on its greedy answers to PROMPTS at every position where decoding drafts."""
     target = ARCHITECTURES[name]()
     drafter = random_drafter(target, size=tiny.VOCAB).train().requires_grad_(True)

@@ -105,6 +105,10 @@ class Engine:
         self.verification = verification
         if drafter is not None:
             drafter.check_target(target)
+            if self.shape.top_k > drafter.config.draft_vocab_size:
+                raise VSDError(
+                    f"top_k {self.shape.top_k} is too wide: the drafter knows {drafter.config.draft_vocab_size} tokens"
+                )
         if verification not in ("auto", "rejection"):
             raise VSDError(f"unknown verification '{verification}': choose auto or rejection")
         if verification == "rejection" and self.shape.top_k != 1:

@@ -18,6 +18,7 @@ H heads, D head dimension, V target vocabulary, Vd draft vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class Eagle3Drafter(PreTrainedModel):
 
     config_class = Eagle3Config
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Eagle3Layer"]  # noqa: RUF012 — transformers' name for what FSDP wraps
     config: Eagle3Config
     d2t: Tensor
@@ -150,6 +152,7 @@ class Eagle3Drafter(PreTrainedModel):
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
+        self.gradient_checkpointing = False
         self.fc = nn.Linear(
             len(config.aux_layers) * (config.target_hidden_size or config.hidden_size),
             config.hidden_size,
@@ -254,24 +257,40 @@ class Eagle3Drafter(PreTrainedModel):
             Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the token at root + 2 + k; or
             whatever `objective` makes of them.
         """
-        layer, attention = self.midlayer, self.midlayer.self_attn
+        layer = self.midlayer
         fused = self.fc(aux)  # [B, T, h]
         entries = torch.arange(aux.shape[1], device=aux.device)
-        a = layer.join(next_embeds, fused)
-        keys, values = attention.keys_values(a, self.rotary_emb(fused, entries[None]))
+        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, entries[None]))
         seen = entries <= roots[..., None]  # [B, Q, T]
         hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
+        step: Callable[..., Any] = self._step
+        if self.gradient_checkpointing and self.training:
+            step = partial(self._gradient_checkpointing_func, self._step)
         own: list[tuple[Tensor, Tensor]] = []
         steps = []
         for k, embeds in enumerate(path_embeds):
-            a, rotary = layer.join(embeds, hidden), self.rotary_emb(hidden, roots + k)
-            if k > 0:
-                own.append(attention.keys_values(a, rotary))
-            attended = _attend_with_own(attention.queries(a, rotary), keys, values, seen, own)
-            hidden = layer.finish(hidden, attended)
+            hidden, own = step(hidden, embeds, roots + k, shared, seen, own, k > 0)
             steps.append(self.norm(hidden))
         stacked = torch.stack(steps)
         return stacked if objective is None else objective(stacked, self.lm_head.weight)
+
+    def _step(
+        self,
+        hidden: Tensor,
+        embeds: Tensor,
+        positions: Tensor,
+        shared: tuple[Tensor, Tensor],
+        seen: Tensor,
+        own: list[tuple[Tensor, Tensor]],
+        drafted: bool,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """One step of all roots: hidden, embeds [B, Q, h], positions [B, Q] -> next hidden, and the keys it adds."""
+        layer, attention = self.midlayer, self.midlayer.self_attn
+        a, rotary = layer.join(embeds, hidden), self.rotary_emb(hidden, positions)
+        if drafted:  # step 0 is among the shared keys
+            own = [*own, attention.keys_values(a, rotary)]
+        attended = _attend_with_own(attention.queries(a, rotary), *shared, seen, own)
+        return layer.finish(hidden, attended), own
 
     def new_cache(self, batch_size: int, capacity: int) -> DraftCache:
         """An empty cache; `capacity` counts committed entries and the slots of one tree."""

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import Dataset, Sampler
 
 from vsd.data import Example
 from vsd.errors import VSDError
@@ -40,16 +39,29 @@ class DraftDataset(Dataset):
         return torch.cat([torch.tensor(ids)[torch.tensor(mask)] for ids, mask in self.examples])
 
 
-class ByLength(LengthGroupedSampler):
-    """Batches of like length; the order is a function of `seed` alone, so a resumed epoch is the one interrupted."""
+class ByLength(Sampler[int]):
+    """Batches of like length in random order, a function of `seed` alone: a resumed epoch is the one interrupted.
+
+    Lengths are jittered by a tenth before they are sorted, so that no two epochs have the same batches.
+    """
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
-        super().__init__(batch_size, lengths=[len(example.input_ids) for example in dataset.examples])
-        self.seed = seed
+        self.batch_size, self.seed = batch_size, seed
+        self.lengths = torch.tensor([len(example.input_ids) for example in dataset.examples])
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed())
-        return super().__iter__()
+        """Indices, batch after batch; the one batch that may be smaller comes last."""
+        generator = torch.Generator().manual_seed(self.seed())
+        jitter = 1 + 0.1 * torch.rand(len(self), generator=generator)
+        batches = list((self.lengths * jitter).argsort().split(self.batch_size))
+        last = [batches.pop()] if len(self) % self.batch_size else []
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for batch in [batches[i] for i in order] + last:
+            yield from batch.tolist()
 
 
 class Collator:

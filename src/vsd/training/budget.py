@@ -42,8 +42,12 @@ class TimeBudget(TrainerCallback):
             self.bar.start()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember what to show."""
-        self.loss = kwargs.get("logs", {}).get("loss", self.loss)
+        """Remember what to show; print it where no bar can be drawn."""
+        logs = kwargs.get("logs", {})
+        self.loss = logs.get("loss", self.loss)
+        if state.is_world_process_zero and not self.bar.console.is_terminal:
+            numbers = ", ".join(f"{name} {float(value):.4g}" for name, value in logs.items())
+            print(f"step {state.global_step}, {100 * self.progress():.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when the time is over."""
