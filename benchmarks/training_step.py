@@ -6,8 +6,8 @@ Both train the same drafter on the same batches from the same stored target feat
 probabilities, forward and backward. The textbook loop is what one writes from the paper: every position of the padded
 batch, prompts included; full [B, T, V] target logits and their softmax, cut to the draft vocabulary; per step a
 T × T causal attention over the step-0 keys with one more diagonal a step, full [B, T, Vd] logits, log-softmax, and a
-graph kept over all K steps. First both must give the same loss and gradients; then they are timed alternately, and the
-peak memory of each is taken in a process of its own.
+graph kept over all K steps. First both must give the same loss and gradients; then they are timed alternately, each in
+a process of its own: the textbook as plain PyTorch runs it, ours as `vsd train` does, which keeps freed memory.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
 from vsd.drafters import Eagle3Config, Eagle3Drafter, draft_vocabulary
 from vsd.errors import VSDError
@@ -74,6 +75,7 @@ def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
     rows = HeadTarget(
         batch.hidden.gather(1, before).flatten(0, 1),
         target.head[drafter.draft_ids()],
+        None,
         batch.log_normaliser.flatten(),
         lambda logits: logits,
         torch.full((drafted.numel(),), -1),
@@ -130,7 +132,8 @@ def _shifted(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
-STEPS: dict[str, Step] = {"textbook": textbook_step, "vsd": our_step}
+CHECKPOINTED = "vsd, activation checkpointing"
+STEPS: dict[str, Step] = {"textbook": textbook_step, "vsd": our_step, CHECKPOINTED: our_step}
 
 
 def made_up(count: int) -> list[Example]:
@@ -201,7 +204,7 @@ def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
     """Both steps give the same loss and the same gradient of every weight."""
     gradients: dict[str, list[Tensor]] = {}
     losses = []
-    for step in STEPS.values():
+    for step in (textbook_step, our_step):
         losses.append(one_step(step, drafter, target, batch))
         for name, weight in drafter.named_parameters():
             assert weight.grad is not None, name
@@ -212,37 +215,51 @@ def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
         assert error < 1e-3, f"gradient of {name} differs by {error:.1e} of its norm"
 
 
-def timings(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, list[float]]:
-    """Supervised tokens a second, per round; the two take turns in going first."""
-    rates: dict[str, list[float]] = {name: [] for name in STEPS}
-    for number in range(rounds):
-        batch = batches[number % len(batches)]
-        for name in list(STEPS) if number % 2 == 0 else list(reversed(STEPS)):
-            start = time.perf_counter()
-            one_step(STEPS[name], drafter, target, batch)
-            rates[name].append(int(batch.valid.sum()) / (time.perf_counter() - start))
-    return rates
+class Worker:
+    """A process that steps on demand: the textbook as plain PyTorch runs it, ours as `vsd train` does."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        words = [sys.executable, __file__, "--worker", name, str(folder)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.peak_mib = self.ask(0)["peak"]
+
+    def ask(self, batch: int) -> dict[str, float]:
+        """Seconds of one step, and MiB that the process has needed at most beyond weights and batches."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(batch, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
 
 
-def peak_memory(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> dict[str, float]:
-    """MiB that one step needs beyond weights and batch, each measured in a process of its own."""
-    found = {}
+def work(name: str, folder: Path) -> None:
+    """The other end of a `Worker`."""
+    if name != "textbook":
+        keep_freed_memory()
+    inputs = torch.load(folder / "inputs.pt")
+    target, batches = Frozen(*inputs[0]), [Batch(*batch) for batch in inputs[1]]
+    drafter = Eagle3Drafter.from_pretrained(folder).train()
+    if name == CHECKPOINTED:
+        drafter.activation_checkpointing_enable()
+    before = _peak()
+    for line in sys.stdin:
+        start = time.perf_counter()
+        one_step(STEPS[name], drafter, target, batches[int(line)])
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": _peak() - before}), flush=True)
+
+
+def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, Any]:
+    """Supervised tokens a second in every round, and peak memory, of every step; they take turns."""
     with tempfile.TemporaryDirectory() as folder:
         drafter.save_pretrained(folder)
-        torch.save((tuple(target), tuple(batch)), Path(folder) / "inputs.pt")
-        for name in STEPS:
-            words = [sys.executable, __file__, "--memory-of", name, folder]
-            found[name] = float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    return found
-
-
-def memory_of(name: str, folder: Path) -> float:
-    """The rise of the resident peak during the first step of this process, in MiB."""
-    target, batch = torch.load(folder / "inputs.pt")
-    drafter = Eagle3Drafter.from_pretrained(folder).train()
-    before = _peak()
-    one_step(STEPS[name], drafter, Frozen(*target), Batch(*batch))
-    return _peak() - before
+        torch.save((tuple(target), [tuple(batch) for batch in batches]), Path(folder) / "inputs.pt")
+        workers = {name: Worker(name, Path(folder)) for name in STEPS}
+        rates: dict[str, list[float]] = {name: [] for name in STEPS}
+        for number in range(rounds):
+            i = number % len(batches)
+            for name in list(STEPS) if number % 2 == 0 else list(reversed(STEPS)):
+                rates[name].append(int(batches[i].valid.sum()) / workers[name].ask(i)["seconds"])
+        for worker in workers.values():
+            worker.process.communicate("")
+    return {"rates": rates, "peak_mib": {name: worker.peak_mib for name, worker in workers.items()}}
 
 
 def _peak() -> float:
@@ -257,36 +274,49 @@ def _peak() -> float:
 def measure(text: Path | None, rounds: int) -> dict[str, Any]:
     """Everything; what --json writes."""
     drafter, target, batches = prepare(text, min(rounds, 4))
-    check_equal(drafter, target, batches[0])  # and a warm-up
-    rates = timings(drafter, target, batches, rounds)
-    ratios = [ours / textbook for ours, textbook in zip(rates["vsd"], rates["textbook"])]
-    memory = peak_memory(drafter, target, batches[0])
+    check_equal(drafter, target, batches[0])
+    found = race(drafter, target, batches, rounds)
+    textbook = found["rates"]["textbook"], found["peak_mib"]["textbook"]
     return {
-        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "throughput_ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "peak_mib": memory,
-        "memory_ratio": memory["vsd"] / memory["textbook"],
+        "steps": {
+            name: {
+                "tokens_per_second": statistics.median(rates),
+                "throughput_ratio": _spread([rate / base for rate, base in zip(rates, textbook[0])]),
+                "peak_mib": found["peak_mib"][name],
+                "memory_ratio": found["peak_mib"][name] / textbook[1],
+            }
+            for name, rates in found["rates"].items()
+        },
         "settings": {
             "rounds": rounds,
             "batch": list(batches[0].input_ids.shape),
             "supervised": int(batches[0].valid.sum()),
-            "steps": K,
+            "draft_steps": K,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     }
 
 
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def show(report: dict[str, Any]) -> None:
-    settings, ratio = report["settings"], report["throughput_ratio"]
+    settings = report["settings"]
     table = Table(title=f"One EAGLE-3 training step, {settings['batch']} tokens, {settings['supervised']} supervised")
-    for column in ("", "supervised tokens/s", "peak memory of a step, MiB"):
+    for column in ("", "supervised tokens/s", "× textbook (min, max)", "peak MiB", "× textbook"):
         table.add_column(column, justify="right" if column else "left")
-    for name in STEPS:
-        table.add_row(name, f"{report['tokens_per_second'][name]:.0f}", f"{report['peak_mib'][name]:.0f}")
-    table.add_section()
-    speed = f"× {ratio['median']:.2f} (min {ratio['min']:.2f}, max {ratio['max']:.2f})"
-    table.add_row("vsd / textbook", speed, f"× {report['memory_ratio']:.3f}")
+    for name, step in report["steps"].items():
+        ratio = step["throughput_ratio"]
+        table.add_row(
+            name,
+            f"{step['tokens_per_second']:.0f}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}, {ratio['max']:.2f})",
+            f"{step['peak_mib']:.0f}",
+            f"{step['memory_ratio']:.2f}",
+        )
     Console().print(table)
 
 
@@ -295,15 +325,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="JSONL written by the target; default random tokens")
     parser.add_argument("--rounds", type=int, default=6, help="default 6")
     parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--memory-of", nargs=2, metavar=("STEP", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, metavar=("STEP", "FOLDER"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    if a.memory_of:
-        print(memory_of(a.memory_of[0], Path(a.memory_of[1])))
+    if a.worker:
+        work(a.worker[0], Path(a.worker[1]))
         return
     report = measure(a.text, a.rounds)
     show(report)
     if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

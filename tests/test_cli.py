@@ -70,6 +70,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "no target": (["generate", "--target", folder / "no", "hi"], "no folder at"),
         "not a target": (["generate", "--target", drafter, "hi"], "cannot load target"),
         "no GGUF": (["generate", "--target", "no.gguf", "hi"], "no GGUF file at"),
+        "device": ([*generate, "--device", "abacus"], "abacus"),
         "dtype": ([*generate, "--dtype", "float7"], "unknown dtype"),
         "top-k 0": ([*generate, "--top-k", "0"], "top_k"),
         "top-k": ([*generate, "--drafter", drafter, "--top-k", 999, "--nodes", 8], "999"),
@@ -91,7 +92,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,top-k 0,
+NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,top-k 0,
 top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,no data,missing data,unanswered,key,held out,recipe,
 regenerate,regenerate bad,synthesize,demo"""
 

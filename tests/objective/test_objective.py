@@ -31,7 +31,8 @@ def case(steps: int, rows: int, cap: float | None = None, dtype: torch.dtype = t
     ids = torch.randperm(V, generator=g)[:VD].sort().values
     full_head = torch.randn(V, H, generator=g, dtype=dtype) * 2
     states = torch.randn(rows, H, generator=g, dtype=dtype)
-    logits = states @ full_head.T
+    bias = torch.randn(V, generator=g, dtype=dtype)
+    logits = states @ full_head.T + bias
 
     def capped(x: Tensor) -> Tensor:
         return x if cap is None else cap * torch.tanh(x / cap)
@@ -43,7 +44,7 @@ def case(steps: int, rows: int, cap: float | None = None, dtype: torch.dtype = t
     return Case(
         torch.randn(steps, rows, H, generator=g, dtype=dtype).requires_grad_(),
         torch.randn(VD, H, generator=g, dtype=dtype).requires_grad_(),
-        HeadTarget(states, full_head[ids], capped(logits).logsumexp(-1), capped, labels),
+        HeadTarget(states, full_head[ids], bias[ids], capped(logits).logsumexp(-1), capped, labels),
         weights,
         capped(logits)[:, ids] - capped(logits).logsumexp(-1, keepdim=True),
     )
@@ -218,6 +219,7 @@ def test_the_whole_loss_equals_eagle3_root_by_root(tiny_target: Target, drafter:
     rows_of = HeadTarget(
         before.flatten(0, 1),
         tiny_target.head_weight[drafter.draft_ids()],
+        None,
         tiny_target.logits(before).logsumexp(-1).flatten(),
         tiny_target.cap,
         torch.zeros(drafted.numel(), dtype=torch.long),

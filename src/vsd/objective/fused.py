@@ -22,7 +22,7 @@ class HeadTarget(NamedTuple):
 
     Attributes:
         hidden: its final hidden states, [R, h].
-        head: the rows of its LM head that the draft vocabulary has, [Vd, h].
+        head, bias: the rows of its LM head that the draft vocabulary has, [Vd, h] and [Vd] or None.
         log_normaliser: logsumexp of its logits over the *whole* vocabulary, [R].
         cap: what it does to logits after the head.
         labels: draft id of the recorded token, -1 where the draft vocabulary lacks it, [R].
@@ -30,6 +30,7 @@ class HeadTarget(NamedTuple):
 
     hidden: Tensor
     head: Tensor
+    bias: Tensor | None
     log_normaliser: Tensor
     cap: Callable[[Tensor], Tensor]
     labels: Tensor
@@ -126,5 +127,6 @@ class _Fused(torch.autograd.Function):
 
 def _probabilities(target: HeadTarget, head: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """The target's p over the draft vocabulary with its true mass, [C, Vd]."""
-    logits = target.cap((target.hidden[rows].to(head.dtype) @ head.T).to(dtype))
+    logits = (target.hidden[rows].to(head.dtype) @ head.T).to(dtype)
+    logits = target.cap(logits if target.bias is None else logits + target.bias.to(dtype))
     return logits.sub_(target.log_normaliser[rows, None].to(dtype)).exp_()

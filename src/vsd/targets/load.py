@@ -44,7 +44,7 @@ def load_target(
     Raises:
         VSDError: nothing loadable under that name, or an architecture whose head or attention is not understood.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
     path = resolve(name)
     chosen = fastest_dtype(where) if dtype == "auto" else _dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -163,6 +163,15 @@ def _file_digest(path: Path) -> str:
         file.seek(max(0, size - 2**20))
         digest.update(file.read(2**20))
     return digest.hexdigest()[:12]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise VSDError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …") from None
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -58,6 +58,7 @@ class VSDTrainer(Trainer):
         self.target = target
         ids = drafter.draft_ids()
         self._head = target.head_weight[ids].detach()  # [Vd, h]
+        self._bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
         self._draft_of = torch.full((target.vocab_size,), -1, device=ids.device)
         self._draft_of[ids] = torch.arange(len(ids), device=ids.device)
         self._counts = _Counts.zeros(args.draft_steps)
@@ -107,6 +108,7 @@ class VSDTrainer(Trainer):
         rows = HeadTarget(
             features.hidden.flatten(0, 1),
             self._head,
+            self._bias,
             features.log_normaliser.flatten(),
             self.target.cap,
             self._draft_of[tokens.clamp(min=0)].flatten(),
