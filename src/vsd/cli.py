@@ -289,6 +289,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 
 def _generate(a: argparse.Namespace) -> None:
     from vsd.decoding.stream import answer
+    from vsd.drafters import load_drafter
 
     prompt = a.prompt if a.prompt is not None else sys.stdin.read()
     if not prompt.strip():
@@ -296,7 +297,7 @@ def _generate(a: argparse.Namespace) -> None:
     target = _load_target(a)
     answer(
         target,
-        _load_drafter(a.drafter, target) if a.drafter else None,
+        load_drafter(a.drafter, target) if a.drafter else None,
         _shape(a),
         prompt,
         system=a.system,
@@ -306,12 +307,6 @@ def _generate(a: argparse.Namespace) -> None:
         stop=tuple(a.stop),
         seed=a.seed,
     )
-
-
-def _load_drafter(path: str, target: Any) -> Any:
-    from vsd.drafters import Eagle3Drafter
-
-    return Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device).eval()
 
 
 # ---- bench
@@ -328,11 +323,12 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(a: argparse.Namespace) -> None:
+    from vsd.drafters import load_drafter
     from vsd.evaluation import Contender, bench, load_prompts, print_table, write_json
 
     prompts = load_prompts(a.prompts, a.limit)
     shape, target = _shape(a), _load_target(a)
-    contenders = [Contender(path, _load_drafter(path, target), shape, a.verification) for path in a.drafter]
+    contenders = [Contender(path, load_drafter(path, target), shape, a.verification) for path in a.drafter]
     report = bench(
         target, contenders, prompts, temperatures=a.temperature, max_new_tokens=a.max_new_tokens, seed=a.seed
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from vsd.data import Example, encode, read_conversations
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, print_table, write_json
 from vsd.paths import TreeShape
@@ -23,10 +23,10 @@ from vsd.training.features import affordable
 HELD_OUT = 16
 ANSWER_TOKENS = 96
 DRAFT_VOCABULARY = 4096
-DRAFT_STEPS = 3
-RAMP = 0.7
-TREE = TreeShape(depth=4, top_k=3, nodes=8)
-_FEATURE_SHARE = 0.45  # of the time; the rest reads the text several times
+DRAFT_STEPS = 2
+RAMP = 1.0  # half of the time on the first drafted token alone
+TREE = TreeShape(depth=3, top_k=3, nodes=6)
+_FEATURE_SHARE = 0.3  # of the time; the rest reads the text several times
 
 
 def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
@@ -54,13 +54,14 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
         draft_steps=DRAFT_STEPS,
         ramp=RAMP,
         learning_rate=2e-3,
+        per_device_train_batch_size=4,
         save_strategy="no",
         seed=seed,
     )
     trainer = VSDTrainer(target, Eagle3Drafter.for_target(target, vocabulary), config, dataset, store=store)
     trainer.train()
     trainer.save_model(str(out / "drafter"))
-    drafter = Eagle3Drafter.from_pretrained(out / "drafter").eval()
+    drafter = load_drafter(out / "drafter", target)
     report = bench(target, [Contender("EAGLE-3", drafter, TREE)], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
     report["training"] = {
         "minutes": minutes,

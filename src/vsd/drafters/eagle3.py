@@ -294,7 +294,7 @@ class Eagle3Drafter(PreTrainedModel):
 
     def new_cache(self, batch_size: int, capacity: int) -> DraftCache:
         """An empty cache; `capacity` counts committed entries and the slots of one tree."""
-        return DraftCache(self.config, batch_size, capacity, self.lm_head.weight)
+        return DraftCache(self.config, batch_size, capacity, self.norm.weight)
 
     def extend(self, aux: Tensor, next_embeds: Tensor, counts: Tensor, cache: DraftCache) -> Tensor:
         """Commit new entries, row b the first counts[b] of them, and draft one step from the last.

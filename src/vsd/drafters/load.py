@@ -1,0 +1,19 @@
+"""Load a drafter to draft with."""
+
+from pathlib import Path
+
+from vsd.drafters.eagle3 import Eagle3Drafter
+from vsd.targets import Target
+from vsd.targets.packed import pack_linears
+
+
+def load_drafter(path: str | Path, target: Target) -> Eagle3Drafter:
+    """A saved drafter in the target's precision, on its device, frozen, its weights packed where that helps.
+
+    Raises:
+        VSDError: there is no drafter at `path`, or it belongs to another target.
+    """
+    drafter = Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device)
+    drafter.check_target(target)
+    pack_linears(drafter.eval().requires_grad_(False))
+    return drafter
