@@ -197,7 +197,7 @@ def _regenerate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _regenerate(a: argparse.Namespace) -> None:
-    from itertools import islice
+    from itertools import chain, islice
 
     from vsd.data import read_conversations, regenerate
 
@@ -205,7 +205,7 @@ def _regenerate(a: argparse.Namespace) -> None:
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
     summary = regenerate(
         _load_target(a),
-        islice(_prepend(first, conversations), a.limit),
+        islice(chain([first], conversations), a.limit),
         a.out,
         max_new_tokens=a.max_new_tokens,
         temperature=a.temperature,
@@ -216,11 +216,6 @@ def _regenerate(a: argparse.Namespace) -> None:
         report=_warn,
     )
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
-
-
-def _prepend(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest
 
 
 def _synthesize_options(parser: argparse.ArgumentParser) -> None:

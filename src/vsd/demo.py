@@ -19,6 +19,7 @@ from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.features import affordable
+from vsd.training.job import hold_out
 
 HELD_OUT = 16
 ANSWER_TOKENS = 96
@@ -80,12 +81,10 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
 def demo_text(target: Target) -> tuple[list[Example], list[Prompt]]:
     """(training examples, held-out questions) from the text in the package."""
     with as_file(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz") as path:
-        conversations = list(read_conversations(path))
-    held_out = {i * len(conversations) // HELD_OUT for i in range(HELD_OUT)}
+        kept, questions = hold_out(list(read_conversations(path)), HELD_OUT)
     examples = [
         encode(target.tokenizer, conversation, max_length=1024)
-        for i, conversation in enumerate(conversations)
-        if i not in held_out and len(conversation.response_ids or []) > 1
+        for conversation in kept
+        if len(conversation.response_ids or []) > 1
     ]
-    questions = [conversations[i] for i in sorted(held_out)]
     return examples, [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions]

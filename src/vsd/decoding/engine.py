@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vsd.data.generate import pad
 from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
@@ -143,11 +144,12 @@ class Engine:
             drafted = clock.lap()
             output = self._forward(tree, state)
             verdict = self._verify(tree, chain, output, sampling, generator)
-            counts, path = verdict.counts.tolist(), self._path(tree, verdict).tolist()
+            path = self._path(tree, verdict)
+            counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
-            self._commit(state, verdict, output, self._path(tree, verdict))
+            self._commit(state, verdict, output, path)
             new = {}
-            for i, count, tokens in zip(state.rows, counts, path):
+            for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
                 new[i] = deliver(results[i], tokens[:count])
                 results[i].delivered.append(len(new[i]))
@@ -156,13 +158,8 @@ class Engine:
     def _prefill(self, results: list[Result], sampling: Sampling, generator: torch.Generator) -> tuple[_State, float]:
         """Read the prompts; the target's first tokens become the roots."""
         clock = _Clock(self.target.device)
-        device, B = self.target.device, len(results)
-        lengths = torch.tensor([len(r.prompt) for r in results], device=device)
-        longest = int(lengths.max())
-        ids = torch.zeros(B, longest, dtype=torch.long)
-        for b, result in enumerate(results):
-            ids[b, : len(result.prompt)] = torch.tensor(result.prompt)
-        ids = ids.to(device)
+        ids, lengths = pad([result.prompt for result in results], self.target.device)
+        B, longest = ids.shape
         capacity = longest + sampling.max_new_tokens + self.shape.nodes + 1
         cache = self.target.new_cache(B, capacity)
         output = self.target.prefill(ids, lengths, cache)

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate import PartialState
+from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from vsd.data import Example, load_examples
@@ -19,6 +20,8 @@ from vsd.training.batch import DraftDataset
 from vsd.training.config import VSDConfig
 from vsd.training.features import FeatureStore
 from vsd.training.trainer import VSDTrainer
+
+Text = TypeVar("Text")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -121,8 +124,8 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     return folder / "drafter"
 
 
-def hold_out(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples; the held-out ones are spread evenly over the text."""
+def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
+    """(training, held-out) examples or conversations; the held-out ones are spread evenly over the text."""
     if count >= len(examples):
         raise VSDError(f"{count} of {len(examples)} conversations are to be held out: nothing is left to train on")
     picked = {i * len(examples) // count for i in range(count)}
@@ -135,8 +138,6 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def _drafter(job: TrainJob, target: Target, dataset: DraftDataset, seed: int) -> Eagle3Drafter:
-    from transformers import set_seed
-
     set_seed(seed)
     if job.drafter is not None:
         return Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
