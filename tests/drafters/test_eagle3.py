@@ -202,6 +202,8 @@ def test_saved_and_loaded_bit_for_bit(drafter: Eagle3Drafter, tmp_path: Path) ->
     for name in ("aux_layers", "target_fingerprint", "draft_vocab_size", "rope_parameters", "num_key_value_heads"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
     assert torch.equal(again.draft_ids(), drafter.draft_ids())
+    buffers = dict(again.named_buffers())  # also what a checkpoint does not hold: the rotary frequencies
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in drafter.named_buffers())
 
 
 def rewrite(folder: Path, change: dict[str, Tensor | None]) -> None:

@@ -344,12 +344,6 @@ class Eagle3Drafter(PreTrainedModel):
         """Draft distribution in float32: hidden [..., h] before `norm` -> log q [..., Vd]."""
         return self.lm_head(self.norm(hidden)).float().log_softmax(-1)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, LlamaRMSNorm):
-            nn.init.ones_(module.weight)
-
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [B, H, Q, D] with cos, sin [B or 1, Q or 1, D]."""
