@@ -211,3 +211,14 @@ def test_wrong_settings_are_refused(fluent: Pair) -> None:
     for wrong in ({"max_new_tokens": -1}, {"temperature": -0.5}):
         with pytest.raises(VSDError, match="negative"):
             Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("shape", "temperature", "rule"), [(TreeShape(3, 3, 8), 0.0, "auto"), (TreeShape.chain(3), 1.0, "rejection")]
+)
+def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: float, rule: str) -> None:
+    """Not a wrong answer: among NaN scores a tree may lose a node's parent."""
+    target, drafter = fluent_pair("llama")
+    torch.nn.init.constant_(drafter.midlayer.mlp.down_proj.weight, float("nan"))
+    with pytest.raises(VSDError, match="NaN"):
+        Engine(target, drafter, shape, rule).generate(PROMPTS, Sampling(8, temperature))

@@ -59,7 +59,7 @@ def test_defaults_are_for_drafters() -> None:
         (["data=a.jsonl", "lerning_rate=1"], "unknown option lerning_rate"),
         (["data=a.jsonl", "learning_rate"], "KEY=VALUE, not 'learning_rate'"),
         (["learning_rate=1"], "no training text"),
-        (["data=a.jsonl", "features=sometimes"], "features must be one of store, online, not 'sometimes'"),
+        (["data=a.jsonl", "features=sometimes"], "features must be store, online or a folder"),
         (["data=a.jsonl", "on_bad_line=explode"], "on_bad_line must be one of fatal, skip"),
         (["data=a.jsonl", "lr_scheduler_type=zigzag"], "bad training option"),
         (["data=a.jsonl", "draft_steps=0"], "draft_steps"),
@@ -148,11 +148,17 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], ["objective=vsd", "objective_options={rule: rejection, samples: 3, every: 2}"]],
+    ids=["eagle3", "vsd"],
+)
+def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Path, options: list[str]) -> None:
+    """With `vsd`, weights adapt to a running acceptance and paths are drawn: both must continue where they were."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments(workshop, killed)])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments(workshop, killed, *options)])
     try:
-        assert cli.main(arguments(workshop, straight)) == 0  # meanwhile
+        assert cli.main(arguments(workshop, straight, *options)) == 0  # meanwhile
         deadline = time.monotonic() + 120
         while not (killed / "checkpoint-12" / "trainer_state.json").exists():
             assert process.poll() is None and time.monotonic() < deadline
@@ -162,10 +168,19 @@ def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Pa
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (killed / "drafter").exists()
-    assert cli.main(arguments(workshop, killed)) == 1  # not without being told
-    assert cli.main(arguments(workshop, killed, "--resume")) == 0
+    assert cli.main(arguments(workshop, killed, *options)) == 1  # not without being told
+    assert cli.main(arguments(workshop, killed, *options, "--resume")) == 0
     wanted = (straight / "drafter" / "model.safetensors").read_bytes()
     assert (killed / "drafter" / "model.safetensors").read_bytes() == wanted
+
+
+def test_runs_on_the_same_text_share_features(workshop: Path, tmp_path: Path) -> None:
+    shared, seen = tmp_path / "features", []
+    for name in ("first", "second"):
+        assert cli.main(arguments(workshop, tmp_path / name, "max_steps=1", "--features", str(shared))) == 0
+        assert not (tmp_path / name / "features").exists()
+        seen.append({path: path.stat().st_mtime_ns for path in shared.glob("*.safetensors")})
+    assert seen[0] and seen[0] == seen[1]
 
 
 def test_a_torn_checkpoint_is_passed_over(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

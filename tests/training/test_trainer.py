@@ -125,6 +125,54 @@ def test_the_clock_ends_training_and_anneals_the_rate(
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lk_lambda", {}),
+        ("dpace", {}),
+        ("vat", {}),
+        ("griffin", {}),
+        ("distillspec", {"divergence": "jsd", "samples": 4}),
+        ("elbo", {"rule": "rejection", "samples": 4}),
+        ("vsd", {}),
+        ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
+    ],
+)
+def test_every_objective_trains(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, name: str, options: dict
+) -> None:
+    """Four steps, finite and logged; what is drawn is logged too."""
+    choice = {"objective": name, "objective_options": options}
+    trainer = tiny_run.tiny_trainer(
+        tiny_target, examples, tmp_path, **choice, max_steps=4, logging_steps=4, learning_rate=1e-2
+    )
+    start = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert all(not torch.equal(weight, start[name]) for name, weight in trainer.model.named_parameters())
+    assert all(bool(weight.isfinite().all()) for weight in trainer.model.parameters())
+    assert ("effective_sample_size" in logged) == ("samples" in options)
+    if "samples" in options:
+        assert 1 <= logged["effective_sample_size"] <= 4
+        assert 0 <= logged["drafted_utility"] <= 3
+
+
+def test_vsd_raises_acceptance_in_the_real_decoder(tiny_target: Target, tmp_path: Path) -> None:
+    text = tiny_run.tiny_examples(tiny_target, 110, 32)
+    options = {"objective": "vsd", "learning_rate": 1e-2, "num_train_epochs": 8, "eval_max_new_tokens": 24}
+    prompts = [prompt_of(example) for example in text[94:]]
+    trainer = tiny_run.tiny_trainer(tiny_target, text[:94], tmp_path, eval_prompts=prompts, **options)
+    before = trainer.evaluate()["eval_tau"]
+    trainer.train()
+    assert before < 1.3
+    assert trainer.evaluate()["eval_tau"] > 1.8
+
+
+def test_an_unknown_objective_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(VSDError, match="unknown objective 'eagle4': choose eagle3"):
+        VSDConfig(output_dir=str(tmp_path), objective="eagle4")
+
+
 def test_draft_steps_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(VSDError, match="draft_steps"):
         VSDConfig(output_dir=str(tmp_path), draft_steps=0)

@@ -127,7 +127,7 @@ class Engine:
         """Answer `results[i].prompt` for all i, filling each in place and yielding after every pass.
 
         Raises:
-            VSDError: a prompt is empty or leaves no room in the target's context window.
+            VSDError: a prompt is empty or leaves no room in the target's context window; the drafter computes NaN.
         """
         self._check_prompts(results)
         if sampling.max_new_tokens == 0:
@@ -177,6 +177,8 @@ class Engine:
             zero = torch.zeros_like(state.root[:, None])
             return Tree(state.root[:, None], zero, zero, zero.float()), None
         assert state.hidden is not None and state.draft_cache is not None
+        if not bool(state.hidden.isfinite().all()):  # a tree of NaN scores is no tree, and would not be lossless
+            raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
         given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
         if self.verification == "rejection" and sampling.temperature > 0:
             chain = draw_chain(*given, self.shape.depth, sampling.temperature, generator)

@@ -257,12 +257,7 @@ class Eagle3Drafter(PreTrainedModel):
             Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the token at root + 2 + k; or
             whatever `objective` makes of them.
         """
-        layer = self.midlayer
-        fused = self.fc(aux)  # [B, T, h]
-        entries = torch.arange(aux.shape[1], device=aux.device)
-        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, entries[None]))
-        seen = entries <= roots[..., None]  # [B, Q, T]
-        hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
+        hidden, shared, seen = self._roots(aux, next_embeds, roots)
         step: Callable[..., Any] = self._step
         if self.gradient_checkpointing and self.training:
             step = partial(self._gradient_checkpointing_func, self._step)
@@ -273,6 +268,38 @@ class Eagle3Drafter(PreTrainedModel):
             steps.append(self.norm(hidden))
         stacked = torch.stack(steps)
         return stacked if objective is None else objective(stacked, self.lm_head.weight)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        aux: Tensor,
+        next_embeds: Tensor,
+        roots: Tensor,
+        embeds: Tensor,
+        steps: int,
+        choose: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Draft `steps` tokens below every root, letting the caller choose them.
+
+        Args:
+            aux, next_embeds, roots: as in `forward`.
+            embeds: embeddings of the tokens at root + 1, [B, Q, h].
+            choose: given log q [B, Q, Vd] of a step, the embeddings [B, Q, h] of the tokens to go on with.
+        """
+        hidden, shared, seen = self._roots(aux, next_embeds, roots)
+        own: list[tuple[Tensor, Tensor]] = []
+        for k in range(steps):
+            hidden, own = self._step(hidden, embeds, roots + k, shared, seen, own, k > 0)
+            embeds = choose(self.log_probs(hidden))
+
+    def _roots(self, aux: Tensor, next_embeds: Tensor, roots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Fused features of the roots [B, Q, h]; step-0 keys and values of all entries; who sees which, [B, Q, T]."""
+        layer = self.midlayer
+        fused = self.fc(aux)  # [B, T, h]
+        entries = torch.arange(aux.shape[1], device=aux.device)
+        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, entries[None]))
+        hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
+        return hidden, shared, entries <= roots[..., None]
 
     def _step(
         self,

@@ -1,7 +1,21 @@
-"""Training objectives as pure tensor mathematics."""
+"""Training objectives as pure tensor mathematics: paths × weights × divergence."""
 
-from vsd.objective.divergence import Divergence, cross_entropy
-from vsd.objective.eagle3 import step_weights
-from vsd.objective.fused import FusedLoss, HeadTarget, fused_loss
+from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term
+from vsd.objective.fused import FusedLoss, HeadTarget, PathTarget, fused_loss
+from vsd.objective.rows import PathRows
+from vsd.objective.table import OBJECTIVES, objective
 
-__all__ = ["Divergence", "FusedLoss", "HeadTarget", "cross_entropy", "fused_loss", "step_weights"]
+__all__ = [
+    "OBJECTIVES",
+    "Drafted",
+    "FusedLoss",
+    "HeadTarget",
+    "Objective",
+    "Part",
+    "PathRows",
+    "PathTarget",
+    "Recorded",
+    "Term",
+    "fused_loss",
+    "objective",
+]

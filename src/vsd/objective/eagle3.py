@@ -1,33 +1,34 @@
-"""EAGLE-3's training-time test (arXiv:2503.01840, §3.2): cross-entropy on the recorded continuation, 0.8^k a step.
+"""`eagle3`: EAGLE-3's training-time test (Li et al., arXiv:2503.01840, §3.2).
 
-Predicted tokens are laid out by where they stand: row q of every step is the same recorded token, scored once from
-the root just before it (step 0), once from the root before that (step 1), and so on. A drafter's hidden states come
-by root, so step k is shifted by k rows.
+    L = Σ_k 0.8^k CE(p_k, q_k)      on the recorded continuation
 
-Legend: K steps, B batch, Q drafted tokens of a sequence, h hidden.
+The baseline everything else is measured against.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vsd.objective.algebra import Objective, Part, Recorded, Term, Weights
+from vsd.objective.divergence import cross_entropy
+from vsd.objective.rows import PathRows
+
 DECAY = 0.8
 
 
-def step_weights(drafted: Tensor, valid: Tensor, steps: int, decay: float = DECAY) -> Tensor:
-    """Weight of every (step, drafted token), [K, B, Q]: decay^k, or 0 where no path of that length ends there.
+@dataclass(frozen=True)
+class Decay(Weights):
+    """rate^k: later steps count less, whatever the drafter does."""
 
-    Args:
-        drafted: positions of the drafted tokens, ascending, [B, Q].
-        valid: which of them are not padding, [B, Q] bool.
-    """
-    weights = torch.zeros(steps, *drafted.shape, device=drafted.device)
-    for k in range(min(steps, drafted.shape[1])):
-        reach = drafted[:, k:] - drafted[:, : drafted.shape[1] - k] == k  # the k tokens before are of the same answer
-        weights[k, :, k:] = decay**k * (reach & valid[:, k:])
-    return weights
+    rate: float = DECAY
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        steps = torch.arange(len(rows.valid), device=rows.valid.device, dtype=rows.log_q.dtype)
+        return self.rate ** steps[:, None] * rows.valid
 
 
-def align(hidden: Tensor) -> Tensor:
-    """From rows by root to rows by predicted token: shift step k of hidden [K, B, Q, h] by k."""
-    Q = hidden.shape[2]
-    return torch.stack([torch.nn.functional.pad(h, (0, 0, k, 0))[:, :Q] for k, h in enumerate(hidden)])
+def eagle3(decay: float = DECAY) -> Objective:
+    """The whole objective."""
+    return Objective((Part(Recorded(), (Term(Decay(decay), cross_entropy),)),))

@@ -1,18 +1,20 @@
-"""LM head, log-softmax, divergence and gradient in one pass over chunks of rows: [tokens, vocab] never exists.
+"""LM head, log-softmax, objective and gradient in one pass over chunks of paths: [tokens, vocab] never exists.
 
-The target's row serves all K steps that predict the same token, so p is computed once for them. Gradients are found
-in the forward pass (the loss is a sum over rows) and only scaled in the backward pass.
+A chunk holds whole paths, so that a step's weight may depend on the steps before and behind it; the target's row for a
+token that several paths of the chunk predict is computed once. Gradients are found in the forward pass (the loss is a
+sum over paths) and only scaled in the backward pass.
 
-Legend: K steps, R rows (predicted tokens), C rows of a chunk, h hidden, V target vocabulary, Vd draft vocabulary.
+Legend: K steps, R paths, C paths of a chunk, U rows of the target, h hidden, V target and Vd draft vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vsd.objective.divergence import Divergence, cross_entropy
+from vsd.objective.algebra import Term
+from vsd.objective.rows import PathRows
 
 _CHUNK_ROWS = 256  # [256, 8192] in float32 stays in a CPU's last-level cache
 
@@ -21,11 +23,10 @@ class HeadTarget(NamedTuple):
     """The target's side of every row.
 
     Attributes:
-        hidden: its final hidden states, [R, h].
+        hidden: its final hidden states, [U, h].
         head, bias: the rows of its LM head that the draft vocabulary has, [Vd, h] and [Vd] or None.
-        log_normaliser: logsumexp of its logits over the *whole* vocabulary, [R].
+        log_normaliser: logsumexp of its logits over the *whole* vocabulary, [U].
         cap: what it does to logits after the head.
-        labels: draft id of the recorded token, -1 where the draft vocabulary lacks it, [R].
     """
 
     hidden: Tensor
@@ -33,11 +34,28 @@ class HeadTarget(NamedTuple):
     bias: Tensor | None
     log_normaliser: Tensor
     cap: Callable[[Tensor], Tensor]
+
+
+class PathTarget(NamedTuple):
+    """What R paths predict.
+
+    Attributes:
+        labels: draft id of every token, [K, R]; -1 where the draft vocabulary lacks it.
+        rows: which of the target's rows predicts it, [K, R].
+        valid: which steps exist, [K, R] bool; no step after one that does not.
+        share: weight of every path among those of its anchor, [R]; None for recorded paths.
+        group: paths of one anchor follow each other, `group` at a time.
+    """
+
     labels: Tensor
+    rows: Tensor
+    valid: Tensor
+    share: Tensor | None = None
+    group: int = 1
 
 
 class FusedLoss(NamedTuple):
-    """`loss`: weighted sum, differentiable. Per step: `rows` weighted above 0, and those whose argmax is `correct`."""
+    """`loss`: differentiable sum. Per step: how many `rows` there are, and in how many the argmax is `correct`."""
 
     loss: Tensor
     rows: Tensor
@@ -48,24 +66,26 @@ def fused_loss(
     hidden: Tensor,
     head: Tensor,
     target: HeadTarget,
-    weights: Tensor,
-    divergence: Divergence = cross_entropy,
+    paths: PathTarget,
+    terms: Sequence[Term],
+    acceptance: float = 0.0,
     chunk_rows: int = _CHUNK_ROWS,
 ) -> FusedLoss:
-    """Σ weights · divergence(p, softmax(hidden · headᵀ)).
+    """Σ_terms scale · Σ_{k, r} weights · divergence(p, softmax(hidden · headᵀ)).
 
     Args:
-        hidden: the drafter's normed states, [K, R, h]; row r of every step predicts the token of target row r.
+        hidden: the drafter's normed states, [K, R, h].
         head: the drafter's LM head, [Vd, h].
-        weights: [K, R]; rows of weight 0 in every step are skipped.
+        acceptance: share of first drafted tokens accepted lately, for weights that adapt to it.
     """
-    alive = (weights != 0).any(0).nonzero()[:, 0]
-    target = target._replace(
-        hidden=target.hidden[alive],
-        log_normaliser=target.log_normaliser[alive],
-        labels=target.labels[alive],
+    alive = paths.valid[0].unflatten(0, (-1, paths.group)).any(-1).repeat_interleave(paths.group).nonzero()[:, 0]
+    kept = paths._replace(
+        labels=paths.labels[:, alive],
+        rows=paths.rows[:, alive],
+        valid=paths.valid[:, alive],
+        share=None if paths.share is None else paths.share[alive],
     )
-    return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, weights[:, alive], divergence, chunk_rows))
+    return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, kept, terms, acceptance, chunk_rows))
 
 
 class _Fused(torch.autograd.Function):
@@ -75,41 +95,48 @@ class _Fused(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         target: HeadTarget,
-        weights: Tensor,
-        divergence: Divergence,
+        paths: PathTarget,
+        terms: Sequence[Term],
+        acceptance: float,
         chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         wide = torch.promote_types(compute, torch.float32)
         K, R, h = hidden.shape
-        weights = weights.to(wide)
         head_c, target_head = head.to(compute), target.head.to(compute)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
         loss = torch.zeros((), dtype=wide, device=head.device)
         correct = torch.zeros(K, device=head.device)
-        C = max(1, chunk_rows // K)
+        C = max(1, chunk_rows // (K * paths.group)) * paths.group
         with torch.autocast(device, enabled=False):
             for start in range(0, R, C):
-                rows = slice(start, start + C)
-                p = _probabilities(target, target_head, rows, wide)  # [C, Vd]
-                states = hidden[:, rows].reshape(-1, h).to(compute)  # [K C, h]
-                z = (states @ head_c.T).to(wide).view(K, -1, p.shape[-1])  # [K, C, Vd]
-                alive = weights[:, rows] != 0
-                correct += ((z.argmax(-1) == target.labels[rows]) & alive).sum(1)
-                value, grad_z = divergence(z, p)
-                loss += (weights[:, rows] * value).sum()
-                grad_z = grad_z.mul_(weights[:, rows, None]).view(-1, p.shape[-1]).to(compute)
-                grad_hidden[:, rows] = (grad_z @ head_c).view(K, -1, h).to(hidden.dtype)
+                chunk = slice(start, start + C)
+                states = hidden[:, chunk].reshape(-1, h).to(compute)  # [K C, h]
+                logits = (states @ head_c.T).to(wide).view(K, -1, len(head))  # [K, C, Vd]
+                rows = PathRows(
+                    logits,
+                    _probabilities(target, target_head, paths.rows[:, chunk], wide),
+                    paths.labels[:, chunk],
+                    paths.valid[:, chunk],
+                    share=None if paths.share is None else paths.share[chunk].to(wide),
+                    group=paths.group,
+                    acceptance=acceptance,
+                )
+                correct += ((rows.proposed == rows.labels) & rows.valid).sum(1)
+                value, grad_logits = _sum(terms, rows)
+                loss += value
+                grad_logits = grad_logits.view(-1, len(head)).to(compute)
+                grad_hidden[:, chunk] = (grad_logits @ head_c).view(K, -1, h).to(hidden.dtype)
                 if compute == wide:
-                    grad_head.addmm_(grad_z.T, states)
+                    grad_head.addmm_(grad_logits.T, states)
                 else:
-                    grad_head += (grad_z.T @ states).to(wide)
+                    grad_head += (grad_logits.T @ states).to(wide)
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
-        rows_alive = (weights != 0).sum(1)
-        ctx.mark_non_differentiable(rows_alive, correct)  # one call: a second replaces the first
-        return loss, rows_alive, correct
+        count = paths.valid.sum(1)
+        ctx.mark_non_differentiable(count, correct)  # one call: a second replaces the first
+        return loss, count, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -122,11 +149,26 @@ class _Fused(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _probabilities(target: HeadTarget, head: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """The target's p over the draft vocabulary with its true mass, [C, Vd]."""
-    logits = (target.hidden[rows].to(head.dtype) @ head.T).to(dtype)
+def _sum(terms: Sequence[Term], rows: PathRows) -> tuple[Tensor, Tensor]:
+    """Loss [] and gradient [K, C, Vd] of all terms."""
+    loss, gradient = rows.log_q.new_zeros(()), None
+    for term in terms:
+        weights = term.scale * term.weights(rows)
+        value, slope = term.divergence(rows)
+        loss = loss + (weights * value).sum()
+        slope = slope.mul_(weights[..., None])
+        gradient = slope if gradient is None else gradient.add_(slope)
+    assert gradient is not None
+    return loss, gradient
+
+
+def _probabilities(target: HeadTarget, head: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The target's p over the draft vocabulary with its true mass, [K, C, Vd], at rows [K, C]."""
+    wanted, where = rows.unique(return_inverse=True)
+    logits = (target.hidden[wanted].to(head.dtype) @ head.T).to(dtype)
     logits = target.cap(logits if target.bias is None else logits + target.bias.to(dtype))
-    return logits.sub_(target.log_normaliser[rows, None].to(dtype)).exp_()
+    return logits.sub_(target.log_normaliser[wanted, None].to(dtype)).exp_()[where]

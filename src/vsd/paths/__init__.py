@@ -1,5 +1,20 @@
-"""Draft paths and trees: their topology, and how they are drawn from a drafter."""
+"""Draft paths and trees: their topology, and where they come from: the text, or a drafter."""
 
+from vsd.paths.drafted import Scored, draw_paths, score_paths
+from vsd.paths.recorded import Paths, consumed, recorded
 from vsd.paths.tree import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
 
-__all__ = ["Chain", "Tree", "TreeShape", "ancestors", "draw_chain", "draw_tree"]
+__all__ = [
+    "Chain",
+    "Paths",
+    "Scored",
+    "Tree",
+    "TreeShape",
+    "ancestors",
+    "consumed",
+    "draw_chain",
+    "draw_paths",
+    "draw_tree",
+    "recorded",
+    "score_paths",
+]

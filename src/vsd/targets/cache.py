@@ -124,14 +124,15 @@ class TreeCache(Cache):
             layer.fill = int(self.lengths.max())
 
 
-def visible(lengths: Tensor, fill: int, ancestors: Tensor) -> Tensor:
+def visible(context: Tensor, fill: int, ancestors: Tensor) -> Tensor:
     """Which slots each node of a pass may attend to, [B, N, fill + N] bool.
 
-    lengths [B]; ancestors [B or 1, N, N] bool, True where node j is node i or one of its ancestors.
+    context [B, N or 1]: how many committed tokens each node sees; ancestors [B or 1, N, N] bool, True where node j is
+    node i or one of its ancestors.
     """
-    committed = torch.arange(fill, device=lengths.device) < lengths[:, None]  # [B, fill]
-    B, N = lengths.shape[0], ancestors.shape[1]
-    return torch.cat([committed[:, None].expand(B, N, fill), ancestors.expand(B, N, N)], dim=-1)
+    committed = torch.arange(fill, device=context.device) < context[..., None]  # [B, N or 1, fill]
+    B, N = context.shape[0], ancestors.shape[1]
+    return torch.cat([committed.expand(B, N, fill), ancestors.expand(B, N, N)], dim=-1)
 
 
 def key_positions(lengths: Tensor, fill: int, positions: Tensor) -> Tensor:

@@ -114,13 +114,21 @@ class Target:
         return output
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, positions: Tensor, ancestors: Tensor, cache: TreeCache) -> TargetOutput:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        ancestors: Tensor,
+        cache: TreeCache,
+        context: Tensor | None = None,
+    ) -> TargetOutput:
         """One pass over nodes ids [B, N] at positions [B, N].
 
-        Every node sees its row's committed cache and the nodes that ancestors [B or 1, N, N] (bool) marks, itself
-        included. Nothing is committed: call `cache.commit` with the nodes to keep.
+        Every node sees its row's committed cache, or the first context[b, n] tokens of it, and the nodes that
+        ancestors [B or 1, N, N] (bool) marks, itself included. Nothing is committed: call `cache.commit` with the
+        nodes to keep.
         """
-        allowed = visible(cache.lengths, cache.fill, ancestors)
+        allowed = visible(cache.lengths[:, None] if context is None else context, cache.fill, ancestors)
         keys = key_positions(cache.lengths, cache.fill, positions)
         return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
 

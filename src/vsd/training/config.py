@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from vsd.errors import VSDError
+from vsd.objective import OBJECTIVES, objective
 from vsd.training.budget import UNLIMITED_STEPS
 
 
@@ -16,6 +17,10 @@ class VSDConfig(TrainingArguments):
     Defaults suit a drafter of about ten million parameters: many small steps beat few large ones.
     """
 
+    objective: str = field(default="eagle3", metadata={"help": f"what is trained for: {', '.join(OBJECTIVES)}"})
+    objective_options: dict = field(
+        default_factory=dict, metadata={"help": "options of the objective, as {name: value}"}
+    )
     draft_steps: int = field(default=5, metadata={"help": "steps K of the training-time test"})
     ramp: float = field(
         default=0.0, metadata={"help": "share of the training over which K grows from 1 to draft_steps"}
@@ -48,6 +53,7 @@ class VSDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.draft_steps < 1:
             raise VSDError("draft_steps must be at least 1")
+        objective(self.objective, self.objective_options)  # complain now, not after the features are computed
         if self.max_minutes is not None:
             self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,11 @@ class TrainJob:
     draft_vocab_size: int = _option(8192, "target tokens that can be drafted (default 8192)")
     max_length: int = _option(2048, "longest conversation, in tokens (default 2048)")
     held_out: int = _option(32, "conversations kept back to measure τ on while training (default 32)")
-    features: str = _option("store", "store: keep target features on disk; online: compute them in every step")
+    features: str = _option(
+        "store",
+        "store: keep target features in the output folder; online: compute them in every step; or a folder that runs "
+        "on the same text share",
+    )
     on_bad_line: str = _option("fatal", "fatal: stop at an unusable line; skip: report it and go on")
     dtype: str = _option("auto", "precision of the target")
     device: str = _option("auto", "auto, cpu, cuda, …")
@@ -51,9 +56,19 @@ class TrainJob:
             value, kind = getattr(self, f.name), list if f.type == list[str] else f.type
             if not isinstance(value, kind):  # type: ignore[arg-type]
                 raise VSDError(f"{f.name} takes {getattr(kind, '__name__', kind)}, not {value!r}")
-        for name, choices in {"features": ("store", "online"), "on_bad_line": ("fatal", "skip")}.items():
-            if getattr(self, name) not in choices:
-                raise VSDError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
+        if self.on_bad_line not in ("fatal", "skip"):
+            raise VSDError(f"on_bad_line must be one of fatal, skip, not '{self.on_bad_line}'")
+        if self.features not in ("store", "online") and os.sep not in self.features:
+            raise VSDError(
+                f"features must be store, online or a folder such as ./{self.features}, not '{self.features}'"
+            )
+
+    @property
+    def store(self) -> Path | None:
+        """Where features are kept; None if they are not."""
+        if self.features == "online":
+            return None
+        return Path(self.output_dir) / "features" if self.features == "store" else Path(self.features)
 
     @classmethod
     def options(cls) -> dict[str, tuple[dict[str, Any], str]]:
@@ -117,7 +132,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
     with PartialState().main_process_first():  # one process computes the features, the others find them done
-        store = FeatureStore.build(folder / "features", target, kept) if job.features == "store" else None
+        store = FeatureStore.build(job.store, target, kept) if job.store else None
     trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))

@@ -1,11 +1,17 @@
-"""The trainer: a `transformers.Trainer` whose loss is a drafter's and whose evaluation is τ in the real decoder.
+"""The trainer: a `transformers.Trainer` that alternates E-step and M-step, and measures τ in the real decoder.
 
-Legend: B batch, T tokens, Q drafted tokens of a sequence, K steps, h hidden, V target and Vd draft vocabulary.
+Read `compute_loss`, `_e_step`, `_m_step` downwards. The E-step says which paths are trained, and what the target makes
+of them; the M-step maximises their weighted likelihood.
+
+Legend: B batch, T tokens, Q drafted tokens of a sequence, P paths, S paths of an anchor, K steps, h hidden, V target
+and Vd draft vocabulary.
 """
 
+import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +20,31 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
-from vsd.objective import FusedLoss, HeadTarget, fused_loss
-from vsd.objective.eagle3 import align, step_weights
-from vsd.paths import TreeShape
+from vsd.objective import Drafted, FusedLoss, HeadTarget, Part, PathTarget, fused_loss
+from vsd.objective import objective as objective_named
+from vsd.objective.utility import effective_sample_size, self_normalised, utility
+from vsd.paths import Paths, TreeShape, consumed, draw_paths, recorded, score_paths
 from vsd.targets import Target
 from vsd.training.batch import ByLength, Collator, DraftDataset
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
 from vsd.training.features import Features, FeatureStore, compute_features
+from vsd.verification.rejection import acceptance
+
+_REMEMBERED = 0.99  # of the running acceptance, a batch
+
+
+class Posterior(NamedTuple):
+    """The E-step's outcome for one part of the objective: paths, the target's side of them, weights within anchors.
+
+    `share` [B, P] sums to one over the `group` paths of an anchor; None for recorded paths.
+    """
+
+    part: Part
+    paths: Paths
+    target: HeadTarget
+    share: Tensor | None = None
+    group: int = 1
 
 
 class VSDTrainer(Trainer):
@@ -61,7 +84,9 @@ class VSDTrainer(Trainer):
         self._bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
         self._draft_of = torch.full((target.vocab_size,), -1, device=ids.device)
         self._draft_of[ids] = torch.arange(len(ids), device=ids.device)
-        self._counts = _Counts.zeros(args.draft_steps)
+        self._counts = _Counts(args.draft_steps)
+        self._objective = objective_named(args.objective, args.objective_options)
+        self._acceptance = 0.0  # running share of first drafted tokens that are right
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -94,38 +119,83 @@ class VSDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """EAGLE-3's training-time test on one batch; see `vsd.objective.eagle3`."""
-        ids, drafted = inputs["input_ids"], inputs["drafted"]  # [B, T], [B, Q]
+        """E-step, then M-step, on one batch; see `vsd.objective` for what is minimised."""
         features = self._features(inputs)
-        tokens = inputs["labels"].gather(1, drafted)  # [B, Q], -100 where padding
-        valid = (tokens >= 0) & _first_occurrence(drafted)
-        steps = self._steps()
-        weights = step_weights(drafted, valid, steps)
-        roots = drafted - 2
-        consumed = roots + 1 + torch.arange(steps, device=ids.device)[:, None, None]  # [K, B, Q]
-        path = ids.gather(1, consumed.clamp(max=ids.shape[1] - 1).transpose(0, 1).flatten(1))
-        path = path.unflatten(1, consumed.shape[::2]).transpose(0, 1)
-        rows = HeadTarget(
-            features.hidden.flatten(0, 1),
-            self._head,
-            self._bias,
-            features.log_normaliser.flatten(),
-            self.target.cap,
-            self._draft_of[tokens.clamp(min=0)].flatten(),
-        )
-        output: FusedLoss = model(
-            aux=features.aux,
-            next_embeds=self.target.embed(ids.roll(-1, dims=1)),
-            roots=roots,
-            path_embeds=self.target.embed(path),
-            objective=partial(_recorded_loss, target=rows, weights=weights),
-        )
-        self._counts.add(output)
-        items = num_items_in_batch if num_items_in_batch is not None else valid.sum()
+        posteriors = self._e_step(inputs, features)
+        output = self._m_step(model, inputs, features, posteriors)
+        if not isinstance(posteriors[0].part.paths, Drafted):
+            self._remember(output)
+        items = num_items_in_batch if num_items_in_batch is not None else posteriors[0].paths.valid[..., 0].sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients that are sums here
         return (loss, output) if return_outputs else loss
+
+    def _e_step(self, inputs: dict[str, Tensor], features: Features) -> list[Posterior]:
+        """Which paths are trained now: the text's own, and those the drafter draws."""
+        posteriors = []
+        for part in self._objective.parts:
+            if not isinstance(part.paths, Drafted):
+                posteriors.append(self._recorded(part, inputs, features))
+            elif self.state.global_step % part.paths.every == 0:
+                posteriors.append(self._drafted(part, part.paths, inputs, features))
+        return posteriors
+
+    def _recorded(self, part: Part, inputs: dict[str, Tensor], features: Features) -> Posterior:
+        """The text's own continuations. At temperature 0 they are the posterior: the target's pass is spared."""
+        drafted = inputs["drafted"]  # [B, Q]
+        real = (inputs["labels"].gather(1, drafted) >= 0) & _first_occurrence(drafted)
+        paths = recorded(inputs["input_ids"], drafted, real, self._steps())
+        return Posterior(part, paths, self._head_target(features.hidden.flatten(0, 1), features.log_normaliser))
+
+    @torch.no_grad()
+    def _drafted(self, part: Part, draw: Drafted, inputs: dict[str, Tensor], features: Features) -> Posterior:
+        """S paths below some roots of every sequence, drawn from the drafter and scored by the target in one pass.
+
+        A path's share among those of its anchor grows with the number of its tokens that the verifier keeps.
+        """
+        ids, S, steps = inputs["input_ids"], draw.samples, self._steps()
+        drafter = self.accelerator.unwrap_model(self.model)
+        generator = torch.Generator(ids.device).manual_seed(self._draw_seed())
+        lengths = _lengths(inputs["drafted"])
+        roots = _anchors(inputs["drafted"], inputs["labels"], draw.anchors, generator).repeat_interleave(S, 1)
+        tokens, log_q = draw_paths(drafter, self.target, features.aux, ids, roots, steps, 1.0, generator)
+        scored = score_paths(self.target, ids, lengths, roots, tokens)
+        kept = scored.log_p.exp() if self._objective.rule == "target" else acceptance(scored.log_p, log_q)
+        share = self_normalised(utility(kept.movedim(-1, 0)).unflatten(1, (-1, S)))  # [B, A, S]
+        self._counts.add_drafted(kept, effective_sample_size(share))
+        rows = torch.arange(tokens.numel(), device=ids.device).view(tokens.shape)
+        paths = Paths(roots, tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
+        target = self._head_target(scored.hidden.flatten(0, 2), scored.log_normaliser)
+        return Posterior(part, paths, target, draw.weight * share.flatten(1), S)
+
+    def _m_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], features: Features, posteriors: list[Posterior]
+    ) -> FusedLoss:
+        """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
+        ids = inputs["input_ids"]
+        return model(
+            aux=features.aux,
+            next_embeds=self.target.embed(ids.roll(-1, dims=1)),
+            roots=torch.cat([posterior.paths.roots for posterior in posteriors], dim=1),
+            path_embeds=self.target.embed(torch.cat([consumed(ids, p.paths) for p in posteriors], dim=2)),
+            objective=partial(
+                _weighted_loss, posteriors=posteriors, draft_of=self._draft_of, acceptance=self._acceptance
+            ),
+        )
+
+    def _head_target(self, hidden: Tensor, log_normaliser: Tensor) -> HeadTarget:
+        """The target's side of rows hidden [U, h] with logsumexps of any shape [U]."""
+        return HeadTarget(hidden, self._head, self._bias, log_normaliser.flatten(), self.target.cap)
+
+    def _remember(self, output: FusedLoss) -> None:
+        self._counts.add(output)
+        now = float(output.correct[0] / output.rows[0].clamp(min=1))
+        self._acceptance = _REMEMBERED * self._acceptance + (1 - _REMEMBERED) * now
+
+    def _draw_seed(self) -> int:
+        """Of the step, so that a resumed run draws what the interrupted one would have; differs between processes."""
+        return hash((self.args.seed, self.state.global_step, self.args.process_index)) % 2**63
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
@@ -148,9 +218,22 @@ class VSDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's share of recorded tokens that the drafter would have proposed first."""
         if "loss" in logs:
-            logs |= self._counts.accuracies()
-            self._counts = _Counts.zeros(self.args.draft_steps)
+            logs |= self._counts.report()
+            self._counts = _Counts(self.args.draft_steps)
         super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With what chance decided, what the weights of paths depend on."""
+        super()._save_rng_state(output_dir)
+        self._memory(output_dir).write_text(json.dumps(self._acceptance))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._memory(checkpoint).exists():
+            self._acceptance = json.loads(self._memory(checkpoint).read_text())
+
+    def _memory(self, folder: str) -> Path:
+        return Path(folder) / f"acceptance_{self.args.process_index}.json"
 
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""
@@ -167,27 +250,50 @@ class VSDTrainer(Trainer):
 
 
 class _Counts:
-    """Running counts of rows and of correct rows, per step."""
+    """Running counts, per step, of recorded tokens and right proposals; and what became of drawn paths."""
 
-    def __init__(self, rows: Tensor, correct: Tensor) -> None:
-        self.rows, self.correct = rows, correct
-
-    @classmethod
-    def zeros(cls, steps: int) -> "_Counts":
-        return cls(torch.zeros(steps), torch.zeros(steps))
+    def __init__(self, steps: int) -> None:
+        self.rows, self.correct = torch.zeros(steps), torch.zeros(steps)
+        self.draws, self.utility, self.effective = 0, 0.0, 0.0
 
     def add(self, output: FusedLoss) -> None:
         self.rows[: len(output.rows)] += output.rows.cpu()
         self.correct[: len(output.rows)] += output.correct.cpu()
 
-    def accuracies(self) -> dict[str, float]:
+    def add_drafted(self, kept: Tensor, effective: Tensor) -> None:
+        """kept [B, P, K], acceptance of every token; effective [B, A] sample sizes."""
+        self.draws += 1
+        self.utility += float(utility(kept.movedim(-1, 0)).mean())
+        self.effective += float(effective.mean())
+
+    def report(self) -> dict[str, float]:
         share = (self.correct / self.rows.clamp(min=1)).tolist()
-        return {f"accuracy_{k + 1}": round(value, 4) for k, value in enumerate(share)}
+        found = {f"accuracy_{k + 1}": round(value, 4) for k, value in enumerate(share)}
+        if self.draws:
+            found |= {
+                "drafted_utility": self.utility / self.draws,
+                "effective_sample_size": self.effective / self.draws,
+            }
+        return found
 
 
-def _recorded_loss(hidden: Tensor, head: Tensor, *, target: HeadTarget, weights: Tensor) -> FusedLoss:
-    """hidden [K, B, Q, h] by root, weights [K, B, Q] by predicted token."""
-    return fused_loss(align(hidden).flatten(1, 2), head, target, weights.flatten(1))
+def _weighted_loss(
+    hidden: Tensor, head: Tensor, *, posteriors: list[Posterior], draft_of: Tensor, acceptance: float
+) -> FusedLoss:
+    """hidden [K, B, P, h] of all posteriors' paths, side by side. Counts are those of the first."""
+    outputs = []
+    for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
+        by_step = [field.flatten(0, 1).T for field in posterior.paths[1:]]  # tokens, valid, rows [K, R]
+        target = PathTarget(
+            draft_of[by_step[0]],
+            by_step[2],
+            by_step[1],
+            None if posterior.share is None else posterior.share.flatten(),
+            posterior.group,
+        )
+        terms = posterior.part.terms
+        outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
+    return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
 
 
 def _first_occurrence(drafted: Tensor) -> Tensor:
@@ -195,3 +301,15 @@ def _first_occurrence(drafted: Tensor) -> Tensor:
     rising = torch.ones_like(drafted, dtype=torch.bool)
     rising[:, 1:] = drafted[:, 1:] > drafted[:, :-1]
     return rising
+
+
+def _lengths(drafted: Tensor) -> Tensor:
+    """Tokens of each sequence that a path may hang from, [B]: up to the last drafted one."""
+    return drafted.amax(1) + 1
+
+
+def _anchors(drafted: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` roots of every sequence, [B, A], drawn evenly from those drafted from, with replacement."""
+    real = (labels.gather(1, drafted) >= 0) & _first_occurrence(drafted)
+    picked = torch.multinomial(real.float(), count, replacement=True, generator=generator)
+    return drafted.gather(1, picked) - 2

@@ -1,0 +1,96 @@
+"""Every objective is *paths × weights × divergence*: which states are trained, how much each counts, towards what.
+
+A `Term` weighs a divergence; a `Part` gathers the terms of one kind of paths; an `Objective` adds up its parts.
+Combinations that would train on nonsense are refused when they are put together, with the reason.
+
+Legend: K steps, C paths.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vsd.errors import VSDError
+from vsd.objective.divergence import Divergence, negative_log_likelihood
+from vsd.objective.rows import PathRows
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The text's own continuation behind every drafted position. It is the target's: at T = 0 it *is* the oracle."""
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Paths the drafter draws as it is now, scored by the target.
+
+    Attributes:
+        samples: S, paths of an anchor.
+        anchors: roots drawn from every sequence.
+        every: they are drawn at every so many steps only.
+        weight: of an anchor, where a recorded path weighs 1.
+    """
+
+    samples: int = 16
+    anchors: int = 1
+    every: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.anchors, self.every) < 1 or self.weight <= 0:
+            raise VSDError(f"samples, anchors and every must be at least 1 and weight positive, not {self}")
+
+
+class Weights:
+    """How much every step of every path counts; `on` says for which kinds of paths that means something."""
+
+    on: ClassVar[tuple[type, ...]] = (Recorded, Drafted)
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]; 0 where `rows.valid` is not."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale · Σ weights · divergence."""
+
+    weights: Weights
+    divergence: Divergence
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """All terms of one kind of paths.
+
+    Raises:
+        VSDError: weights that mean nothing on such paths, or likelihood of the drafter's own unfiltered words.
+    """
+
+    paths: Recorded | Drafted
+    terms: tuple[Term, ...]
+
+    def __post_init__(self) -> None:
+        kind = type(self.paths)
+        for term in self.terms:
+            name = type(term.weights).__name__
+            if kind not in term.weights.on:
+                raise VSDError(f"weights {name} have no meaning on {kind.__name__.lower()} paths")
+            if kind is Drafted and Recorded in term.weights.on and term.divergence is negative_log_likelihood:
+                raise VSDError(f"{name} × likelihood on drafted paths would teach the drafter to repeat itself")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The sum of its parts, and the verification rule it trains for ("greedy", "target" or "rejection")."""
+
+    parts: tuple[Part, ...]
+    rule: str = "greedy"
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("greedy", "target", "rejection"):
+            raise VSDError(f"unknown verification rule '{self.rule}': choose greedy, target or rejection")
+        if all(isinstance(part.paths, Drafted) and part.paths.every > 1 for part in self.parts):
+            raise VSDError("an objective on drafted paths alone must draw them at every step: every=1")

@@ -1,0 +1,49 @@
+"""What a draft path is worth (VSD, arXiv:2602.05774): survival, utility, credit and the bound on acceptance.
+
+With a_t the probability that the verifier keeps token t, given that it kept those before: κ_k = Π_{t≤k} a_t is the
+probability that the first k tokens survive, and U = Σ_k κ_k the expected number of accepted tokens.
+
+Legend: K steps along a path, any trailing dimensions of paths.
+"""
+
+import torch
+from torch import Tensor
+
+
+def survival(acceptance: Tensor) -> Tensor:
+    """κ [K, …] from a [K, …]."""
+    return acceptance.cumprod(0)
+
+
+def utility(acceptance: Tensor) -> Tensor:
+    """U [...], tokens, from a [K, …]."""
+    return survival(acceptance).sum(0)
+
+
+def credit(kappa: Tensor) -> Tensor:
+    """∂U / ∂log a_t = Σ_{k≥t} κ_k, [K, …] from κ [K, …]: what one more nat of acceptance at step t is worth."""
+    return kappa.flip(0).cumsum(0).flip(0)
+
+
+def smoothed(acceptance: Tensor, alpha: float) -> Tensor:
+    """ã = α + (1 - α) a: no step is ever beyond hope, so that nothing stops learning behind a rejection."""
+    return alpha + (1 - alpha) * acceptance
+
+
+def elbo(log_q: Tensor, log_p: Tensor, log_acceptance: Tensor) -> Tensor:
+    """log κ + log p - log q of whole paths, [...] from [K, …] per token.
+
+    Its mean over z ~ q is the paper's bound E_q[log κ] - KL(q ‖ p) ≤ log Σ_z p(z) κ(z), tight at q ∝ p κ.
+    """
+    return (log_acceptance + log_p - log_q).sum(0)
+
+
+def self_normalised(log_weights: Tensor) -> Tensor:
+    """Weights that sum to one over the last dimension (the S paths of an anchor); uniform where all are -inf."""
+    hopeless = log_weights.isneginf().all(-1, keepdim=True)
+    return torch.where(hopeless, torch.zeros_like(log_weights), log_weights).softmax(-1)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """1 / Σ w², between 1 and S, of self-normalised weights [..., S]."""
+    return 1 / weights.square().sum(-1)

@@ -1,0 +1,116 @@
+"""`vsd`: Variational Speculative Decoding (Zou et al., arXiv:2602.05774): train for the survival of whole paths.
+
+The paper's: drafting as variational inference of the paths the verifier keeps; EM; an E-step that draws up to 40 paths
+from an oracle-filtered posterior; an M-step of weighted likelihood with adaptive rejection weighting (ARW) and
+confidence-aware regularisation (CAR):
+
+    L = Σ_s w_s Σ_t ω_{s,t} (-log q_t) + λ Σ_t c_t KL(p_t ‖ q_t)
+
+Its formulas for ω, c and the oracle are not public. Ours:
+
+- *The E-step in closed form.* At T = 0 every drawn path, cut at its first rejection, is a prefix of the text's own
+  continuation, and a prefix of length k survives with probability Π_{i≤k} q(x_i). So no path need be drawn: the
+  recorded one is weighed by its exact survival. Above 0 the cut is taken in expectation too: what the verifier leaves
+  at a state it has reached, kept token or residual draw, has the law p (that is losslessness), so the label is p and
+  the state's weight is the probability of reaching it.
+- *ARW*: ω_t = Σ_{k≥t} κ_k = ∂U/∂log a_t on acceptances smoothed by how often the drafter is rejected now,
+  ã = α + (1 - α) a with α = 1 - acceptance: a weak drafter learns from all steps alike, a strong one where survival
+  is decided.
+- *Tree utility*: EAGLE-2's tree keeps the token of step k if its cumulative log q is among the best N - 1. Then
+  κ_k = σ((Σ_{i≤k} log q(x_i) - cut) / width), with `cut` the score that just gets in: credit goes where the tree's
+  edge is, not to tokens that are in anyway.
+- *CAR*: c_t = max p_t · (probability of reaching step t).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vsd.errors import VSDError
+from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term, Weights
+from vsd.objective.divergence import cross_entropy, negative_log_likelihood
+from vsd.objective.eagle3 import DECAY, Decay
+from vsd.objective.rows import PathRows
+from vsd.objective.utility import credit, smoothed, survival
+from vsd.verification.rejection import acceptance
+
+
+def path_acceptance(rows: PathRows, rule: str) -> Tensor:
+    """a [K, C]: chance that the verifier goes along with the path's token, given that it went along before.
+
+    A recorded token is the target's choice, so it is accepted if it was drafted: q(x), or Σ min(p, q) for
+    `rejection`. A drafted one is accepted as the rule says.
+    """
+    if rows.recorded:
+        return rows.overlap if rule == "rejection" else rows.label_log_q.exp()
+    return rows.label_p if rule == "target" else acceptance(rows.label_p.log(), rows.label_log_q)
+
+
+def tree_survival(log_q: Tensor, cut: float, width: float) -> Tensor:
+    """κ [K, C]: probability that the tree holds step k, from log q of the path's tokens."""
+    return ((log_q.cumsum(0) - cut) / width).sigmoid()
+
+
+@dataclass(frozen=True)
+class RejectionWeights(Weights):
+    """ARW. `alpha` None adapts it; `cut` takes the tree's survival in place of the chain's."""
+
+    rule: str = "greedy"
+    alpha: float | None = None
+    cut: float | None = None
+    width: float = 1.0
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        alpha = 1 - rows.acceptance if self.alpha is None else self.alpha
+        if self.cut is not None:
+            kappa = tree_survival(rows.label_log_q.clamp(min=-50), self.cut, self.width)
+            edge = credit(4 * kappa * (1 - kappa) * rows.valid)  # ∂κ/∂log q, 1 at the edge
+            return rows.share * (alpha * Decay()(rows) + (1 - alpha) * edge) * rows.valid
+        a = smoothed(path_acceptance(rows, self.rule), alpha) * rows.valid
+        worth = credit(survival(a))
+        if not rows.recorded:  # whether *this* token was a good draw must not decide whether its state is learned
+            worth = worth / a.clamp(min=1e-6)
+        return rows.share * worth * rows.valid
+
+
+@dataclass(frozen=True)
+class Confidence(Weights):
+    """CAR's c: the target's confidence, where decoding is likely to come."""
+
+    rule: str = "greedy"
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        a = smoothed(path_acceptance(rows, self.rule), 1 - rows.acceptance)
+        reach = torch.cat([torch.ones_like(a[:1]), survival(a)[:-1]])
+        return rows.share * rows.p.amax(-1) * reach * rows.valid
+
+
+def vsd(
+    rule: str = "greedy",
+    arw: bool = True,
+    car: float = 0.5,
+    alpha: float | None = None,
+    cut: float | None = None,
+    width: float = 1.0,
+    samples: int = 16,
+    anchors: int = 4,
+    every: int = 4,
+    weight: float = 4.0,
+) -> Objective:
+    """The whole objective; `arw=False` and `car=0` leave those parts out.
+
+    Raises:
+        VSDError: tree survival (`cut`) for a rule that verifies chains.
+    """
+    if cut is not None and rule == "rejection":
+        raise VSDError("rejection sampling verifies chains: leave out the tree's cut")
+    weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
+    regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
+    if rule == "greedy":
+        return Objective((Part(Recorded(), (Term(weights, negative_log_likelihood), *regular)),), rule)
+    terms = (Term(weights, cross_entropy), *regular)
+    paths = Drafted(samples, anchors, every, weight)
+    return Objective((Part(Recorded(), terms), Part(paths, terms)), rule)

@@ -1,0 +1,52 @@
+"""Paths to train on: where they hang, what they say, and where the target's opinion of every token is found.
+
+Legend: B sequences, T tokens, Q drafted tokens of a sequence, P paths, K steps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Paths(NamedTuple):
+    """P paths of K tokens in each of B sequences.
+
+    Attributes:
+        roots: the entry each path hangs from, [B, P]; its first token stands at root + 2.
+        tokens: the path's tokens, target ids, [B, P, K].
+        valid: which of them exist, [B, P, K] bool; none after one that does not.
+        rows: the target's row that predicts each token, [B, P, K], counted over the whole batch.
+    """
+
+    roots: Tensor
+    tokens: Tensor
+    valid: Tensor
+    rows: Tensor
+
+
+def recorded(ids: Tensor, drafted: Tensor, real: Tensor, steps: int) -> Paths:
+    """The text's own continuation below every root that is drafted from; row q of a sequence predicts drafted[q].
+
+    Args:
+        ids: tokens, [B, T].
+        drafted: positions of the drafted tokens, ascending, [B, Q].
+        real: which of them are not padding, [B, Q] bool.
+    """
+    B, Q = drafted.shape
+    ahead = torch.arange(steps, device=ids.device)
+    places = drafted[..., None] + ahead  # [B, Q, K]
+    tokens = ids.gather(1, places.clamp(max=ids.shape[1] - 1).flatten(1)).view(B, Q, steps)
+    index = torch.arange(Q, device=ids.device)[:, None] + ahead  # [Q, K] which drafted token step k would be
+    at = index.clamp(max=Q - 1).flatten()
+    following = drafted[:, at].view(B, Q, steps)
+    exists = (index < Q) & real[:, at].view(B, Q, steps)
+    valid = exists & (following == places)  # behind an answer's end stands another answer, or padding
+    rows = index.clamp(max=Q - 1) + Q * torch.arange(B, device=ids.device)[:, None, None]
+    return Paths(drafted - 2, tokens, valid.long().cumprod(-1).bool(), rows)
+
+
+def consumed(ids: Tensor, paths: Paths) -> Tensor:
+    """Tokens a drafter reads along the paths, [K, B, P]: the one at root + 1, then the path's own."""
+    first = ids.gather(1, paths.roots + 1)
+    return torch.cat([first[..., None], paths.tokens[..., :-1]], dim=-1).permute(2, 0, 1)
