@@ -193,6 +193,17 @@ def test_for_target_takes_the_targets_rotary_embedding(tiny_target: Target, draf
     assert wide.midlayer.mlp.gate_proj.weight.shape == (48, 32)
 
 
+def test_later_steps_of_fewer_roots_are_the_same(tiny_target: Target, drafter: Eagle3Drafter) -> None:
+    ids, aux, embeds = inputs(tiny_target)
+    roots = torch.tensor([[7, 2, 9, 4], [1, 8, 3, 3]])
+    path = path_of(tiny_target, ids, roots)
+    widths = [4, 3, 1, 0]
+    found, whole = drafter(aux, embeds, roots, path, widths=widths), drafter(aux, embeds, roots, path)
+    for k, width in enumerate(widths):
+        torch.testing.assert_close(found[k, :, :width], whole[k, :, :width], rtol=1e-5, atol=1e-6)
+        assert not found[k, :, width:].any()
+
+
 def test_saved_and_loaded_bit_for_bit(drafter: Eagle3Drafter, tmp_path: Path) -> None:
     drafter.save_pretrained(tmp_path)
     again = Eagle3Drafter.from_pretrained(tmp_path)

@@ -29,7 +29,7 @@ from vsd.objective.divergence import negative_log_likelihood
 from vsd.objective.dpace import Credit
 from vsd.objective.eagle3 import Decay
 from vsd.objective.elbo import Advantage
-from vsd.paths import consumed, recorded
+from vsd.paths import Paths, consumed, cut, longest_first, recorded, widths
 from vsd.targets import Target
 
 V, VD, H, S = 30, 12, 6, 4
@@ -271,6 +271,15 @@ def test_gradcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_probability_of_single_tokens(cap: float | None) -> None:
+    c = case(3, 9, cap)
+    found = c.target.probability(c.paths.rows, c.paths.labels)
+    wanted = c.log_p[c.paths.rows].exp().gather(-1, c.paths.labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(found, wanted * (c.paths.labels >= 0))
+    assert (c.paths.labels < 0).any()
+
+
 def test_counters_count_trained_rows_and_right_proposals() -> None:
     c = case(3, 40)
     found = fused_loss(*c[:4], EAGLE3, chunk_rows=8)
@@ -340,6 +349,7 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
         (lambda: objective("vsd", {"rule": "luck"}), "unknown verification rule"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "unknown divergence"),
         (lambda: Drafted(samples=0), "at least 1"),
+        (lambda: Recorded(smoothing=0.0), "never be learnt"),
         (lambda: Part(Drafted(), (Term(Credit(), negative_log_likelihood),)), "no meaning on drafted"),
         (lambda: Part(Recorded(), (Term(Advantage(), negative_log_likelihood),)), "no meaning on recorded"),
         (lambda: Part(Drafted(), (Term(Decay(), negative_log_likelihood),)), "repeat itself"),
@@ -390,6 +400,42 @@ def test_recorded_paths_by_hand(rows: list[list[bool]], steps: int) -> None:
         if root + 2 + k < len(row) and all(row[root + 2 : root + 3 + k])
     }
     assert found == wanted
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(masks, st.integers(1, 5), st.integers(0, 10**6))
+def test_cut_paths_are_prefixes_longest_first(rows: list[list[bool]], steps: int, seed: int) -> None:
+    drafted, real = laid_out(rows)
+    ids = torch.arange(3 * 16).view(3, 16)[: len(rows)]
+    whole = recorded(ids, drafted, real, steps)
+    g = torch.Generator().manual_seed(seed)
+    shorter = cut(whole, torch.rand(whole.valid.shape, generator=g), g)
+    assert torch.equal(shorter.valid[..., 0], whole.valid[..., 0])
+    assert not (shorter.valid & ~whole.valid).any()
+    ordered = longest_first(shorter)
+    assert (ordered.valid.long().diff(dim=-1) <= 0).all()
+    assert (ordered.valid.sum(-1).diff(dim=1) <= 0).all()
+
+    def content(paths: Paths) -> set[tuple[int, ...]]:
+        found = paths.valid.nonzero().tolist()
+        return {
+            (b, int(paths.roots[b, p]), k, int(paths.tokens[b, p, k]), int(paths.rows[b, p, k])) for b, p, k in found
+        }
+
+    assert content(ordered) == content(shorter)
+    for k, width in enumerate(widths(ordered.valid)):
+        assert not ordered.valid[:, width:, k:].any()
+        assert width == 0 or ordered.valid[:, width - 1, k].any()
+
+
+def test_paths_go_on_as_often_as_asked() -> None:
+    ids = torch.arange(10_002)[None]
+    drafted = torch.arange(2, 10_002)[None]
+    whole = recorded(ids, drafted, torch.ones_like(drafted, dtype=torch.bool), 3)
+    shorter = cut(whole, torch.full(whole.valid.shape, 0.6), torch.Generator().manual_seed(0))
+    reached = shorter.valid[0].double().mean(0)
+    for k in range(3):
+        assert abs(float(reached[k]) - 0.6**k) < 5 * (0.25 / 10_000) ** 0.5
 
 
 @pytest.fixture

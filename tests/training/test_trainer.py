@@ -135,6 +135,7 @@ def test_the_clock_ends_training_and_anneals_the_rate(
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),
         ("vsd", {}),
+        ("vsd", {"smoothing": 0.3}),
         ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
     ],
 )
@@ -155,6 +156,19 @@ def test_every_objective_trains(
     if "samples" in options:
         assert 1 <= logged["effective_sample_size"] <= 4
         assert 0 <= logged["drafted_utility"] <= 3
+
+
+def test_cut_paths_train_on_fewer_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """All first steps, and later ones as often as the target is sure of the tokens before."""
+    rows = {}
+    for smoothing in (None, 1.0, 0.1):
+        options = {"objective_options": {"smoothing": smoothing}, "per_device_train_batch_size": 8, "draft_steps": 4}
+        trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **options)
+        inputs = next(iter(trainer.get_train_dataloader()))
+        rows[smoothing] = trainer.compute_loss(trainer.model, inputs, return_outputs=True)[1].rows.tolist()
+    assert rows[None] == rows[1.0]
+    assert rows[0.1][0] == rows[None][0]
+    assert all(0 < few < 0.95 * all_ for few, all_ in zip(rows[0.1][1:], rows[None][1:]))
 
 
 def test_vsd_raises_acceptance_in_the_real_decoder(tiny_target: Target, tmp_path: Path) -> None:

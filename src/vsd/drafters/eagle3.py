@@ -17,7 +17,7 @@ Legend: B batch, T entries, Q roots (training) or nodes (decoding), K steps, W b
 H heads, D head dimension, V target vocabulary, Vd draft vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -242,6 +242,7 @@ class Eagle3Drafter(PreTrainedModel):
         roots: Tensor,
         path_embeds: Tensor,
         objective: Callable[[Tensor, Tensor], Any] | None = None,
+        widths: Sequence[int] | None = None,
     ) -> Any:
         """Draft K steps from every root with given tokens (EAGLE-3's training-time test).
 
@@ -252,6 +253,7 @@ class Eagle3Drafter(PreTrainedModel):
             path_embeds: what step k consumes, [K, B, Q, h]: the token at root + 1, then the path's own.
             objective: called with the result and the LM head's weight [Vd, h] before this module returns, while
                 sharded parameters (FSDP) are whole.
+            widths: how many of the roots are run at each step, never rising; None: all. The rest of a step is zeros.
 
         Returns:
             Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the token at root + 2 + k; or
@@ -263,9 +265,12 @@ class Eagle3Drafter(PreTrainedModel):
             step = partial(self._gradient_checkpointing_func, self._step)
         own: list[tuple[Tensor, Tensor]] = []
         steps = []
+        Q = roots.shape[1]
         for k, embeds in enumerate(path_embeds):
-            hidden, own = step(hidden, embeds, roots + k, shared, seen, own, k > 0)
-            steps.append(self.norm(hidden))
+            W = Q if widths is None else widths[k]
+            own = [(keys[:, :, :W], values[:, :, :W]) for keys, values in own]
+            hidden, own = step(hidden[:, :W], embeds[:, :W], roots[:, :W] + k, shared, seen[:, :W], own, k > 0)
+            steps.append(F.pad(self.norm(hidden), (0, 0, 0, Q - W)))
         stacked = torch.stack(steps)
         return stacked if objective is None else objective(stacked, self.lm_head.weight)
 

@@ -18,7 +18,20 @@ from vsd.objective.rows import PathRows
 
 @dataclass(frozen=True)
 class Recorded:
-    """The text's own continuation behind every drafted position. It is the target's: at T = 0 it *is* the oracle."""
+    """The text's own continuation behind every drafted position. It is the target's: at T = 0 it *is* the oracle.
+
+    Attributes:
+        smoothing: α, cut the paths where drafts are rejected: behind a token x a path goes on with probability
+            α + (1 - α) p(x). What is cut is not computed. None: never.
+    """
+
+    smoothing: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.smoothing is not None and not 0 < self.smoothing <= 1:
+            raise VSDError(
+                f"smoothing must be in (0, 1], not {self.smoothing}: with 0, some steps would never be learnt"
+            )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,6 @@ class Decay(Weights):
         return self.rate ** steps[:, None] * rows.valid
 
 
-def eagle3(decay: float = DECAY) -> Objective:
-    """The whole objective."""
-    return Objective((Part(Recorded(), (Term(Decay(decay), cross_entropy),)),))
+def eagle3(decay: float = DECAY, smoothing: float | None = None) -> Objective:
+    """The whole objective; `smoothing`, which is ours, cuts paths where drafts are rejected (see `Recorded`)."""
+    return Objective((Part(Recorded(smoothing), (Term(Decay(decay), cross_entropy),)),))

@@ -35,6 +35,13 @@ class HeadTarget(NamedTuple):
     log_normaliser: Tensor
     cap: Callable[[Tensor], Tensor]
 
+    def probability(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """p of tokens with draft ids `labels` at `rows`, of any one shape; 0 where a label is -1."""
+        known = labels.clamp(min=0)
+        logits = (self.hidden[rows].to(self.head.dtype) * self.head[known]).sum(-1)
+        logits = self.cap(logits if self.bias is None else logits + self.bias[known])
+        return (logits - self.log_normaliser[rows]).exp() * (labels >= 0)
+
 
 class PathTarget(NamedTuple):
     """What R paths predict.
@@ -78,7 +85,9 @@ def fused_loss(
         head: the drafter's LM head, [Vd, h].
         acceptance: share of first drafted tokens accepted lately, for weights that adapt to it.
     """
-    alive = paths.valid[0].unflatten(0, (-1, paths.group)).any(-1).repeat_interleave(paths.group).nonzero()[:, 0]
+    lengths = paths.valid.sum(0).unflatten(0, (-1, paths.group)).amax(-1)  # of the longest path of every anchor
+    order = lengths.argsort(descending=True, stable=True)[: int((lengths > 0).sum())]  # like lengths in one chunk
+    alive = (order[:, None] * paths.group + torch.arange(paths.group, device=order.device)).flatten()
     kept = paths._replace(
         labels=paths.labels[:, alive],
         rows=paths.rows[:, alive],
@@ -105,30 +114,32 @@ class _Fused(torch.autograd.Function):
         wide = torch.promote_types(compute, torch.float32)
         K, R, h = hidden.shape
         head_c, target_head = head.to(compute), target.head.to(compute)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
         loss = torch.zeros((), dtype=wide, device=head.device)
         correct = torch.zeros(K, device=head.device)
-        C = max(1, chunk_rows // (K * paths.group)) * paths.group
+        end = 0
         with torch.autocast(device, enabled=False):
-            for start in range(0, R, C):
-                chunk = slice(start, start + C)
-                states = hidden[:, chunk].reshape(-1, h).to(compute)  # [K C, h]
-                logits = (states @ head_c.T).to(wide).view(K, -1, len(head))  # [K, C, Vd]
+            while end < R:
+                start, steps = end, int(paths.valid[:, end : end + paths.group].any(1).sum())
+                end = start + max(1, chunk_rows // (steps * paths.group)) * paths.group
+                chunk = (slice(steps), slice(start, end))  # what no path of the chunk reaches is not computed
+                states = hidden[chunk].reshape(-1, h).to(compute)  # [k C, h]
+                logits = (states @ head_c.T).to(wide).view(steps, -1, len(head))  # [k, C, Vd]
                 rows = PathRows(
                     logits,
-                    _probabilities(target, target_head, paths.rows[:, chunk], wide),
-                    paths.labels[:, chunk],
-                    paths.valid[:, chunk],
-                    share=None if paths.share is None else paths.share[chunk].to(wide),
+                    _probabilities(target, target_head, paths.rows[chunk], wide),
+                    paths.labels[chunk],
+                    paths.valid[chunk],
+                    share=None if paths.share is None else paths.share[start:end].to(wide),
                     group=paths.group,
                     acceptance=acceptance,
                 )
-                correct += ((rows.proposed == rows.labels) & rows.valid).sum(1)
+                correct[:steps] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
                 value, grad_logits = _sum(terms, rows)
                 loss += value
                 grad_logits = grad_logits.view(-1, len(head)).to(compute)
-                grad_hidden[:, chunk] = (grad_logits @ head_c).view(K, -1, h).to(hidden.dtype)
+                grad_hidden[chunk] = (grad_logits @ head_c).view(steps, -1, h).to(hidden.dtype)
                 if compute == wide:
                     grad_head.addmm_(grad_logits.T, states)
                 else:

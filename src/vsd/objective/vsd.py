@@ -95,6 +95,7 @@ def vsd(
     alpha: float | None = None,
     cut: float | None = None,
     width: float = 1.0,
+    smoothing: float | None = None,
     samples: int = 16,
     anchors: int = 4,
     every: int = 4,
@@ -110,7 +111,7 @@ def vsd(
     weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     if rule == "greedy":
-        return Objective((Part(Recorded(), (Term(weights, negative_log_likelihood), *regular)),), rule)
+        return Objective((Part(Recorded(smoothing), (Term(weights, negative_log_likelihood), *regular)),), rule)
     terms = (Term(weights, cross_entropy), *regular)
     paths = Drafted(samples, anchors, every, weight)
-    return Objective((Part(Recorded(), terms), Part(paths, terms)), rule)
+    return Objective((Part(Recorded(smoothing), terms), Part(paths, terms)), rule)

@@ -1,7 +1,7 @@
 """Draft paths and trees: their topology, and where they come from: the text, or a drafter."""
 
 from vsd.paths.drafted import Scored, draw_paths, score_paths
-from vsd.paths.recorded import Paths, consumed, recorded
+from vsd.paths.recorded import Paths, consumed, cut, longest_first, recorded, widths
 from vsd.paths.tree import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
 
 __all__ = [
@@ -12,9 +12,12 @@ __all__ = [
     "TreeShape",
     "ancestors",
     "consumed",
+    "cut",
     "draw_chain",
     "draw_paths",
     "draw_tree",
+    "longest_first",
     "recorded",
     "score_paths",
+    "widths",
 ]

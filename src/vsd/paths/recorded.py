@@ -46,6 +46,28 @@ def recorded(ids: Tensor, drafted: Tensor, real: Tensor, steps: int) -> Paths:
     return Paths(drafted - 2, tokens, valid.long().cumprod(-1).bool(), rows)
 
 
+def cut(paths: Paths, go_on: Tensor, generator: torch.Generator | None) -> Paths:
+    """Paths that end behind their token k with probability 1 - go_on [B, P, K] (of those that got so far)."""
+    survives = torch.rand(go_on.shape, device=go_on.device, generator=generator) < go_on
+    reached = torch.cat([torch.ones_like(survives[..., :1]), survives[..., :-1]], dim=-1)
+    return paths._replace(valid=paths.valid & reached.long().cumprod(-1).bool())
+
+
+def longest_first(paths: Paths) -> Paths:
+    """The paths of every sequence by falling length, so that the first ones are all that later steps need."""
+    order = paths.valid.sum(-1).argsort(dim=1, descending=True, stable=True)  # [B, P]
+    deep = order[..., None].expand_as(paths.tokens)
+    return Paths(paths.roots.gather(1, order), *(field.gather(1, deep) for field in paths[1:]))
+
+
+def widths(valid: Tensor) -> list[int]:
+    """For every step, how many paths [B, P, K] from the first on must be run to have all valid ones."""
+    P = valid.shape[1]
+    last = torch.arange(1, P + 1, device=valid.device)[:, None] * valid.any(0)  # [P, K]
+    found = [int(step.max()) for step in last.T]
+    return [max(found[k:]) for k in range(len(found))]
+
+
 def consumed(ids: Tensor, paths: Paths) -> Tensor:
     """Tokens a drafter reads along the paths, [K, B, P]: the one at root + 1, then the path's own."""
     first = ids.gather(1, paths.roots + 1)

@@ -20,10 +20,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
-from vsd.objective import Drafted, FusedLoss, HeadTarget, Part, PathTarget, fused_loss
+from vsd.objective import Drafted, FusedLoss, HeadTarget, Part, PathTarget, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
-from vsd.paths import Paths, TreeShape, consumed, draw_paths, recorded, score_paths
+from vsd.paths import Paths, TreeShape, consumed, cut, draw_paths, longest_first, recorded, score_paths, widths
 from vsd.targets import Target
 from vsd.training.batch import ByLength, Collator, DraftDataset
 from vsd.training.budget import TimeBudget
@@ -142,11 +142,20 @@ class VSDTrainer(Trainer):
         return posteriors
 
     def _recorded(self, part: Part, inputs: dict[str, Tensor], features: Features) -> Posterior:
-        """The text's own continuations. At temperature 0 they are the posterior: the target's pass is spared."""
+        """The text's own continuations, whole or cut where the target itself is unsure.
+
+        At temperature 0 they are the posterior: the target's pass is spared.
+        """
         drafted = inputs["drafted"]  # [B, Q]
         real = (inputs["labels"].gather(1, drafted) >= 0) & _first_occurrence(drafted)
         paths = recorded(inputs["input_ids"], drafted, real, self._steps())
-        return Posterior(part, paths, self._head_target(features.hidden.flatten(0, 1), features.log_normaliser))
+        target = self._head_target(features.hidden.flatten(0, 1), features.log_normaliser)
+        if isinstance(part.paths, Recorded) and part.paths.smoothing is not None:
+            p = target.probability(paths.rows, self._draft_of[paths.tokens])
+            go_on = part.paths.smoothing + (1 - part.paths.smoothing) * p
+            generator = torch.Generator(drafted.device).manual_seed(self._draw_seed())
+            paths = longest_first(cut(paths, go_on, generator))
+        return Posterior(part, paths, target)
 
     @torch.no_grad()
     def _drafted(self, part: Part, draw: Drafted, inputs: dict[str, Tensor], features: Features) -> Posterior:
@@ -179,6 +188,7 @@ class VSDTrainer(Trainer):
             next_embeds=self.target.embed(ids.roll(-1, dims=1)),
             roots=torch.cat([posterior.paths.roots for posterior in posteriors], dim=1),
             path_embeds=self.target.embed(torch.cat([consumed(ids, p.paths) for p in posteriors], dim=2)),
+            widths=widths(torch.cat([posterior.paths.valid for posterior in posteriors], dim=1)),
             objective=partial(
                 _weighted_loss, posteriors=posteriors, draft_of=self._draft_of, acceptance=self._acceptance
             ),

@@ -1,0 +1,183 @@
+"""Does the objective matter? One drafter, continued with every objective for the same wall-clock time, then decoded.
+
+    python benchmarks/study.py --text TEXT --start DRAFTER --prompts FILE … --out runs/study \\
+        [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1]
+
+Every (objective, seed) is a `vsd train` of its own from the same drafter, text and features; the E-step's time is part
+of the budget. Then every drafter answers the same prompts in the real decoder, batched, with a tree, a chain and, above
+temperature 0, a rejection-sampled chain. Reported: τ, and its ratio to `eagle3` continued with the same seeds, 95 %
+paired bootstrap over prompts (seeds pooled). What is done is kept in --out and not done again: interrupt and repeat the
+command freely.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Sampling
+from vsd.drafters import load_drafter
+from vsd.evaluation import load_prompts
+from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+
+CONTROL = "eagle3"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "eagle3": ("eagle3", {}),
+    "eagle3, cut paths": ("eagle3", {"smoothing": 0.3}),
+    "lk_lambda": ("lk_lambda", {}),
+    "dpace": ("dpace", {}),
+    "vat": ("vat", {}),
+    "griffin": ("griffin", {}),
+    "elbo": ("elbo", {"rule": "rejection"}),
+    "vsd": ("vsd", {}),
+    "vsd, cut paths": ("vsd", {"smoothing": 0.3}),
+    "vsd, tree": ("vsd", {"cut": -3.0}),
+    "vsd without ARW": ("vsd", {"arw": False}),
+    "vsd without CAR": ("vsd", {"car": 0.0}),
+    "vsd, rejection": ("vsd", {"rule": "rejection"}),
+    "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "every": 10**9}),
+}
+DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
+    "tree": (TreeShape(5, 4, 16), "auto", True),
+    "chain": (TreeShape.chain(4), "auto", True),
+    "rejection": (TreeShape.chain(4), "rejection", False),
+}
+
+
+def train(name: str, seed: int, a: argparse.Namespace) -> Path:
+    """The drafter of one run, trained now if it is not there yet."""
+    folder = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    if not (folder / "drafter" / "model.safetensors").exists():
+        objective, options = VARIANTS[name]
+        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", a.text]
+        words += [
+            "--output-dir",
+            folder,
+            "--features",
+            a.features or a.out / "features",
+            "--on-bad-line",
+            "skip",
+            "--held-out",
+            32,
+        ]
+        words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
+        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}", "per_device_train_batch_size=4"]
+        words += ["save_strategy=no", "eval_strategy=no", f"draft_steps={a.draft_steps}"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log:
+            subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
+    return folder
+
+
+def decode(folder: Path, target: Target, prompts: list[list[int]], a: argparse.Namespace) -> None:
+    """`folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
+    drafter = None
+    for temperature in a.temperatures:
+        for name, (shape, verification, greedy_too) in DECODINGS.items():
+            path = folder / f"{name}-{temperature:g}.json"
+            if path.exists() or name not in a.decodings or (temperature == 0 and not greedy_too):
+                continue
+            drafter = drafter or load_drafter(folder / "drafter", target)
+            engine = Engine(target, drafter, shape, verification)
+            results = []
+            for start in range(0, len(prompts), 16):
+                sampling = Sampling(a.max_new_tokens, temperature, seed=start)
+                results += engine.generate(prompts[start : start + 16], sampling)
+            counts = [[sum(r.delivered), len(r.delivered)] for r in results]
+            path.write_text(json.dumps({"counts": counts, "accepted": [r.accepted for r in results]}))
+
+
+def counts(folders: Sequence[Path], name: str) -> np.ndarray:
+    """[prompts, 2] new tokens and passes, summed over seeds."""
+    return np.sum([json.loads((folder / name).read_text())["counts"] for folder in folders], axis=0).astype(float)
+
+
+def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per objective, decoding and temperature."""
+    rows = []
+    for temperature in a.temperatures:
+        for name in a.decodings:
+            file = f"{name}-{temperature:g}.json"
+            have = {variant: folders for variant, folders in runs.items() if all((f / file).exists() for f in folders)}
+            if CONTROL not in have:
+                continue
+            base = counts(have[CONTROL], file).T
+            for variant, folders in have.items():
+                mine = counts(folders, file).T
+                rows.append(
+                    {
+                        "objective": variant,
+                        "decoding": name,
+                        "temperature": temperature,
+                        "tau": pooled_rate(*mine),
+                        "ratio": pooled_rate(*mine) / pooled_rate(*base),
+                        "ratio_ci": ratio_interval(*mine, *base),
+                        "seeds": len(folders),
+                    }
+                )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="τ after the same minutes from the same drafter")
+    for column in ("objective", "decoding", "T", "τ", "× eagle3 continued"):
+        table.add_column(column)
+    for row in rows:
+        low, high = row["ratio_ci"]
+        table.add_row(
+            row["objective"],
+            row["decoding"],
+            f"{row['temperature']:g}",
+            f"{row['tau']:.3f}",
+            f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="training text, written by the target")
+    parser.add_argument("--start", required=True, help="the drafter all runs continue")
+    parser.add_argument("--prompts", nargs="+", required=True, help="what is decoded")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--features", help="a folder with the text's features; default OUT/features")
+    parser.add_argument("--objectives", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--draft-steps", type=int, default=5)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--limit", type=int, help="prompts of each file")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    a = parser.parse_args()
+    keep_freed_memory()
+    runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
+    target = load_target()
+    prompts = [
+        prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        for prompt in load_prompts(a.prompts, a.limit)
+    ]
+    for folders in runs.values():
+        for folder in folders:
+            decode(folder, target, prompts, a)
+        rows = report(runs, a)
+    (a.out / "study.json").write_text(
+        json.dumps({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, indent=1)
+    )
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
