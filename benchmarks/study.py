@@ -55,6 +55,16 @@ DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, wh
 }
 
 
+def check_settings(a: argparse.Namespace) -> None:
+    """Refuse to go on in a folder whose runs were made with other settings."""
+    names = ("text", "start", "prompts", "minutes", "learning_rate", "draft_steps", "limit", "max_new_tokens")
+    settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        sys.exit(f"{a.out} holds a study with other settings ({path}): give another --out")
+    a.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1))
+
+
 def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     """The drafter of one run, trained now if it is not there yet."""
     folder = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
@@ -162,6 +172,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="prompts of each file")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     a = parser.parse_args()
+    if CONTROL not in a.objectives:
+        parser.error(f"everything is compared with {CONTROL}: add it to --objectives")
+    check_settings(a)
     keep_freed_memory()
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
     target = load_target()
@@ -172,7 +185,7 @@ def main() -> None:
     for folders in runs.values():
         for folder in folders:
             decode(folder, target, prompts, a)
-        rows = report(runs, a)
+    rows = report(runs, a)
     (a.out / "study.json").write_text(
         json.dumps({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, indent=1)
     )

@@ -6,7 +6,7 @@ from transformers import GPT2Config
 
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
-from vsd.decoding import Engine, Result, Sampling
+from vsd.decoding import Engine, Result, Sampling, replay
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
@@ -222,3 +222,18 @@ def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: 
     torch.nn.init.constant_(drafter.midlayer.mlp.down_proj.weight, float("nan"))
     with pytest.raises(VSDError, match="NaN"):
         Engine(target, drafter, shape, rule).generate(PROMPTS, Sampling(8, temperature))
+
+
+@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape(2, 4, 6), TreeShape.chain(3)])
+def test_replayed_answers_deliver_what_decoding_delivers(pair: Pair, shape: TreeShape) -> None:
+    """Pass by pass, for answers of any length: cut short, ended by EOS, a single token."""
+    target, drafter = pair
+    results = []
+    for length in (1, 2, 9, LENGTH + 8):
+        results += Engine(target, drafter, shape).generate(PROMPTS, Sampling(length))
+    texts = [(result.prompt, result.tokens) for result in results]
+    found = replay(target, drafter, shape, texts)
+    assert [r.delivered for r in found] == [r.delivered for r in results]
+    assert [r.accepted[:-1] for r in found] == [r.accepted[:-1] for r in results]
+    assert max(d for r in found for d in r.delivered) > 2
+    assert replay(target, drafter, shape, []) == []

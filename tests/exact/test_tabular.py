@@ -176,10 +176,10 @@ def test_the_elbo_objective_follows_the_exact_gradient(rule: str) -> None:
         log_p[ROWS[:, pairs]].exp(),
         PATHS[:, pairs],
         torch.ones(K, len(pairs), dtype=torch.bool),
-        share=torch.ones(len(pairs), dtype=torch.float64),
+        share=torch.full((len(pairs),), 0.5, dtype=torch.float64),
         group=2,
     )
-    surrogate = (chance * term.weights(rows) * -log_q.gather(-1, PATHS[:, pairs][..., None])[..., 0]).sum()
+    surrogate = (chance / 2 * term.weights(rows) * -log_q.gather(-1, PATHS[:, pairs][..., None])[..., 0]).sum()
     (found,) = torch.autograd.grad(surrogate, logits)
     torch.testing.assert_close(found, -exact)
 

@@ -39,14 +39,18 @@ def test_packed_scores_are_those_of_one_path_at_a_time(target: Target, steps: in
         text = torch.cat([ids[b, : root + 2], tokens[b, s]])[None]
         hidden = target.features(text).hidden[0, root + 1 : -1]  # [K, h]
         log_p = target.logits(hidden).log_softmax(-1)
-        torch.testing.assert_close(found.hidden[b, s], hidden, rtol=1e-3, atol=1e-4)
+        rows = found.rows[b, s]
+        torch.testing.assert_close(found.hidden[rows], hidden, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(
             found.log_p[b, s], log_p.gather(1, tokens[b, s][:, None])[:, 0], rtol=1e-3, atol=1e-4
         )
         torch.testing.assert_close(
-            found.log_normaliser[b, s], target.logits(hidden).logsumexp(-1), rtol=1e-4, atol=1e-4
+            found.log_normaliser[rows], target.logits(hidden).logsumexp(-1), rtol=1e-4, atol=1e-4
         )
-        assert found.best[b, s].tolist() == log_p.argmax(-1).tolist()
+    prefixes = {
+        (b, int(roots[b, s]), *tokens[b, s, :k].tolist()) for b in range(2) for s in range(12) for k in range(steps)
+    }
+    assert len(found.hidden) == len(prefixes)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

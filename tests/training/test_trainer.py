@@ -1,5 +1,6 @@
 """The trainer: the same step however it is cut up, and a drafter that gets better at drafting."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -132,10 +133,13 @@ def test_the_clock_ends_training_and_anneals_the_rate(
         ("dpace", {}),
         ("vat", {}),
         ("griffin", {}),
+        ("lk_alpha", {}),
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),
         ("vsd", {}),
         ("vsd", {"smoothing": 0.3}),
+        ("vsd", {"cut": -3.0}),
+        ("vsd", {"rule": "target", "samples": 4, "smoothing": 0.3, "arw": False}),
         ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
     ],
 )
@@ -156,6 +160,46 @@ def test_every_objective_trains(
     if "samples" in options:
         assert 1 <= logged["effective_sample_size"] <= 4
         assert 0 <= logged["drafted_utility"] <= 3
+
+
+def test_drawn_paths_are_trained_as_they_should_one_by_one(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    """The whole way from E-step to loss, against a target pass and a drafter pass for every single path."""
+    options = {"divergence": "fkl", "samples": 3, "anchors": 2}
+    choice = {"objective": "distillspec", "objective_options": options, "draft_steps": 4}
+    trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    drafter, ids = trainer.model, inputs["input_ids"]
+    drawn = trainer._e_step(inputs, trainer._features(inputs))
+    trainer._batch = (0, 0)  # the same chance again
+    loss = trainer.compute_loss(drafter, inputs, num_items_in_batch=torch.tensor(1.0))
+    loss.backward()
+    found = {name: weight.grad.clone() for name, weight in drafter.named_parameters()}
+    drafter.zero_grad()
+
+    real = int((inputs["labels"] >= 0).sum())
+    paths, total = drawn[0].paths, torch.zeros(())
+    ended = 0
+    for b, p in itertools.product(range(len(ids)), range(6)):
+        root, tokens = int(paths.roots[b, p]), paths.tokens[b, p]
+        text = torch.cat([ids[b, : root + 2], tokens])[None]
+        features = tiny_target.features(text)
+        law = tiny_target.logits(features.hidden[0, root + 1 : -1]).softmax(-1)[:, drafter.draft_ids()]  # [K, Vd]
+        words = tiny_target.embed(text[0, root + 1 : -1])[:, None, None]
+        aux = features.aux[:, : root + 1]
+        hidden = drafter(aux, tiny_target.embed(text[:, 1 : root + 2]), torch.tensor([[root]]), words)[:, 0, 0]
+        log_q = drafter.lm_head(hidden).log_softmax(-1)
+        for k in range(4):
+            total = total - (law[k] * log_q[k]).sum() / 3 * real / (2 * len(ids))
+            if int(tokens[k]) in tiny_target.eos_ids:
+                ended += 1
+                break
+    assert ended > 0 or all(eos not in drafter.draft_ids() for eos in tiny_target.eos_ids)
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-4)
+    total.backward()
+    for name, weight in drafter.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=2e-3, atol=1e-3, msg=name)
 
 
 def test_cut_paths_train_on_fewer_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:

@@ -2,5 +2,6 @@
 
 from vsd.decoding.engine import Engine, Result, Sampling, Step
 from vsd.decoding.generate import speculative
+from vsd.decoding.replay import replay
 
-__all__ = ["Engine", "Result", "Sampling", "Step", "speculative"]
+__all__ = ["Engine", "Result", "Sampling", "Step", "replay", "speculative"]

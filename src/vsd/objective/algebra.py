@@ -21,8 +21,9 @@ class Recorded:
     """The text's own continuation behind every drafted position. It is the target's: at T = 0 it *is* the oracle.
 
     Attributes:
-        smoothing: α, cut the paths where drafts are rejected: behind a token x a path goes on with probability
-            α + (1 - α) p(x). What is cut is not computed. None: never.
+        smoothing: α, cut the paths where drafts are likely to be rejected, which is where the target itself is unsure:
+            behind a token x a path goes on with probability α + (1 - α) p(x), p being 0 outside the draft vocabulary.
+            What is cut is not computed. None: never cut.
     """
 
     smoothing: float | None = None
@@ -42,17 +43,23 @@ class Drafted:
         samples: S, paths of an anchor.
         anchors: roots drawn from every sequence.
         every: they are drawn at every so many steps only.
-        weight: of an anchor, where a recorded path weighs 1.
+        weight: of all of them together, where the text's own paths weigh 1.
+        tempering: β, a path's share among those of its anchor is ∝ exp(β U), U its expected accepted tokens.
+        temperature: at which the drafter is sampled.
     """
 
     samples: int = 16
-    anchors: int = 1
+    anchors: int = 4
     every: int = 1
     weight: float = 1.0
+    tempering: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.anchors, self.every) < 1 or self.weight <= 0:
-            raise VSDError(f"samples, anchors and every must be at least 1 and weight positive, not {self}")
+        if min(self.samples, self.anchors, self.every) < 1:
+            raise VSDError(f"samples, anchors and every must be at least 1, not {self}")
+        if self.weight <= 0 or self.temperature <= 0 or self.tempering < 0:
+            raise VSDError(f"weight and temperature must be positive and tempering not negative, not {self}")
 
 
 class Weights:
@@ -67,7 +74,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Term:
-    """scale · Σ weights · divergence."""
+    """scale · Σ share · weights · divergence; a path's share is 1 if it is recorded, else the E-step's."""
 
     weights: Weights
     divergence: Divergence

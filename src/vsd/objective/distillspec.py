@@ -27,4 +27,4 @@ def distillspec(divergence: str = "fkl", samples: int = 16, anchors: int = 4) ->
     if divergence not in _DIVERGENCES:
         raise VSDError(f"unknown divergence '{divergence}': choose {', '.join(_DIVERGENCES)}")
     paths = Drafted(samples, anchors)
-    return Objective((Part(paths, (Term(Decay(1.0), _DIVERGENCES[divergence], 1 / samples),)),), rule="rejection")
+    return Objective((Part(paths, (Term(Decay(1.0), _DIVERGENCES[divergence]),)),), rule="rejection")

@@ -40,7 +40,7 @@ class Advantage(Weights):
         S = rows.group
         others = (to_go.sum(-1, keepdim=True) - to_go) / max(1, S - 1)
         own = log_q > log_p if self.rule == "rejection" else torch.zeros_like(rows.known)  # -∂log a / ∂log q
-        return ((to_go - others).flatten(1) - own.to(to_go.dtype)) * rows.known / S
+        return ((to_go - others).flatten(1) - own.to(to_go.dtype)) * rows.known
 
 
 def elbo(rule: str = "rejection", samples: int = 16, anchors: int = 4) -> Objective:

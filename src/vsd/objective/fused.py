@@ -35,13 +35,6 @@ class HeadTarget(NamedTuple):
     log_normaliser: Tensor
     cap: Callable[[Tensor], Tensor]
 
-    def probability(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """p of tokens with draft ids `labels` at `rows`, of any one shape; 0 where a label is -1."""
-        known = labels.clamp(min=0)
-        logits = (self.hidden[rows].to(self.head.dtype) * self.head[known]).sum(-1)
-        logits = self.cap(logits if self.bias is None else logits + self.bias[known])
-        return (logits - self.log_normaliser[rows]).exp() * (labels >= 0)
-
 
 class PathTarget(NamedTuple):
     """What R paths predict.
@@ -50,7 +43,7 @@ class PathTarget(NamedTuple):
         labels: draft id of every token, [K, R]; -1 where the draft vocabulary lacks it.
         rows: which of the target's rows predicts it, [K, R].
         valid: which steps exist, [K, R] bool; no step after one that does not.
-        share: weight of every path among those of its anchor, [R]; None for recorded paths.
+        share: the E-step's weight of every path, [R]; None for recorded paths, which weigh 1.
         group: paths of one anchor follow each other, `group` at a time.
     """
 
@@ -86,7 +79,9 @@ def fused_loss(
         acceptance: share of first drafted tokens accepted lately, for weights that adapt to it.
     """
     lengths = paths.valid.sum(0).unflatten(0, (-1, paths.group)).amax(-1)  # of the longest path of every anchor
-    order = lengths.argsort(descending=True, stable=True)[: int((lengths > 0).sum())]  # like lengths in one chunk
+    order = lengths.argsort(descending=True, stable=True)  # like lengths in one chunk
+    steps = lengths[order].tolist()
+    order = order[: sum(step > 0 for step in steps)]
     alive = (order[:, None] * paths.group + torch.arange(paths.group, device=order.device)).flatten()
     kept = paths._replace(
         labels=paths.labels[:, alive],
@@ -94,7 +89,7 @@ def fused_loss(
         valid=paths.valid[:, alive],
         share=None if paths.share is None else paths.share[alive],
     )
-    return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, kept, terms, acceptance, chunk_rows))
+    return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, kept, steps, terms, acceptance, chunk_rows))
 
 
 class _Fused(torch.autograd.Function):
@@ -105,6 +100,7 @@ class _Fused(torch.autograd.Function):
         head: Tensor,
         target: HeadTarget,
         paths: PathTarget,
+        lengths: list[int],
         terms: Sequence[Term],
         acceptance: float,
         chunk_rows: int,
@@ -121,7 +117,7 @@ class _Fused(torch.autograd.Function):
         end = 0
         with torch.autocast(device, enabled=False):
             while end < R:
-                start, steps = end, int(paths.valid[:, end : end + paths.group].any(1).sum())
+                start, steps = end, lengths[end // paths.group]
                 end = start + max(1, chunk_rows // (steps * paths.group)) * paths.group
                 chunk = (slice(steps), slice(start, end))  # what no path of the chunk reaches is not computed
                 states = hidden[chunk].reshape(-1, h).to(compute)  # [k C, h]
@@ -156,11 +152,7 @@ class _Fused(torch.autograd.Function):
         return (
             (grad_hidden * scale).to(grad_hidden.dtype),
             (grad_head * scale).to(grad_head.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
 
 
@@ -168,7 +160,7 @@ def _sum(terms: Sequence[Term], rows: PathRows) -> tuple[Tensor, Tensor]:
     """Loss [] and gradient [K, C, Vd] of all terms."""
     loss, gradient = rows.log_q.new_zeros(()), None
     for term in terms:
-        weights = term.scale * term.weights(rows)
+        weights = term.scale * rows.share * term.weights(rows)
         value, slope = term.divergence(rows)
         loss = loss + (weights * value).sum()
         slope = slope.mul_(weights[..., None])

@@ -20,7 +20,7 @@ class PathRows:
         labels: draft id of the path's token, [K, C]; -1 where the draft vocabulary lacks it.
         valid: which steps exist, [K, C] bool; a path is valid up to some step and then no more.
         recorded: whether the paths are the text's own continuation, or drawn from the drafter.
-        share: weight of every path among those of its anchor, [C].
+        share: the E-step's weight of every path, [C]; 1 for recorded ones.
         group: paths of one anchor follow each other, `group` at a time.
         acceptance: share of first drafted tokens that were accepted lately, 0 … 1.
     """

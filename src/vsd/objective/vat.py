@@ -3,7 +3,8 @@
     w_k = 1 before the first rejection k*,   0.8^(k - k*) from it on
     L   = Σ_k w_k (CE(p_k, q_k) - log q_k(x_k))
 
-A step is accepted where the drafter's likeliest token is the recorded one. Left out: the paper's value head.
+A step is accepted where the drafter's likeliest token is the recorded one; the first rejected one still weighs 1. Left
+out: the paper's value head.
 """
 
 from dataclasses import dataclass

@@ -14,8 +14,12 @@ Its formulas for ω, c and the oracle are not public. Ours:
   at a state it has reached, kept token or residual draw, has the law p (that is losslessness), so the label is p and
   the state's weight is the probability of reaching it.
 - *ARW*: ω_t = Σ_{k≥t} κ_k = ∂U/∂log a_t on acceptances smoothed by how often the drafter is rejected now,
-  ã = α + (1 - α) a with α = 1 - acceptance: a weak drafter learns from all steps alike, a strong one where survival
-  is decided.
+  ã = α + (1 - α) a with α = 1 - acceptance: for a weak drafter ω_t is K - t whatever it drafts, a strong one learns
+  where survival is decided. Where the label's law is p, the step's own a_t is divided out: whether one token was a good
+  draw must not decide whether its state is learnt.
+- *Cut paths* (`smoothing`): the recorded path is cut by chance where the target is unsure, the rest is not computed.
+  ω_t is then the number of tokens left in the path, an unbiased estimate of Σ_{k≥t} κ_k / κ_{t-1}.
+- *Shares* of the S paths of an anchor are ∝ exp(β U).
 - *Tree utility*: EAGLE-2's tree keeps the token of step k if its cumulative log q is among the best N - 1. Then
   κ_k = σ((Σ_{i≤k} log q(x_i) - cut) / width), with `cut` the score that just gets in: credit goes where the tree's
   edge is, not to tokens that are in anyway.
@@ -67,12 +71,21 @@ class RejectionWeights(Weights):
         if self.cut is not None:
             kappa = tree_survival(rows.label_log_q.clamp(min=-50), self.cut, self.width)
             edge = credit(4 * kappa * (1 - kappa) * rows.valid)  # ∂κ/∂log q, 1 at the edge
-            return rows.share * (alpha * Decay()(rows) + (1 - alpha) * edge) * rows.valid
+            return alpha * Decay()(rows) + (1 - alpha) * edge * rows.valid
         a = smoothed(path_acceptance(rows, self.rule), alpha) * rows.valid
         worth = credit(survival(a))
-        if not rows.recorded:  # whether *this* token was a good draw must not decide whether its state is learned
-            worth = worth / a.clamp(min=1e-6)
-        return rows.share * worth * rows.valid
+        return worth if self.rule == "greedy" else worth / a.clamp(min=1e-6)
+
+
+@dataclass(frozen=True)
+class TokensLeft(Weights):
+    """ARW of paths that have been cut: how many tokens each still has, this one included."""
+
+    on = (Recorded,)
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        return credit(rows.valid.to(rows.log_q.dtype))
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Confidence(Weights):
         """[K, C]."""
         a = smoothed(path_acceptance(rows, self.rule), 1 - rows.acceptance)
         reach = torch.cat([torch.ones_like(a[:1]), survival(a)[:-1]])
-        return rows.share * rows.p.amax(-1) * reach * rows.valid
+        return rows.p.amax(-1) * reach * rows.valid
 
 
 def vsd(
@@ -99,19 +112,25 @@ def vsd(
     samples: int = 16,
     anchors: int = 4,
     every: int = 4,
-    weight: float = 4.0,
+    weight: float = 0.1,
+    tempering: float = 0.5,
 ) -> Objective:
     """The whole objective; `arw=False` and `car=0` leave those parts out.
 
     Raises:
-        VSDError: tree survival (`cut`) for a rule that verifies chains.
+        VSDError: tree survival (`cut`) for a rule that verifies chains, or cut paths weighed by it.
     """
-    if cut is not None and rule == "rejection":
-        raise VSDError("rejection sampling verifies chains: leave out the tree's cut")
-    weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
+    if cut is not None and (rule == "rejection" or smoothing is not None):
+        raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
+    by_survival = RejectionWeights(rule, alpha, cut, width)
+    weights: Weights = by_survival if arw else Decay(DECAY)
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
+    whole: Weights = TokensLeft() if arw and smoothing is not None else weights
     if rule == "greedy":
-        return Objective((Part(Recorded(smoothing), (Term(weights, negative_log_likelihood), *regular)),), rule)
-    terms = (Term(weights, cross_entropy), *regular)
-    paths = Drafted(samples, anchors, every, weight)
-    return Objective((Part(Recorded(smoothing), terms), Part(paths, terms)), rule)
+        return Objective((Part(Recorded(smoothing), (Term(whole, negative_log_likelihood), *regular)),), rule)
+    paths = Drafted(samples, anchors, every, weight, tempering)
+    parts = (
+        Part(Recorded(smoothing), (Term(whole, cross_entropy), *regular)),
+        Part(paths, (Term(weights, cross_entropy), *regular)),
+    )
+    return Objective(parts, rule)

@@ -30,19 +30,19 @@ class Trie(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What the target says along drawn paths.
+    """What the target says along drawn paths; equal prefixes share a row.
 
     Attributes:
-        hidden: its final hidden states, [B, P, K, h]; those of step k predict the path's token k.
-        log_normaliser: logsumexp of its logits there, [B, P, K].
-        log_p: its log-probability of the path's token, [B, P, K].
-        best: its likeliest token, [B, P, K].
+        hidden: its final hidden states, [U, h].
+        log_normaliser: logsumexp of its logits there, [U].
+        rows: the row that predicts each path's token k, [B, P, K].
+        log_p: its log-probability of that token, [B, P, K].
     """
 
     hidden: Tensor
     log_normaliser: Tensor
+    rows: Tensor
     log_p: Tensor
-    best: Tensor
 
 
 def draw_paths(
@@ -114,15 +114,15 @@ def score_paths(target: Target, ids: Tensor, lengths: Tensor, roots: Tensor, tok
     nodes = 0 if trie is None else trie.tokens.shape[1]
     cache = target.new_cache(B, ids.shape[1] + nodes)
     text = target.prefill(ids, lengths, cache).hidden
-    h = text.shape[-1]
-    hidden = text.gather(1, (roots + 1)[..., None].expand(-1, -1, h))[:, :, None]  # what predicts the first token
+    hidden = text.gather(1, (roots + 1)[..., None].expand(-1, -1, text.shape[-1]))  # what predicts first tokens
+    rows = (roots[:, :, None] == roots[:, None]).long().argmax(2)[..., None]  # [B, P, 1] the first path of the anchor
     if trie is not None:
-        output = target.forward(trie.tokens, trie.positions, trie.ancestors, cache, trie.context).hidden
-        along = output.gather(1, trie.node.flatten(1)[..., None].expand(-1, -1, h)).view(B, P, K - 1, h)
-        hidden = torch.cat([hidden, along], dim=2)
-    pieces = []
-    for rows, words in zip(hidden.flatten(0, 2).split(256), tokens.flatten().split(256)):
-        logits = target.logits(rows)
-        normaliser = logits.logsumexp(-1)
-        pieces.append((normaliser, logits.gather(1, words[:, None])[:, 0] - normaliser, logits.argmax(-1)))
-    return Scored(hidden, *(torch.cat(column).view(B, P, K) for column in zip(*pieces)))
+        output = target.forward(trie.tokens, trie.positions, trie.ancestors, cache, trie.context)
+        hidden = torch.cat([hidden, output.hidden], dim=1)  # [B, P + N, h]
+        rows = torch.cat([rows, P + trie.node], dim=-1)
+    rows = rows + (P + nodes) * torch.arange(B, device=ids.device)[:, None, None]
+    hidden = hidden.flatten(0, 1)
+    used, where = rows.unique(return_inverse=True)
+    hidden = hidden[used]
+    normaliser = torch.cat([target.logits(some).logsumexp(-1) for some in hidden.split(256)])
+    return Scored(hidden, normaliser, where, target.logit(hidden[where], tokens) - normaliser[where])

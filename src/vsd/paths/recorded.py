@@ -64,7 +64,7 @@ def widths(valid: Tensor) -> list[int]:
     """For every step, how many paths [B, P, K] from the first on must be run to have all valid ones."""
     P = valid.shape[1]
     last = torch.arange(1, P + 1, device=valid.device)[:, None] * valid.any(0)  # [P, K]
-    found = [int(step.max()) for step in last.T]
+    found = last.amax(0).tolist()
     return [max(found[k:]) for k in range(len(found))]
 
 

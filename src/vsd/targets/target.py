@@ -95,6 +95,11 @@ class Target:
         """LM-head logits [..., V] in float32 of final hidden states [..., h]."""
         return self.cap(self.model.get_output_embeddings()(hidden).float())
 
+    def logit(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """LM-head logits [...], float32, of one token [...] for each of hidden [..., h]."""
+        logits = (hidden.float() * self.head_weight[tokens].float()).sum(-1)
+        return self.cap(logits if self.head_bias is None else logits + self.head_bias[tokens].float())
+
     def cap(self, logits: Tensor) -> Tensor:
         """What the model does to the logits after the head (soft-capping in Gemma 2; nothing in most models)."""
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, Q drafted tokens of a sequence, P paths, S paths of a
 and Vd draft vocabulary.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
+from vsd.errors import VSDError
 from vsd.objective import Drafted, FusedLoss, HeadTarget, Part, PathTarget, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
@@ -37,7 +39,7 @@ _REMEMBERED = 0.99  # of the running acceptance, a batch
 class Posterior(NamedTuple):
     """The E-step's outcome for one part of the objective: paths, the target's side of them, weights within anchors.
 
-    `share` [B, P] sums to one over the `group` paths of an anchor; None for recorded paths.
+    `share` [B, P] is every path's weight, `group` paths of an anchor side by side; None for recorded paths: 1 each.
     """
 
     part: Part
@@ -86,7 +88,10 @@ class VSDTrainer(Trainer):
         self._draft_of[ids] = torch.arange(len(ids), device=ids.device)
         self._counts = _Counts(args.draft_steps)
         self._objective = objective_named(args.objective, args.objective_options)
-        self._acceptance = 0.0  # running share of first drafted tokens that are right
+        self._acceptance: float | None = None  # running share of first drafted tokens that are right
+        self._batch = (0, 0)  # step, and how often chance was asked in it
+        if self.is_fsdp_enabled and any(isinstance(part.paths, Drafted) for part in self._objective.parts):
+            raise VSDError("drawing paths from a drafter sharded by FSDP is not supported: use DDP, a drafter is small")
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -125,7 +130,7 @@ class VSDTrainer(Trainer):
         output = self._m_step(model, inputs, features, posteriors)
         if not isinstance(posteriors[0].part.paths, Drafted):
             self._remember(output)
-        items = num_items_in_batch if num_items_in_batch is not None else posteriors[0].paths.valid[..., 0].sum()
+        items = num_items_in_batch if num_items_in_batch is not None else _real(inputs).sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients that are sums here
@@ -133,50 +138,58 @@ class VSDTrainer(Trainer):
 
     def _e_step(self, inputs: dict[str, Tensor], features: Features) -> list[Posterior]:
         """Which paths are trained now: the text's own, and those the drafter draws."""
-        posteriors = []
+        steps, posteriors = self._steps(), []
         for part in self._objective.parts:
             if not isinstance(part.paths, Drafted):
-                posteriors.append(self._recorded(part, inputs, features))
+                posteriors.append(self._recorded(part, part.paths, inputs, features, steps))
             elif self.state.global_step % part.paths.every == 0:
-                posteriors.append(self._drafted(part, part.paths, inputs, features))
+                posteriors.append(self._drafted(part, part.paths, inputs, features, steps))
         return posteriors
 
-    def _recorded(self, part: Part, inputs: dict[str, Tensor], features: Features) -> Posterior:
+    def _recorded(
+        self, part: Part, text: Recorded, inputs: dict[str, Tensor], features: Features, steps: int
+    ) -> Posterior:
         """The text's own continuations, whole or cut where the target itself is unsure.
 
         At temperature 0 they are the posterior: the target's pass is spared.
         """
         drafted = inputs["drafted"]  # [B, Q]
-        real = (inputs["labels"].gather(1, drafted) >= 0) & _first_occurrence(drafted)
-        paths = recorded(inputs["input_ids"], drafted, real, self._steps())
-        target = self._head_target(features.hidden.flatten(0, 1), features.log_normaliser)
-        if isinstance(part.paths, Recorded) and part.paths.smoothing is not None:
-            p = target.probability(paths.rows, self._draft_of[paths.tokens])
-            go_on = part.paths.smoothing + (1 - part.paths.smoothing) * p
-            generator = torch.Generator(drafted.device).manual_seed(self._draw_seed())
-            paths = longest_first(cut(paths, go_on, generator))
-        return Posterior(part, paths, target)
+        paths = recorded(inputs["input_ids"], drafted, _real(inputs), steps)
+        if text.smoothing is not None:
+            words = paths.tokens[..., 0]
+            p = (self.target.logit(features.hidden, words) - features.log_normaliser).exp() * (
+                self._draft_of[words] >= 0
+            )
+            go_on = text.smoothing + (1 - text.smoothing) * p.flatten()[paths.rows]
+            paths = longest_first(cut(paths, go_on, self._generator("cut")))
+        return Posterior(part, paths, self._head_target(features.hidden.flatten(0, 1), features.log_normaliser))
 
     @torch.no_grad()
-    def _drafted(self, part: Part, draw: Drafted, inputs: dict[str, Tensor], features: Features) -> Posterior:
+    def _drafted(
+        self, part: Part, draw: Drafted, inputs: dict[str, Tensor], features: Features, steps: int
+    ) -> Posterior:
         """S paths below some roots of every sequence, drawn from the drafter and scored by the target in one pass.
 
-        A path's share among those of its anchor grows with the number of its tokens that the verifier keeps.
+        A path ends with the answer, at an EOS. Its share among those of its anchor grows with the number of its tokens
+        that the verifier keeps; all anchors of the batch together weigh as much as the batch's drafted tokens.
         """
-        ids, S, steps = inputs["input_ids"], draw.samples, self._steps()
-        drafter = self.accelerator.unwrap_model(self.model)
-        generator = torch.Generator(ids.device).manual_seed(self._draw_seed())
-        lengths = _lengths(inputs["drafted"])
-        roots = _anchors(inputs["drafted"], inputs["labels"], draw.anchors, generator).repeat_interleave(S, 1)
-        tokens, log_q = draw_paths(drafter, self.target, features.aux, ids, roots, steps, 1.0, generator)
-        scored = score_paths(self.target, ids, lengths, roots, tokens)
+        ids, S, generator = inputs["input_ids"], draw.samples, self._generator("draw")
+        real = _real(inputs)
+        roots = _anchors(inputs["drafted"], real, draw.anchors, generator).repeat_interleave(S, 1)
+        with self.accelerator.autocast():
+            drafter = self.accelerator.unwrap_model(self.model)
+            tokens, log_q = draw_paths(
+                drafter, self.target, features.aux, ids, roots, steps, draw.temperature, generator
+            )
+        scored = score_paths(self.target, ids, inputs["drafted"].amax(1) + 1, roots, tokens)
+        ends = torch.isin(tokens, torch.tensor(self.target.eos_ids, device=ids.device)).long()
+        paths = Paths(roots, tokens, ends.cumsum(-1) == ends, scored.rows)  # up to the first EOS
         kept = scored.log_p.exp() if self._objective.rule == "target" else acceptance(scored.log_p, log_q)
-        share = self_normalised(utility(kept.movedim(-1, 0)).unflatten(1, (-1, S)))  # [B, A, S]
-        self._counts.add_drafted(kept, effective_sample_size(share))
-        rows = torch.arange(tokens.numel(), device=ids.device).view(tokens.shape)
-        paths = Paths(roots, tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
-        target = self._head_target(scored.hidden.flatten(0, 2), scored.log_normaliser)
-        return Posterior(part, paths, target, draw.weight * share.flatten(1), S)
+        kept = (kept * paths.valid).movedim(-1, 0)  # [K, B, P]
+        share = self_normalised(draw.tempering * utility(kept).unflatten(1, (-1, S)))  # [B, A, S]
+        self._counts.add_drafted(utility(kept), effective_sample_size(share))
+        share = draw.weight * real.sum() / share[..., 0].numel() * share.flatten(1)
+        return Posterior(part, paths, self._head_target(scored.hidden, scored.log_normaliser), share, S)
 
     def _m_step(
         self, model: nn.Module, inputs: dict[str, Tensor], features: Features, posteriors: list[Posterior]
@@ -190,7 +203,7 @@ class VSDTrainer(Trainer):
             path_embeds=self.target.embed(torch.cat([consumed(ids, p.paths) for p in posteriors], dim=2)),
             widths=widths(torch.cat([posterior.paths.valid for posterior in posteriors], dim=1)),
             objective=partial(
-                _weighted_loss, posteriors=posteriors, draft_of=self._draft_of, acceptance=self._acceptance
+                _weighted_loss, posteriors=posteriors, draft_of=self._draft_of, acceptance=self._acceptance or 0.0
             ),
         )
 
@@ -201,11 +214,16 @@ class VSDTrainer(Trainer):
     def _remember(self, output: FusedLoss) -> None:
         self._counts.add(output)
         now = float(output.correct[0] / output.rows[0].clamp(min=1))
-        self._acceptance = _REMEMBERED * self._acceptance + (1 - _REMEMBERED) * now
+        before = now if self._acceptance is None else self._acceptance
+        self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
 
-    def _draw_seed(self) -> int:
-        """Of the step, so that a resumed run draws what the interrupted one would have; differs between processes."""
-        return hash((self.args.seed, self.state.global_step, self.args.process_index)) % 2**63
+    def _generator(self, use: str) -> torch.Generator:
+        """Chance of one use in one batch: a resumed run draws what the interrupted one would have."""
+        step = self.state.global_step
+        self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
+        key = f"{self.args.seed}, {self._batch}, {self.args.process_index}, {use}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+        return torch.Generator(self.args.device).manual_seed(seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
@@ -270,15 +288,15 @@ class _Counts:
         self.rows[: len(output.rows)] += output.rows.cpu()
         self.correct[: len(output.rows)] += output.correct.cpu()
 
-    def add_drafted(self, kept: Tensor, effective: Tensor) -> None:
-        """kept [B, P, K], acceptance of every token; effective [B, A] sample sizes."""
+    def add_drafted(self, utility: Tensor, effective: Tensor) -> None:
+        """Expected accepted tokens of every path [B, P]; effective sample size of every anchor [B, A]."""
         self.draws += 1
-        self.utility += float(utility(kept.movedim(-1, 0)).mean())
+        self.utility += float(utility.mean())
         self.effective += float(effective.mean())
 
     def report(self) -> dict[str, float]:
-        share = (self.correct / self.rows.clamp(min=1)).tolist()
-        found = {f"accuracy_{k + 1}": round(value, 4) for k, value in enumerate(share)}
+        shares = (self.correct / self.rows).tolist()
+        found = {f"accuracy_{k + 1}": round(share, 4) for k, share in enumerate(shares) if self.rows[k] > 0}
         if self.draws:
             found |= {
                 "drafted_utility": self.utility / self.draws,
@@ -313,13 +331,11 @@ def _first_occurrence(drafted: Tensor) -> Tensor:
     return rising
 
 
-def _lengths(drafted: Tensor) -> Tensor:
-    """Tokens of each sequence that a path may hang from, [B]: up to the last drafted one."""
-    return drafted.amax(1) + 1
+def _real(inputs: dict[str, Tensor]) -> Tensor:
+    """Which of the drafted positions [B, Q] are not padding."""
+    return (inputs["labels"].gather(1, inputs["drafted"]) >= 0) & _first_occurrence(inputs["drafted"])
 
 
-def _anchors(drafted: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _anchors(drafted: Tensor, real: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` roots of every sequence, [B, A], drawn evenly from those drafted from, with replacement."""
-    real = (labels.gather(1, drafted) >= 0) & _first_occurrence(drafted)
-    picked = torch.multinomial(real.float(), count, replacement=True, generator=generator)
-    return drafted.gather(1, picked) - 2
+    return drafted.gather(1, torch.multinomial(real.float(), count, replacement=True, generator=generator)) - 2
