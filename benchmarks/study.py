@@ -4,10 +4,10 @@
         [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1]
 
 Every (objective, seed) is a `vsd train` of its own from the same drafter, text and features; the E-step's time is part
-of the budget. Then every drafter answers the same prompts in the real decoder, batched, with a tree, a chain and, above
-temperature 0, a rejection-sampled chain. Reported: τ, and its ratio to `eagle3` continued with the same seeds, 95 %
-paired bootstrap over prompts (seeds pooled). What is done is kept in --out and not done again: interrupt and repeat the
-command freely.
+of the budget. Then every drafter answers the same prompts with a tree, a chain and, above temperature 0, a
+rejection-sampled chain: in the real decoder, batched; at temperature 0 by replay, which accepts the same. Reported: τ,
+and its ratio to `eagle3` continued with the same seeds, 95 % paired bootstrap over prompts (seeds pooled). What is done
+is kept in --out and not done again: interrupt and repeat the command freely.
 """
 
 import argparse
@@ -22,11 +22,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from acceptance import greedy_answers, per_prompt, replayed
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Sampling
 from vsd.drafters import load_drafter
-from vsd.evaluation import load_prompts
+from vsd.evaluation import Prompt, load_prompts
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
@@ -90,7 +91,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     return folder
 
 
-def decode(folder: Path, target: Target, prompts: list[list[int]], a: argparse.Namespace) -> None:
+def decode(folder: Path, target: Target, prompts: list[Prompt], a: argparse.Namespace) -> None:
     """`folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
     drafter = None
     for temperature in a.temperatures:
@@ -99,18 +100,22 @@ def decode(folder: Path, target: Target, prompts: list[list[int]], a: argparse.N
             if path.exists() or name not in a.decodings or (temperature == 0 and not greedy_too):
                 continue
             drafter = drafter or load_drafter(folder / "drafter", target)
-            engine = Engine(target, drafter, shape, verification)
-            results = []
-            for start in range(0, len(prompts), 16):
-                sampling = Sampling(a.max_new_tokens, temperature, seed=start)
-                results += engine.generate(prompts[start : start + 16], sampling)
-            counts = [[sum(r.delivered), len(r.delivered)] for r in results]
-            path.write_text(json.dumps({"counts": counts, "accepted": [r.accepted for r in results]}))
+            if temperature == 0:
+                turns = greedy_answers(target, prompts, a.max_new_tokens, a.out / "answers.json")
+                found = per_prompt(turns, replayed(target, drafter, shape, turns))
+            else:
+                ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+                engine, results = Engine(target, drafter, shape, verification), []
+                for start in range(0, len(ids), 16):
+                    sampling = Sampling(a.max_new_tokens, temperature, seed=start)
+                    results += engine.generate(ids[start : start + 16], sampling)
+                found = per_prompt([(i, [], []) for i in range(len(ids))], results)
+            path.write_text(json.dumps(np.stack(found, 1).tolist()))
 
 
 def counts(folders: Sequence[Path], name: str) -> np.ndarray:
     """[prompts, 2] new tokens and passes, summed over seeds."""
-    return np.sum([json.loads((folder / name).read_text())["counts"] for folder in folders], axis=0).astype(float)
+    return np.sum([json.loads((folder / name).read_text()) for folder in folders], axis=0)
 
 
 def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str, Any]]:
@@ -178,10 +183,7 @@ def main() -> None:
     keep_freed_memory()
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
     target = load_target()
-    prompts = [
-        prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-        for prompt in load_prompts(a.prompts, a.limit)
-    ]
+    prompts = load_prompts(a.prompts, a.limit)
     for folders in runs.values():
         for folder in folders:
             decode(folder, target, prompts, a)

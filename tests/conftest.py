@@ -1,4 +1,11 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+Tiny models are fastest on one thread; tests on the real one ask for more.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes tests start
 
 import pytest
 from transformers import PreTrainedTokenizerFast

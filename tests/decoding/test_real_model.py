@@ -1,5 +1,7 @@
 """Losslessness on a real model, SmolLM2-135M-Instruct in float32: tokens at temperature 0, their law above."""
 
+import os
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,8 +25,10 @@ PROMPTS, LENGTH, BATCH = 50, 128, 25
 
 
 @pytest.fixture(scope="module")
-def target() -> Target:
-    return load_target(dtype="float32", device="cpu")
+def target() -> Iterator[Target]:
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield load_target(dtype="float32", device="cpu")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,139 @@
+"""τ at temperature 0 of drafters and draft trees on whole prompt files, by replay: minutes instead of hours.
+
+    python benchmarks/acceptance.py --drafter D [D2 …] --prompts FILE … [--trees 5x4x16 …] [--json OUT]
+
+The target answers every turn once, by plain greedy decoding in batches (kept in --answers and not done again). Every
+drafter then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap
+over prompts. Trees are depth x top_k x nodes.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Result, Sampling, replay
+from vsd.decoding.statistics import acceptance_length, acceptance_per_position
+from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.evaluation import Prompt, load_prompts
+from vsd.evaluation.bootstrap import rate_interval
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+
+Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its greedy answer
+
+
+def greedy_answers(target: Target, prompts: Sequence[Prompt], max_new_tokens: int, path: Path) -> list[Turn]:
+    """Every turn's request and answer; the target's own answers are the history of later turns."""
+    request = {"prompts": [list(p.turns) for p in prompts], "max_new_tokens": max_new_tokens}
+    request["target"] = target.fingerprint()
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["request"] == request:
+            return [tuple(turn) for turn in kept["turns"]]
+    engine, sampling = Engine(target), Sampling(max_new_tokens)
+    histories = [[{"role": "system", "content": p.system}] if p.system else [] for p in prompts]
+    turns: list[Turn] = []
+    for number in range(max(len(p.turns) for p in prompts)):
+        asked = [i for i, p in enumerate(prompts) if number < len(p.turns)]
+        for i in asked:
+            histories[i].append({"role": "user", "content": prompts[i].turns[number]})
+        ids = {i: prompt_ids(target.tokenizer, histories[i]) for i in asked}
+        asked.sort(key=lambda i: len(ids[i]))
+        for start in track(range(0, len(asked), 32), f"answers, turn {number + 1}"):
+            batch = asked[start : start + 32]
+            for i, result in zip(batch, engine.generate([ids[i] for i in batch], sampling)):
+                turns.append((i, ids[i], result.tokens))
+                text = str(target.tokenizer.decode(result.tokens, skip_special_tokens=True)).strip()
+                histories[i].append({"role": "assistant", "content": text or "…"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"request": request, "turns": turns}))
+    return turns
+
+
+def replayed(target: Target, drafter: Eagle3Drafter, shape: TreeShape, turns: Sequence[Turn]) -> list[Result]:
+    """Results in the order of `turns`; batches of like length."""
+    order = sorted(range(len(turns)), key=lambda i: len(turns[i][1]) + len(turns[i][2]))
+    results: dict[int, Result] = {}
+    for start in range(0, len(order), 32):
+        batch = order[start : start + 32]
+        results |= zip(batch, replay(target, drafter, shape, [turns[i][1:] for i in batch]))
+    return [results[i] for i in range(len(turns))]
+
+
+def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """(new tokens, passes) of every prompt, all its turns together."""
+    prompts = [turn[0] for turn in turns]
+    tokens = np.bincount(prompts, weights=[sum(r.delivered) for r in results])
+    return tokens, np.bincount(prompts, weights=[len(r.delivered) for r in results])
+
+
+def measure(
+    target: Target, drafter: Eagle3Drafter, shape: TreeShape, prompts: Sequence[Prompt], turns: Sequence[Turn]
+) -> dict[str, Any]:
+    """One row of the table."""
+    results = replayed(target, drafter, shape, turns)
+    suites = dict.fromkeys(prompt.suite for prompt in prompts)
+    return {
+        "tree": [shape.depth, shape.top_k, shape.nodes],
+        "tau": acceptance_length(results),
+        "tau_ci": rate_interval(*per_prompt(turns, results)),
+        "acceptance_per_position": acceptance_per_position(results, shape.depth),
+        "tau_by_suite": {
+            suite: acceptance_length([r for r, t in zip(results, turns) if prompts[t[0]].suite == suite])
+            for suite in suites
+        },
+    }
+
+
+def tree(text: str) -> TreeShape:
+    """A shape from depth x top_k x nodes."""
+    depth, top_k, nodes = map(int, text.split("x"))
+    return TreeShape(depth, top_k, nodes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--drafter", nargs="+", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True)
+    parser.add_argument("--trees", nargs="+", type=tree, default=[tree(t) for t in ("3x3x8", "5x4x16", "7x10x60")])
+    parser.add_argument("--limit", type=int, help="prompts of each file; default all")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    keep_freed_memory()
+    target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
+    turns = greedy_answers(target, prompts, a.max_new_tokens, a.answers)
+    title = f"τ at T = 0, {len(prompts)} prompts, {len(turns)} turns, ≤ {a.max_new_tokens} new tokens, replayed"
+    table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
+    for path in a.drafter:
+        drafter = load_drafter(path, target)
+        for shape in a.trees:
+            row = {"drafter": path, **measure(target, drafter, shape, prompts, turns)}
+            rows.append(row)
+            low, high = row["tau_ci"]
+            table.add_row(
+                path,
+                f"{shape.depth}×{shape.top_k}, {shape.nodes}",
+                f"{row['tau']:.3f} [{low:.3f}, {high:.3f}]",
+                ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau_by_suite"].items()),
+                ", ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),
+            )
+    Console().print(table)
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
