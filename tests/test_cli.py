@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import tiny_run
 from vsd import __version__, cli
 from vsd.targets import Target
 
-COMMANDS = [[], ["data", "regenerate"], ["data", "synthesize"], ["train"], ["generate"], ["bench"], ["demo"]]
+COMMANDS = [[], ["data", "regenerate"], ["data", "synthesize"], ["train"], ["generate"], ["bench"], ["tune"], ["demo"]]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +89,14 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "regenerate": (["data", "regenerate", folder / "no.jsonl", "--target", target, *out], "no file at"),
         "regenerate bad": (["data", "regenerate", folder / "bad.jsonl", "--target", target, *out], "bad.jsonl:2"),
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
+        "tune": (["tune", "--target", target, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
         "demo": (["demo", "--minutes", "0.5", "--out", folder / "never"], "a minute at least"),
     }
 
 
 NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,top-k 0,
 top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,no data,missing data,unanswered,key,held out,recipe,
-regenerate,regenerate bad,synthesize,demo"""
+regenerate,regenerate bad,synthesize,tune,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -193,3 +195,12 @@ def test_a_sampled_chain_is_verified_by_rejection(folder: Path, capsys: pytest.C
     words = ["generate", "hi", "--drafter", folder / "drafter", "--top-k", 1, "--depth", 3, "--max-new-tokens", 8]
     assert run(folder, *words, "--verification", "rejection", "--temperature", 1.0) == 0
     assert "target passes" in capsys.readouterr().out
+
+
+def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl", "--max-new-tokens", 20]
+    assert run(folder, *words) == 0
+    text = capsys.readouterr().out
+    found = re.search(r"--depth (\d+) --top-k (\d+) --nodes (\d+)", text)
+    assert found, text
+    assert " × ".join(found.groups()[:2]) + f", {found[3]}" in text  # the table's first row

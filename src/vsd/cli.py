@@ -45,6 +45,10 @@ Accepted draft tokens are shown in green, the target's own in the terminal's col
     "bench": """\
 example:
   vsd bench --target T --drafter runs/a/drafter --drafter runs/b/drafter --prompts mt.jsonl --json out.json""",
+    "tune": """\
+example:
+  vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
+Prints --depth, --top-k and --nodes for vsd generate and vsd bench.""",
     "demo": """\
 example:
   vsd demo --minutes 10 --out runs/demo
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "train", _train, _train_options)
     _add(commands, "generate", _generate, _generate_options)
     _add(commands, "bench", _bench, _bench_options)
+    _add(commands, "tune", _tune, _tune_options)
     _add(commands, "demo", _demo, _demo_options)
     return parser
 
@@ -101,6 +106,7 @@ _HELP = {
     "train": "Train an EAGLE-3 drafter.",
     "generate": "Answer a question, drafting.",
     "bench": "Measure acceptance and speed of drafters against plain decoding.",
+    "tune": "Find the draft tree that is fastest on this machine.",
     "demo": "The whole road on a small model: train, then measure.",
 }
 
@@ -330,6 +336,31 @@ def _bench(a: argparse.Namespace) -> None:
     print_table(report)
     if a.json:
         write_json(report, a.json)
+
+
+# ---- tune
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", required=True, help="folder of the drafter")
+    parser.add_argument("--prompts", nargs="+", required=True, help="prompt files (JSONL); their first turns are used")
+    parser.add_argument("--limit", type=int, default=16, help="prompts of each file (default 16)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest answer (default 96)")
+    _target_options(parser)
+
+
+def _tune(a: argparse.Namespace) -> None:
+    from vsd.data import prompt_ids
+    from vsd.decoding import Engine, Sampling
+    from vsd.drafters import load_drafter
+    from vsd.evaluation import load_prompts, print_trees, tune
+
+    prompts = load_prompts(a.prompts, a.limit)
+    target = _load_target(a)
+    drafter = load_drafter(a.drafter, target)
+    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    results = Engine(target).generate(ids, Sampling(a.max_new_tokens))
+    print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
 
 
 # ---- demo

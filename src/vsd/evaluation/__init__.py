@@ -3,5 +3,17 @@
 from vsd.evaluation.bench import Contender, Run, bench
 from vsd.evaluation.prompts import Prompt, load_prompts
 from vsd.evaluation.report import print_table, write_json
+from vsd.evaluation.tune import Tuned, print_trees, tune
 
-__all__ = ["Contender", "Prompt", "Run", "bench", "load_prompts", "print_table", "write_json"]
+__all__ = [
+    "Contender",
+    "Prompt",
+    "Run",
+    "Tuned",
+    "bench",
+    "load_prompts",
+    "print_table",
+    "print_trees",
+    "tune",
+    "write_json",
+]

@@ -1,0 +1,86 @@
+"""What drawing paths costs: the E-step's share of a training step, and the whole against EAGLE-3's.
+
+    python benchmarks/e_step.py --drafter D --text FILE [--samples 16] [--anchors 4] [--every 4] [--steps 6]
+
+Steps of `eagle3` and of `vsd` for rule rejection are timed alternately on the same batches, forward and backward, the
+E-step apart. A round is `every` batches, one of which draws; medians over rounds.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import Example, load_examples
+from vsd.drafters import Eagle3Drafter
+from vsd.targets import Target, load_target
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
+from vsd.training.features import Features, compute_features
+
+
+def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **objective: Any) -> VSDTrainer:
+    """One of the two contenders."""
+    config = VSDConfig(
+        output_dir=tempfile.mkdtemp(), report_to="none", draft_steps=a.steps, per_device_train_batch_size=4, **objective
+    )
+    return VSDTrainer(target, Eagle3Drafter.from_pretrained(a.drafter), config, DraftDataset(examples))
+
+
+def one_step(trained: VSDTrainer, inputs: dict[str, torch.Tensor], features: Features) -> tuple[float, float]:
+    """(seconds of the E-step, seconds of all), stored features given."""
+    start = time.perf_counter()
+    posteriors = trained._e_step(inputs, features)
+    middle = time.perf_counter()
+    loss = trained._m_step(trained.model, inputs, features, posteriors).loss
+    loss.backward()
+    trained.model.zero_grad()
+    return middle - start, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--text", required=True)
+    for name, default in {"samples": 16, "anchors": 4, "every": 4, "steps": 6, "rounds": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    keep_freed_memory()
+    target = load_target()
+    examples = load_examples(a.text, target.tokenizer, 1024, "skip")[: 4 * a.every]
+    options = {"rule": "rejection", "samples": a.samples, "anchors": a.anchors, "every": a.every}
+    eagle3 = trainer(target, a, examples)
+    vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
+    batches = list(vsd.get_train_dataloader())
+    features = [compute_features(target, batch["input_ids"], batch["drafted"]) for batch in batches]
+    shares, ratios = [], []
+    for _ in range(a.rounds):
+        seconds = {"E-step": 0.0, "vsd": 0.0, "eagle3": 0.0}
+        for number, (batch, known) in enumerate(zip(batches, features)):
+            vsd.state.global_step = number
+            e_step, whole = one_step(vsd, batch, known)
+            seconds["E-step"] += e_step
+            seconds["vsd"] += whole
+            seconds["eagle3"] += one_step(eagle3, batch, known)[1]
+        shares.append(seconds["E-step"] / seconds["vsd"])
+        ratios.append(seconds["vsd"] / seconds["eagle3"])
+    report = {
+        "e_step_share": statistics.median(shares),
+        "step_over_eagle3": statistics.median(ratios),
+        "rounds": {"shares": shares, "ratios": ratios},
+        "settings": {**options, "steps": a.steps},
+    }
+    print(json.dumps(report, indent=1))
+    if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
+        a.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
