@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
-from vsd.decoding import Engine, Result, Sampling, replay
+from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.evaluation import Prompt, load_prompts
@@ -59,16 +59,6 @@ def greedy_answers(target: Target, prompts: Sequence[Prompt], max_new_tokens: in
     return turns
 
 
-def replayed(target: Target, drafter: Eagle3Drafter, shape: TreeShape, turns: Sequence[Turn]) -> list[Result]:
-    """Results in the order of `turns`; batches of like length."""
-    order = sorted(range(len(turns)), key=lambda i: len(turns[i][1]) + len(turns[i][2]))
-    results: dict[int, Result] = {}
-    for start in range(0, len(order), 32):
-        batch = order[start : start + 32]
-        results |= zip(batch, replay(target, drafter, shape, [turns[i][1:] for i in batch]))
-    return [results[i] for i in range(len(turns))]
-
-
 def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """(new tokens, passes) of every prompt, all its turns together."""
     prompts = [turn[0] for turn in turns]
@@ -77,10 +67,10 @@ def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[np.nda
 
 
 def measure(
-    target: Target, drafter: Eagle3Drafter, shape: TreeShape, prompts: Sequence[Prompt], turns: Sequence[Turn]
+    replay: Replay, drafter: Eagle3Drafter, shape: TreeShape, prompts: Sequence[Prompt], turns: Sequence[Turn]
 ) -> dict[str, Any]:
     """One row of the table."""
-    results = replayed(target, drafter, shape, turns)
+    results = replay(drafter, shape)
     suites = dict.fromkeys(prompt.suite for prompt in prompts)
     return {
         "tree": [shape.depth, shape.top_k, shape.nodes],
@@ -114,12 +104,13 @@ def main() -> None:
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
     turns = greedy_answers(target, prompts, a.max_new_tokens, a.answers)
+    replay = Replay(target, [turn[1:] for turn in turns])
     title = f"τ at T = 0, {len(prompts)} prompts, {len(turns)} turns, ≤ {a.max_new_tokens} new tokens, replayed"
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)
         for shape in a.trees:
-            row = {"drafter": path, **measure(target, drafter, shape, prompts, turns)}
+            row = {"drafter": path, **measure(replay, drafter, shape, prompts, turns)}
             rows.append(row)
             low, high = row["tau_ci"]
             table.add_row(

@@ -14,7 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from acceptance import greedy_answers, per_prompt, replayed
+from acceptance import Turn, greedy_answers, per_prompt
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
-from vsd.decoding import Engine, Sampling
+from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
+
+Read = tuple[list[Turn], Replay]
 
 CONTROL = "eagle3"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,7 +94,9 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     return folder
 
 
-def decode(folder: Path, target: Target, prompts: list[Prompt], a: argparse.Namespace) -> None:
+def decode(
+    folder: Path, target: Target, prompts: list[Prompt], read: Callable[[], Read], a: argparse.Namespace
+) -> None:
     """`folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
     drafter = None
     for temperature in a.temperatures:
@@ -101,8 +106,8 @@ def decode(folder: Path, target: Target, prompts: list[Prompt], a: argparse.Name
                 continue
             drafter = drafter or load_drafter(folder / "drafter", target)
             if temperature == 0:
-                turns = greedy_answers(target, prompts, a.max_new_tokens, a.out / "answers.json")
-                found = per_prompt(turns, replayed(target, drafter, shape, turns))
+                turns, replay = read()
+                found = per_prompt(turns, replay(drafter, shape))
             else:
                 ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
                 engine, results = Engine(target, drafter, shape, verification), []
@@ -184,9 +189,15 @@ def main() -> None:
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
     target = load_target()
     prompts = load_prompts(a.prompts, a.limit)
+
+    @cache
+    def read() -> Read:
+        turns = greedy_answers(target, prompts, a.max_new_tokens, a.out / "answers.json")
+        return turns, Replay(target, [turn[1:] for turn in turns])
+
     for folders in runs.values():
         for folder in folders:
-            decode(folder, target, prompts, a)
+            decode(folder, target, prompts, read, a)
     rows = report(runs, a)
     (a.out / "study.json").write_text(
         json.dumps({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, indent=1)

@@ -4,6 +4,7 @@ The text in `assets/` was written by the target itself (`vsd data synthesize`); 
 """
 
 import time
+from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,21 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from vsd.data import Example, encode, read_conversations
+from vsd.data import Conversation, Example, encode, prompt_ids, read_conversations
 from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
 from vsd.errors import VSDError
-from vsd.evaluation import Contender, Prompt, bench, print_table, write_json
-from vsd.paths import TreeShape
+from vsd.evaluation import Contender, Prompt, bench, print_table, print_trees, tune, write_json
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.features import affordable
 from vsd.training.job import hold_out
 
-HELD_OUT = 16
+HELD_OUT = 16  # questions to measure on, and as many to choose the tree with
 ANSWER_TOKENS = 96
 DRAFT_VOCABULARY = 4096
-DRAFT_STEPS = 2
-RAMP = 1.0  # half of the time on the first drafted token alone
-TREE = TreeShape(depth=3, top_k=3, nodes=6)
+DRAFT_STEPS = 3
+RAMP = 1.0  # a third of the time on the first drafted token alone, then two, then three
+SMOOTHING = 0.3  # later steps are trained where drafts get so far
 _FEATURE_SHARE = 0.5  # of the time: fresh text teaches more than a tenth reading
 
 
@@ -39,9 +39,9 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     if minutes < 1:
         raise VSDError("the demo needs a minute at least: --minutes 1")
     console = Console()
-    console.print(f"[bold]vsd demo[/bold]: {minutes:g} minutes of training, then about three of measuring\n")
+    console.print(f"[bold]vsd demo[/bold]: {minutes:g} minutes of training, then about four of measuring\n")
     target = load_target()
-    examples, prompts = demo_text(target)
+    examples, questions = demo_text(target)
     start = time.perf_counter()
     set_seed(seed)
     budget = _FEATURE_SHARE * 60 * minutes
@@ -54,6 +54,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
         max_minutes=minutes - (time.perf_counter() - start) / 60,
         draft_steps=DRAFT_STEPS,
         ramp=RAMP,
+        objective_options={"smoothing": SMOOTHING},
         learning_rate=2e-3,
         per_device_train_batch_size=4,
         save_strategy="no",
@@ -63,7 +64,12 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     trainer.train()
     trainer.save_model(str(out / "drafter"))
     drafter = load_drafter(out / "drafter", target)
-    report = bench(target, [Contender("EAGLE-3", drafter, TREE)], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+    trees = tune(target, drafter, [texts(target, question) for question in questions[::2]])
+    print_trees(trees, console)
+    prompts = [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions[1::2]]
+    contender = Contender("EAGLE-3", drafter, trees[0].shape)
+    report = bench(target, [contender], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+    report["trees"] = [asdict(tuned) for tuned in trees]
     report["training"] = {
         "minutes": minutes,
         "seed": seed,
@@ -78,13 +84,19 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     return report
 
 
-def demo_text(target: Target) -> tuple[list[Example], list[Prompt]]:
-    """(training examples, held-out questions) from the text in the package."""
+def texts(target: Target, conversation: Conversation) -> tuple[list[int], list[int]]:
+    """(prompt, greedy answer) token ids."""
+    answer = list(conversation.response_ids or [])
+    return prompt_ids(target.tokenizer, conversation.messages[:1]), answer[:ANSWER_TOKENS]
+
+
+def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:
+    """(training examples, held-out conversations) from the text in the package."""
     with as_file(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz") as path:
-        kept, questions = hold_out(list(read_conversations(path)), HELD_OUT)
+        kept, questions = hold_out(list(read_conversations(path)), 2 * HELD_OUT)
     examples = [
         encode(target.tokenizer, conversation, max_length=1024)
         for conversation in kept
         if len(conversation.response_ids or []) > 1
     ]
-    return examples, [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions]
+    return examples, questions

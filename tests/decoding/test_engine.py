@@ -6,7 +6,7 @@ from transformers import GPT2Config
 
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
-from vsd.decoding import Engine, Result, Sampling, replay
+from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
@@ -232,8 +232,8 @@ def test_replayed_answers_deliver_what_decoding_delivers(pair: Pair, shape: Tree
     for length in (1, 2, 9, LENGTH + 8):
         results += Engine(target, drafter, shape).generate(PROMPTS, Sampling(length))
     texts = [(result.prompt, result.tokens) for result in results]
-    found = replay(target, drafter, shape, texts)
+    found = Replay(target, texts)(drafter, shape)
     assert [r.delivered for r in found] == [r.delivered for r in results]
     assert [r.accepted[:-1] for r in found] == [r.accepted[:-1] for r in results]
     assert max(d for r in found for d in r.delivered) > 2
-    assert replay(target, drafter, shape, []) == []
+    assert Replay(target, [])(drafter, shape) == []

@@ -2,6 +2,6 @@
 
 from vsd.decoding.engine import Engine, Result, Sampling, Step
 from vsd.decoding.generate import speculative
-from vsd.decoding.replay import replay
+from vsd.decoding.replay import Replay
 
-__all__ = ["Engine", "Result", "Sampling", "Step", "replay", "speculative"]
+__all__ = ["Engine", "Replay", "Result", "Sampling", "Step", "speculative"]

@@ -8,6 +8,7 @@ Legend: B active rows, T tokens of the longest text, N nodes of a tree, A accept
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,54 +21,80 @@ from vsd.targets import Target
 from vsd.verification import follow
 
 _NOTHING = -1  # a token no drafter proposes
+_BATCH = 32
+
+Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's greedy answer
 
 
-@torch.inference_mode()
-def replay(
-    target: Target, drafter: Eagle3Drafter, shape: TreeShape, texts: Sequence[tuple[list[int], list[int]]]
-) -> list[Result]:
-    """What `Engine(target, drafter, shape)` would accept and deliver, given (prompt, greedy answer) token ids.
+class _Batch(NamedTuple):
+    """Texts by number, read: ids [B, T], lengths [B], where the first roots stand [B], features [B, T, 3h]."""
 
-    Answers must be the target's own at temperature 0; they may end anywhere.
+    texts: list[int]
+    ids: Tensor
+    lengths: Tensor
+    start: Tensor
+    aux: Tensor
+
+
+class Replay:
+    """Answers the target has given, read once, to replay any number of drafters and trees along.
+
+    Args:
+        texts: (prompt, answer) token ids. Answers must be the target's own at temperature 0; they may end anywhere.
     """
-    results = [Result(prompt, list(answer), "replay") for prompt, answer in texts]
-    rows = [i for i, result in enumerate(results) if len(result.tokens) > 1]
-    if not rows:
+
+    @torch.inference_mode()
+    def __init__(self, target: Target, texts: Sequence[Text]) -> None:
+        self.target, self.texts = target, list(texts)
+        drafted = [i for i, (_, answer) in enumerate(self.texts) if len(answer) > 1]
+        drafted.sort(key=lambda i: sum(map(len, self.texts[i])))
+        self.batches = [self._read(drafted[i : i + _BATCH]) for i in range(0, len(drafted), _BATCH)]
+
+    @torch.inference_mode()
+    def __call__(self, drafter: Eagle3Drafter, shape: TreeShape) -> list[Result]:
+        """What `Engine(target, drafter, shape)` would accept and deliver, in the order of the texts."""
+        results = [Result(prompt, list(answer), "replay") for prompt, answer in self.texts]
+        for batch in self.batches:
+            self._walk(batch, drafter, shape, results)
         return results
-    ids, lengths = pad([results[i].prompt + results[i].tokens for i in rows], target.device)
-    aux = target.features(ids).aux
-    ids = torch.where(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None], ids, _NOTHING)
-    at = torch.tensor([len(results[i].prompt) for i in rows], device=ids.device)  # where the root stands, [B]
-    cache = drafter.new_cache(len(rows), ids.shape[1] + shape.depth * shape.top_k)
-    hidden = _extend(target, drafter, ids, aux, torch.zeros_like(at), at, cache)
-    while True:
-        root = ids.gather(1, at[:, None])[:, 0]
-        tree = draw_tree(drafter, target.embed, hidden, root, cache, shape)
-        ahead = at[:, None] + tree.depths + 1  # [B, N] where the token behind every node stands
-        choice = ids.gather(1, ahead.clamp(max=ids.shape[1] - 1)).masked_fill(ahead >= lengths[:, None], _NOTHING)
-        counts = follow(tree, choice).counts
-        left = lengths - 1 - at
-        for i, count, most in zip(rows, counts.tolist(), left.tolist()):
-            results[i].accepted.append(count - 1)
-            results[i].delivered.append(min(count, most))
-        keep = (counts < left).nonzero()[:, 0]
-        if 0 < len(keep) < len(rows):
-            rows = [rows[b] for b in keep.tolist()]
-            ids, aux, lengths, at, counts = (field[keep] for field in (ids, aux, lengths, at, counts))
-            cache.select(keep)
-        if not len(keep):
-            break
-        hidden = _extend(target, drafter, ids, aux, at, counts, cache)
-        at = at + counts
-    return results
 
+    def _read(self, index: list[int]) -> _Batch:
+        device = self.target.device
+        ids, lengths = pad([self.texts[i][0] + self.texts[i][1] for i in index], device)
+        start = torch.tensor([len(self.texts[i][0]) for i in index], device=device)
+        return _Batch(index, ids, lengths, start, self.target.features(ids).aux)
 
-def _extend(
-    target: Target, drafter: Eagle3Drafter, ids: Tensor, aux: Tensor, start: Tensor, counts: Tensor, cache: DraftCache
-) -> Tensor:
-    """Commit entries start … start + counts - 1 of every row to the drafter's cache -> hidden [B, 1, h]."""
-    places = start[:, None] + torch.arange(int(counts.max()), device=ids.device)
-    entries = places.clamp(max=ids.shape[1] - 1)
-    following = ids.gather(1, (places + 1).clamp(max=ids.shape[1] - 1)).clamp(min=0)
-    features = aux.gather(1, entries[..., None].expand(-1, -1, aux.shape[-1]))
-    return drafter.extend(features, target.embed(following), counts, cache)
+    def _walk(self, batch: _Batch, drafter: Eagle3Drafter, shape: TreeShape, results: list[Result]) -> None:
+        """Draft, look up what is accepted, go on behind it; rows leave when their answer ends."""
+        rows, ids, lengths, at, aux = batch
+        cache = drafter.new_cache(len(rows), ids.shape[1] + shape.depth * shape.top_k)
+        hidden = self._extend(drafter, ids, aux, torch.zeros_like(at), at, cache)
+        while True:
+            root = ids.gather(1, at[:, None])[:, 0]
+            tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
+            behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
+            choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
+            counts = follow(tree, choice.masked_fill(behind >= lengths[:, None], _NOTHING)).counts
+            left = lengths - 1 - at
+            for i, count, most in zip(rows, counts.tolist(), left.tolist()):
+                results[i].accepted.append(count - 1)
+                results[i].delivered.append(min(count, most))
+            keep = (counts < left).nonzero()[:, 0]
+            if not len(keep):
+                return
+            if len(keep) < len(rows):
+                rows = [rows[b] for b in keep.tolist()]
+                ids, aux, lengths, at, counts = (field[keep] for field in (ids, aux, lengths, at, counts))
+                cache.select(keep)
+            hidden = self._extend(drafter, ids, aux, at, counts, cache)
+            at = at + counts
+
+    def _extend(
+        self, drafter: Eagle3Drafter, ids: Tensor, aux: Tensor, start: Tensor, counts: Tensor, cache: DraftCache
+    ) -> Tensor:
+        """Commit entries start … start + counts - 1 of every row to the drafter's cache -> hidden [B, 1, h]."""
+        last = ids.shape[1] - 1
+        places = start[:, None] + torch.arange(int(counts.max()), device=ids.device)
+        features = aux.gather(1, places.clamp(max=last)[..., None].expand(-1, -1, aux.shape[-1]))
+        following = ids.gather(1, (places + 1).clamp(max=last))
+        return drafter.extend(features, self.target.embed(following), counts, cache)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vsd.decoding import Engine, Result, Sampling, replay
+from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
@@ -43,7 +43,6 @@ SHAPES = (
     ),
 )
 _STEPS = 12  # timed, of every tree
-_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,14 @@ def tune(
     Raises:
         VSDError: no answer is long enough to draft anything.
     """
-    texts = sorted((text for text in texts if len(text[1]) > 1), key=lambda text: len(text[0]) + len(text[1]))
-    if not texts:
+    if not any(len(answer) > 1 for _, answer in texts):
         raise VSDError("every answer ended with its first token: there was nothing to draft")
     shapes = [shape for shape in shapes if shape.top_k <= drafter.config.draft_vocab_size]
-    plain, *seconds = _step_seconds(target, drafter, texts[len(texts) // 2][0], shapes)
-    found = []
+    middle = sorted((prompt for prompt, _ in texts), key=len)[len(texts) // 2]
+    plain, *seconds = _step_seconds(target, drafter, middle, shapes)
+    found, replay = [], Replay(target, texts)
     for shape, cost in zip(shapes, track(seconds, "trying trees", disable=not progress)):
-        batches = [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)]
-        tau = acceptance_length([r for batch in batches for r in replay(target, drafter, shape, batch)])
+        tau = acceptance_length(replay(drafter, shape))
         found.append(Tuned(shape, tau, cost, tau * plain / cost))
     return sorted(found, key=lambda tuned: tuned.speedup, reverse=True)
 
