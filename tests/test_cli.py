@@ -13,7 +13,18 @@ import tiny_run
 from vsd import __version__, cli
 from vsd.targets import Target
 
-COMMANDS = [[], ["data", "regenerate"], ["data", "synthesize"], ["train"], ["generate"], ["bench"], ["tune"], ["demo"]]
+COMMANDS = [
+    [],
+    ["data", "regenerate"],
+    ["data", "synthesize"],
+    ["train"],
+    ["generate"],
+    ["bench"],
+    ["tune"],
+    ["export"],
+    ["import"],
+    ["demo"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +101,15 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "regenerate bad": (["data", "regenerate", folder / "bad.jsonl", "--target", target, *out], "bad.jsonl:2"),
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
         "tune": (["tune", "--target", target, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
+        "export": (["export", "--target", target, "--format", "vllm", drafter, folder / "never"], "layer 0's input"),
+        "import": (["import", "--target", target, drafter, folder / "never"], "not an EAGLE-3 drafter"),
         "demo": (["demo", "--minutes", "0.5", "--out", folder / "never"], "a minute at least"),
     }
 
 
 NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,top-k 0,
 top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,no data,missing data,unanswered,key,held out,recipe,
-regenerate,regenerate bad,synthesize,tune,demo"""
+regenerate,regenerate bad,synthesize,tune,export,import,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -204,3 +217,32 @@ def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture
     found = re.search(r"--depth (\d+) --top-k (\d+) --nodes (\d+)", text)
     assert found, text
     assert " × ".join(found.groups()[:2]) + f", {found[3]}" in text  # the table's first row
+
+
+def test_export_and_import(
+    tiny_target: Target, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There and back by way of the command line; the card quotes what was measured."""
+    target = Target(tiny_target.model, tiny_target.tokenizer, aux_layers=(1, 2, 3))
+    tiny_run.tiny_drafter(target, tiny_run.tiny_examples(tiny_target, 4)).save_pretrained(tmp_path / "mine")
+    weights = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    bench = [
+        "bench",
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--drafter",
+        tmp_path / "mine",
+        "--json",
+        tmp_path / "b.json",
+    ]
+    assert run(folder, *bench, "--max-new-tokens", 4) == 0
+    capsys.readouterr()
+    export = ["export", "--format", "vllm", tmp_path / "mine", tmp_path / "out", "--bench", tmp_path / "b.json"]
+    assert run(folder, *export) == 0
+    assert "vllm serve" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    tau = json.loads((tmp_path / "b.json").read_text())["runs"][1]["tau"]
+    assert f"{tau:.2f} [" in card and "vllm serve" in card
+    assert run(folder, "import", tmp_path / "out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    assert run(folder, *export) == 1  # not over something

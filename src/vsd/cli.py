@@ -49,6 +49,14 @@ example:
 example:
   vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
 Prints --depth, --top-k and --nodes for vsd generate and vsd bench.""",
+    "export": """\
+example:
+  vsd export --target T --format sglang runs/mine/drafter exported --bench runs/mine/bench.json
+Formats: sglang and vllm (LlamaForCausalLMEagle3), speculators (vLLM by way of that library).""",
+    "import": """\
+example:
+  vsd import --target T released-checkpoint runs/released/drafter
+Then measure it (vsd bench --drafter runs/released/drafter) or train it on your own traffic (vsd train --drafter …).""",
     "demo": """\
 example:
   vsd demo --minutes 10 --out runs/demo
@@ -95,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "generate", _generate, _generate_options)
     _add(commands, "bench", _bench, _bench_options)
     _add(commands, "tune", _tune, _tune_options)
+    _add(commands, "export", _export, _export_options)
+    _add(commands, "import", _import, _import_options)
     _add(commands, "demo", _demo, _demo_options)
     return parser
 
@@ -107,6 +117,8 @@ _HELP = {
     "generate": "Answer a question, drafting.",
     "bench": "Measure acceptance and speed of drafters against plain decoding.",
     "tune": "Find the draft tree that is fastest on this machine.",
+    "export": "Write a drafter as SGLang or vLLM serve it.",
+    "import": "Take in a released EAGLE-3 drafter, to measure or to train on.",
     "demo": "The whole road on a small model: train, then measure.",
 }
 
@@ -361,6 +373,45 @@ def _tune(a: argparse.Namespace) -> None:
     ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
     results = Engine(target).generate(ids, Sampling(a.max_new_tokens))
     print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
+
+
+# ---- export, import
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("drafter", type=Path, help="folder of the drafter")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--format", choices=("sglang", "vllm", "speculators"), required=True)
+    parser.add_argument("--bench", type=Path, help="JSON of vsd bench, for the model card")
+    _target_options(parser)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from vsd.drafters import Eagle3Drafter
+    from vsd.export import export_drafter, model_card, serve_line
+
+    if a.bench is not None and not a.bench.exists():
+        raise VSDError(f"no file at '{a.bench}'")
+    target, drafter = _load_target(a), Eagle3Drafter.from_pretrained(a.drafter, dtype="auto")
+    target.take_features(drafter.config.aux_layers)
+    export_drafter(drafter, target, a.out, a.format)
+    (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
+    print(f"{a.out}: to serve it,\n  {serve_line(a.format, target.name, a.out)}")
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="folder of the released drafter")
+    parser.add_argument("out", type=Path, help="folder to write")
+    _target_options(parser)
+
+
+def _import(a: argparse.Namespace) -> None:
+    from vsd.export import import_drafter
+
+    if a.out.is_dir() and any(a.out.iterdir()):
+        raise VSDError(f"'{a.out}' is not empty: give another folder")
+    import_drafter(a.checkpoint, _load_target(a)).save_pretrained(a.out)
+    print(f"drafter: {a.out}")
 
 
 # ---- demo

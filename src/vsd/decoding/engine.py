@@ -236,6 +236,8 @@ class Engine:
         return bool(keep)
 
     def _check_prompts(self, results: list[Result]) -> None:
+        if self.drafter is not None:
+            self.drafter.check_target(self.target)  # its features may have been set for another drafter meanwhile
         window = self.target.config.max_position_embeddings
         for i, result in enumerate(results):
             if not result.prompt:

@@ -8,6 +8,7 @@ Legend: B batch, N tokens or nodes of one pass, L keys, h hidden size, V vocabul
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -63,7 +64,7 @@ class Target:
         self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._check_head()
-        self._fingerprint = self._digest()  # now: packing hides weights later
+        self._sample = self._weights_sample()  # now: packing hides weights later
 
     @property
     def device(self) -> torch.device:
@@ -145,19 +146,32 @@ class Target:
         # Padding is on the right, so the model's own causal (and sliding) masks are right, and faster than ours.
         return self._run(ids, positions, None, None)
 
+    def take_features(self, layers: Sequence[int]) -> None:
+        """Yield the inputs of these decoder layers as `aux` from now on.
+
+        Raises:
+            VSDError: there are no such layers.
+        """
+        if not layers or not all(0 <= layer < len(self.layers) for layer in layers):
+            raise VSDError(f"features of layers {list(layers)} of a target that has {len(self.layers)}")
+        self.aux_layers = tuple(layers)
+
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with the weights, the architecture or the features taken."""
-        return self._fingerprint
-
-    def _digest(self) -> str:
         shape = {k: getattr(self.config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers")}
         digest = hashlib.sha256(json.dumps([shape, self.vocab_size, self.aux_layers], sort_keys=True).encode())
+        digest.update(self._sample)
+        return digest.hexdigest()[:16]
+
+    def _weights_sample(self) -> bytes:
+        """Some weights, the same whichever precision they are loaded in."""
         rows = slice(None, None, max(1, self.vocab_size // 64))
         norms = [p for p in self.layers[-1].parameters() if p.dim() == 1]  # different in every fine-tune
-        for weight in (self.embedding_weight[rows], self.head_weight[rows], *norms):
-            # Multiples of 2^-14 are the same whichever of bfloat16, float16 and float32 the weights are loaded in.
-            digest.update((weight.detach().cpu().bfloat16().float() * 2**14).round().int().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        # Multiples of 2^-14 are the same whichever of bfloat16, float16 and float32 the weights are loaded in.
+        return b"".join(
+            (weight.detach().cpu().bfloat16().float() * 2**14).round().int().numpy().tobytes()
+            for weight in (self.embedding_weight[rows], self.head_weight[rows], *norms)
+        )
 
     def _run(self, ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache | None) -> TargetOutput:
         taken: dict[int, Tensor] = {}

@@ -120,6 +120,10 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     checkpoint = _checkpoint(job, resume)
     device = str(config.device) if job.device == "auto" else job.device  # each process has its own GPU
     target = load_target(job.target, dtype=job.dtype, device=device)
+    start = None
+    if job.drafter is not None:
+        start = Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
+        target.take_features(start.config.aux_layers)
     examples = [
         example
         for source in job.data
@@ -127,7 +131,8 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
-    drafter = _drafter(job, target, dataset, config.seed)
+    set_seed(config.seed)
+    drafter = start or _new_drafter(job, target, dataset)
     folder = Path(job.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
@@ -152,10 +157,7 @@ def prompt_of(example: Example) -> list[int]:
     return example.input_ids[: example.drafted.index(True) - 1]
 
 
-def _drafter(job: TrainJob, target: Target, dataset: DraftDataset, seed: int) -> Eagle3Drafter:
-    set_seed(seed)
-    if job.drafter is not None:
-        return Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
+def _new_drafter(job: TrainJob, target: Target, dataset: DraftDataset) -> Eagle3Drafter:
     size = min(job.draft_vocab_size, target.vocab_size)
     return Eagle3Drafter.for_target(target, draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size))
 
