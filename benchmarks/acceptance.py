@@ -109,9 +109,14 @@ def main() -> None:
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)
-        for shape in a.trees:
+        for shape in track(a.trees, path):
             row = {"drafter": path, **measure(replay, drafter, shape, prompts, turns)}
             rows.append(row)
+            if a.json:
+                a.json.parent.mkdir(parents=True, exist_ok=True)
+                a.json.write_text(
+                    json.dumps({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, indent=1) + "\n"
+                )
             low, high = row["tau_ci"]
             table.add_row(
                 path,
@@ -121,9 +126,6 @@ def main() -> None:
                 ", ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),
             )
     Console().print(table)
-    if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
