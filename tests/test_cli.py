@@ -216,7 +216,7 @@ def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     found = re.search(r"--depth (\d+) --top-k (\d+) --nodes (\d+)", text)
     assert found, text
-    assert " × ".join(found.groups()[:2]) + f", {found[3]}" in text  # the table's first row
+    assert " × ".join(found.groups()[:2]) + f", {found[3]}" in text  # in the table, too
 
 
 def test_export_and_import(

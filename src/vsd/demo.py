@@ -15,7 +15,7 @@ from transformers import set_seed
 from vsd.data import Conversation, Example, encode, prompt_ids, read_conversations
 from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
 from vsd.errors import VSDError
-from vsd.evaluation import Contender, Prompt, bench, print_table, print_trees, tune, write_json
+from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.features import affordable
@@ -67,7 +67,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     trees = tune(target, drafter, [texts(target, question) for question in questions[::2]])
     print_trees(trees, console)
     prompts = [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions[1::2]]
-    contender = Contender("EAGLE-3", drafter, trees[0].shape)
+    contender = Contender("EAGLE-3", drafter, best(trees).shape)
     report = bench(target, [contender], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
     report["trees"] = [asdict(tuned) for tuned in trees]
     report["training"] = {

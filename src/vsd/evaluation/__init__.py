@@ -3,7 +3,7 @@
 from vsd.evaluation.bench import Contender, Run, bench
 from vsd.evaluation.prompts import Prompt, load_prompts
 from vsd.evaluation.report import print_table, write_json
-from vsd.evaluation.tune import Tuned, print_trees, tune
+from vsd.evaluation.tune import Tuned, best, print_trees, tune
 
 __all__ = [
     "Contender",
@@ -11,6 +11,7 @@ __all__ = [
     "Run",
     "Tuned",
     "bench",
+    "best",
     "load_prompts",
     "print_table",
     "print_trees",
