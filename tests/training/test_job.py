@@ -44,6 +44,11 @@ def test_flags_beat_set_beats_the_file(tmp_path: Path) -> None:
     assert (job.output_dir, config.output_dir) == (str(tmp_path / "out"), str(tmp_path / "out"))
 
 
+def test_no_is_a_strategy_not_a_falsehood() -> None:
+    config = recipe(None, ["data=a.jsonl", "save_strategy=no", "eval_strategy=no", "bf16=no"], {})[1]
+    assert (config.save_strategy, config.eval_strategy, config.bf16) == ("no", "no", False)
+
+
 def test_defaults_are_for_drafters() -> None:
     job, config = recipe(None, ["data=a.jsonl"], {})
     assert job.data == ["a.jsonl"]

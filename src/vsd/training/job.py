@@ -103,7 +103,7 @@ def recipe(path: Path | None, overrides: list[str], flags: dict[str, Any]) -> tu
         raise VSDError("no training text: give --data FILE (make one with vsd data)")
     defaults = {"eval_strategy": "steps" if job.held_out else "no", "eval_steps": 250}
     kinds = {f.name: f.type for f in dataclasses.fields(VSDConfig)}
-    own = {key: _number(key, value, kinds[key]) for key, value in values.items() if key in theirs}
+    own = {key: _meant(key, value, kinds[key]) for key, value in values.items() if key in theirs}
     try:
         config = VSDConfig(**{**defaults, **own, "output_dir": job.output_dir})
     except (TypeError, ValueError) as error:
@@ -191,8 +191,10 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _number(name: str, value: Any, kind: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; where a number belongs, people mean the number."""
+def _meant(name: str, value: Any, kind: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string and no as false; people mean the number, and the strategy called "no"."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
     if not isinstance(value, str) or kind not in (int, float, int | None, float | None):
         return value
     try:
