@@ -1,5 +1,7 @@
 """The engine at temperature 0 is greedy decoding, token for token; and how answers end and are accounted for."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config
@@ -218,7 +220,7 @@ def test_wrong_settings_are_refused(fluent: Pair) -> None:
 )
 def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: float, rule: str) -> None:
     """Not a wrong answer: among NaN scores a tree may lose a node's parent."""
-    target, drafter = fluent_pair("llama")
+    target, drafter = copy.deepcopy(fluent_pair("llama"))  # which other tests use, too
     torch.nn.init.constant_(drafter.midlayer.mlp.down_proj.weight, float("nan"))
     with pytest.raises(VSDError, match="NaN"):
         Engine(target, drafter, shape, rule).generate(PROMPTS, Sampling(8, temperature))

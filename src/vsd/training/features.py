@@ -78,7 +78,7 @@ class FeatureStore:
         shards = _shards(examples)
         missing = [s for s in range(len(shards)) if not (folder / _name(s)).exists()]
         for s in track(missing, "target features", disable=not missing):
-            half = folder / f"{_name(s)}.{os.getpid()}.part"
+            half = folder / f"{_name(s)}.part"
             save_file(_shard(target, [examples[i] for i in shards[s]]), half)
             os.replace(half, folder / _name(s))
         return cls(folder, target, examples)
