@@ -54,7 +54,6 @@ class Target:
         self.name = name
         self.config = model.config.get_text_config()
         self.layers = _decoder_layers(model, self.config.num_hidden_layers)
-        self.aux_layers = aux_layers or default_aux_layers(len(self.layers))
         self.window, self._mixed = _attention_kind(self.config)
         head = model.get_output_embeddings()
         if head is None:
@@ -63,8 +62,9 @@ class Target:
         self.head_bias: Tensor | None = getattr(head, "bias", None)  # [V]
         self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self._check_head()
         self._sample = self._weights_sample()  # now: packing hides weights later
+        self.take_features(aux_layers or default_aux_layers(len(self.layers)))
+        self._check_head()
 
     @property
     def device(self) -> torch.device:
@@ -155,9 +155,13 @@ class Target:
         if not layers or not all(0 <= layer < len(self.layers) for layer in layers):
             raise VSDError(f"features of layers {list(layers)} of a target that has {len(self.layers)}")
         self.aux_layers = tuple(layers)
+        self._fingerprint = self._digest()
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with the weights, the architecture or the features taken."""
+        return self._fingerprint
+
+    def _digest(self) -> str:
         shape = {k: getattr(self.config, k, None) for k in ("model_type", "hidden_size", "num_hidden_layers")}
         digest = hashlib.sha256(json.dumps([shape, self.vocab_size, self.aux_layers], sort_keys=True).encode())
         digest.update(self._sample)
