@@ -23,7 +23,8 @@ from vsd.data import prompt_ids
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter, load_drafter
-from vsd.evaluation import Prompt, load_prompts
+from vsd.evaluation import Prompt, load_prompts, write_json
+from vsd.evaluation.bench import Answers
 from vsd.evaluation.bootstrap import rate_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
@@ -61,9 +62,7 @@ def greedy_answers(target: Target, prompts: Sequence[Prompt], max_new_tokens: in
 
 def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """(new tokens, passes) of every prompt, all its turns together."""
-    prompts = [turn[0] for turn in turns]
-    tokens = np.bincount(prompts, weights=[sum(r.delivered) for r in results])
-    return tokens, np.bincount(prompts, weights=[len(r.delivered) for r in results])
+    return Answers(prompts=[turn[0] for turn in turns], results=list(results)).per_pass()
 
 
 def measure(
@@ -113,10 +112,7 @@ def main() -> None:
             row = {"drafter": path, **measure(replay, drafter, shape, prompts, turns)}
             rows.append(row)
             if a.json:
-                a.json.parent.mkdir(parents=True, exist_ok=True)
-                a.json.write_text(
-                    json.dumps({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, indent=1) + "\n"
-                )
+                write_json({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, a.json)
             low, high = row["tau_ci"]
             table.add_row(
                 path,

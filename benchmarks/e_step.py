@@ -19,6 +19,7 @@ import torch
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
 from vsd.drafters import Eagle3Drafter
+from vsd.evaluation import write_json
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.features import Features, compute_features
@@ -78,8 +79,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, a.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
-from vsd.evaluation import Prompt, load_prompts
+from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
@@ -199,9 +199,7 @@ def main() -> None:
         for folder in folders:
             decode(folder, target, prompts, read, a)
     rows = report(runs, a)
-    (a.out / "study.json").write_text(
-        json.dumps({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, indent=1)
-    )
+    write_json({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, a.out / "study.json")
     show(rows)
 
 

@@ -37,6 +37,7 @@ from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
 from vsd.drafters import Eagle3Config, Eagle3Drafter, draft_vocabulary
 from vsd.errors import VSDError
+from vsd.evaluation import write_json
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
 from vsd.paths import consumed, recorded
 from vsd.targets import load_target
@@ -371,8 +372,7 @@ def main() -> None:
     report = measure(a.text, a.rounds)
     show(report)
     if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(report, a.json)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class Answers:
         """Sums over the turns of each prompt: what is resampled."""
         return np.bincount(self.prompts, weights=per_turn)
 
+    def per_pass(self) -> tuple[np.ndarray, np.ndarray]:
+        """(new tokens after prefill, verification passes) of every prompt."""
+        tokens = self.by_prompt([sum(r.delivered) for r in self.results])
+        return tokens, self.by_prompt([len(r.delivered) for r in self.results])
+
     def rate(self) -> tuple[np.ndarray, np.ndarray]:
         """(new tokens, seconds) of every prompt."""
         return self.by_prompt([len(r.tokens) for r in self.results]), self.by_prompt(self.seconds)
@@ -207,11 +212,10 @@ def _generate(target: Target, ids: list[int], sampling: Sampling, answers: Answe
 
 def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers, temperature: float) -> Run:
     shape = contender.shape or TreeShape()
-    passes = [len(result.delivered) for result in mine.results]
-    per_pass = (mine.by_prompt([sum(r.delivered) for r in mine.results]), mine.by_prompt(passes))
+    tokens, passes = mine.per_pass()
     same = [a.tokens == b.tokens for a, b in zip(mine.results, plain.results)]
     split = {"draft": mine.draft, "verify": mine.verify, "commit": mine.commit}
-    latency = {name: 1e3 * seconds / max(1, sum(passes)) for name, seconds in split.items()}
+    latency = {name: 1e3 * seconds / max(1, passes.sum()) for name, seconds in split.items()}
     rate = pooled_rate(*mine.rate())
     return Run(
         drafter=contender.name,
@@ -219,7 +223,7 @@ def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers
         tree=asdict(shape) if contender.drafter else None,
         verification=contender.verification,
         tau=acceptance_length(mine.results),
-        tau_ci=rate_interval(*per_pass),
+        tau_ci=rate_interval(tokens, passes),
         tokens_per_second=rate,
         speedup=rate / pooled_rate(*plain.rate()),
         speedup_ci=ratio_interval(*mine.rate(), *plain.rate()),
