@@ -379,9 +379,11 @@ def _tune(a: argparse.Namespace) -> None:
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
+    from vsd.export import FORMATS
+
     parser.add_argument("drafter", type=Path, help="folder of the drafter")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--format", choices=("sglang", "vllm", "speculators"), required=True)
+    parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--bench", type=Path, help="JSON of vsd bench, for the model card")
     _target_options(parser)
 
@@ -406,10 +408,9 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(a: argparse.Namespace) -> None:
-    from vsd.export import import_drafter
+    from vsd.export import check_new, import_drafter
 
-    if a.out.is_dir() and any(a.out.iterdir()):
-        raise VSDError(f"'{a.out}' is not empty: give another folder")
+    check_new(a.out)
     import_drafter(a.checkpoint, _load_target(a)).save_pretrained(a.out)
     print(f"drafter: {a.out}")
 

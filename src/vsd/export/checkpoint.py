@@ -48,8 +48,7 @@ def export_drafter(drafter: Eagle3Drafter, target: Target, out: str | Path, kind
     out = Path(out)
     if kind not in FORMATS:
         raise VSDError(f"unknown format '{kind}': choose {', '.join(FORMATS)}")
-    if out.is_dir() and any(out.iterdir()):
-        raise VSDError(f"'{out}' is not empty: give another folder")
+    check_new(out)
     drafter.check_target(target)
     _check(drafter.config)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
@@ -101,6 +100,16 @@ def import_drafter(checkpoint: str | Path, target: Target) -> Eagle3Drafter:
     drafter.load_state_dict(tensors)
     drafter.check_target(target)
     return drafter
+
+
+def check_new(folder: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        VSDError: the folder holds files.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise VSDError(f"'{folder}' is not empty: give another folder")
 
 
 def serve_line(kind: str, target: str, out: str | Path, tokens: int = 3) -> str:

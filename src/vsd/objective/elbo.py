@@ -18,6 +18,7 @@ from vsd.errors import VSDError
 from vsd.objective.algebra import Drafted, Objective, Part, Term, Weights
 from vsd.objective.divergence import negative_log_likelihood
 from vsd.objective.rows import PathRows
+from vsd.objective.utility import to_go
 from vsd.verification.rejection import acceptance
 
 _FLOOR = math.log(1e-4)
@@ -36,11 +37,11 @@ class Advantage(Weights):
         log_q = rows.label_log_q.clamp(min=_FLOOR)
         log_a = log_p if self.rule == "target" else acceptance(log_p, log_q).log()
         reward = (log_a + log_p - log_q) * rows.known
-        to_go = reward.flip(0).cumsum(0).flip(0).unflatten(1, (-1, rows.group))  # [K, A, S]
         S = rows.group
-        others = (to_go.sum(-1, keepdim=True) - to_go) / max(1, S - 1)
+        ahead = to_go(reward).unflatten(1, (-1, S))  # [K, A, S]
+        others = (ahead.sum(-1, keepdim=True) - ahead) / max(1, S - 1)
         own = log_q > log_p if self.rule == "rejection" else torch.zeros_like(rows.known)  # -∂log a / ∂log q
-        return ((to_go - others).flatten(1) - own.to(to_go.dtype)) * rows.known
+        return ((ahead - others).flatten(1) - own.to(ahead.dtype)) * rows.known
 
 
 def elbo(rule: str = "rejection", samples: int = 16, anchors: int = 4) -> Objective:

@@ -8,12 +8,12 @@ regression on features, which an EAGLE-3 drafter does not have.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vsd.objective.algebra import Objective, Part, Recorded, Term, Weights
 from vsd.objective.divergence import cross_entropy
 from vsd.objective.rows import PathRows
+from vsd.objective.utility import reached
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class Alignable(Weights):
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
-        hit = rows.rank < self.best
-        reached = torch.cat([torch.ones_like(hit[:1]), hit[:-1]]).long().cumprod(0)
-        return (reached * rows.valid).to(rows.log_q.dtype)
+        hit = (rows.rank < self.best).to(rows.log_q.dtype)
+        return reached(hit) * rows.valid
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,19 @@ def utility(acceptance: Tensor) -> Tensor:
     return survival(acceptance).sum(0)
 
 
+def reached(acceptance: Tensor) -> Tensor:
+    """κ_{t-1} [K, …] from a [K, …]: probability that step t is reached at all; 1 for the first."""
+    return torch.cat([torch.ones_like(acceptance[:1]), survival(acceptance)[:-1]])
+
+
+def to_go(values: Tensor) -> Tensor:
+    """Σ_{k≥t} values_k, [K, …]: what lies ahead of step t, its own included."""
+    return values.flip(0).cumsum(0).flip(0)
+
+
 def credit(kappa: Tensor) -> Tensor:
     """∂U / ∂log a_t = Σ_{k≥t} κ_k, [K, …] from κ [K, …]: what one more nat of acceptance at step t is worth."""
-    return kappa.flip(0).cumsum(0).flip(0)
+    return to_go(kappa)
 
 
 def smoothed(acceptance: Tensor, alpha: float) -> Tensor:

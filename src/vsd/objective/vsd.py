@@ -28,7 +28,6 @@ Its formulas for ω, c and the oracle are not public. Ours:
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vsd.errors import VSDError
@@ -36,7 +35,7 @@ from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term, Weig
 from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
 from vsd.objective.rows import PathRows
-from vsd.objective.utility import credit, smoothed, survival
+from vsd.objective.utility import credit, reached, smoothed, survival, to_go
 from vsd.verification.rejection import acceptance
 
 
@@ -85,7 +84,7 @@ class TokensLeft(Weights):
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
-        return credit(rows.valid.to(rows.log_q.dtype))
+        return to_go(rows.valid.to(rows.log_q.dtype))
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class Confidence(Weights):
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
         a = smoothed(path_acceptance(rows, self.rule), 1 - rows.acceptance)
-        reach = torch.cat([torch.ones_like(a[:1]), survival(a)[:-1]])
-        return rows.p.amax(-1) * reach * rows.valid
+        return rows.p.amax(-1) * reached(a) * rows.valid
 
 
 def vsd(

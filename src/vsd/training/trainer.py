@@ -311,14 +311,9 @@ def _weighted_loss(
     """hidden [K, B, P, h] of all posteriors' paths, side by side. Counts are those of the first."""
     outputs = []
     for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
-        by_step = [field.flatten(0, 1).T for field in posterior.paths[1:]]  # tokens, valid, rows [K, R]
-        target = PathTarget(
-            draft_of[by_step[0]],
-            by_step[2],
-            by_step[1],
-            None if posterior.share is None else posterior.share.flatten(),
-            posterior.group,
-        )
+        tokens, valid, rows = (field.flatten(0, 1).T for field in posterior.paths[1:])  # [K, R]
+        share = None if posterior.share is None else posterior.share.flatten()
+        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group)
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
