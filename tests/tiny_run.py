@@ -49,7 +49,7 @@ def tiny_trainer(
     **options: Any,
 ) -> VSDTrainer:
     """A trainer that keeps quiet and saves nothing; `options` are those of `VSDConfig`."""
-    defaults = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "draft_steps": 3}
+    defaults = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "draft_steps": 3}
     config = VSDConfig(output_dir=str(folder), **{**defaults, **options})
     drafter = tiny_drafter(target, examples)
     return VSDTrainer(target, drafter, config, DraftDataset(examples), store=store, eval_prompts=eval_prompts or [])

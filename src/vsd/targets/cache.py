@@ -2,9 +2,10 @@
 
 Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); slot i holds position i. New nodes are
 written for all rows at the same slots [fill, fill + N), fill = max(lengths), and attention masks hide the gap.
-Committing moves the accepted nodes of each row to its own end. Nothing is ever copied but the accepted rows.
+Committing moves the accepted nodes of each row to its own end, for all layers at once. Nothing is ever copied but the
+accepted rows.
 
-Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension.
+Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension, M layers.
 """
 
 from typing import Any
@@ -16,112 +17,134 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 _GROW = 256  # slots added at a time
 
 
+class Store:
+    """Keys and values of layers of one shape, [M, B, H, C, D] each."""
+
+    def __init__(self, layers: int, capacity: int, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            states.new_zeros(layers, *states.shape[:2], capacity, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.used = 0  # layers that have a place
+
+    def holds(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether there is a place for one more layer, and states [B, H, N, D] fit it."""
+        pairs = (self.keys, key_states), (self.values, value_states)
+        return self.used < len(self.keys) and all(
+            s.shape[1:3] == x.shape[:2] and s.shape[4] == x.shape[3] for s, x in pairs
+        )
+
+    def grow(self, slots: int) -> None:
+        """Add `slots` slots; copies everything."""
+        self.keys, self.values = (torch.nn.functional.pad(s, (0, 0, 0, slots)) for s in (self.keys, self.values))
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots source [B, A] to slots destination [B, A]."""
+        for states in (self.keys, self.values):
+            index = source[None, :, None, :, None].expand(*states.shape[:1], -1, states.shape[2], -1, states.shape[4])
+            rows = states.gather(3, index)
+            states.scatter_(3, destination[None, :, None, :, None].expand_as(rows), rows)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only the batch rows `rows` [B']."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
 class TreeLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, [B, H, C, D]; `fill` is the first slot of the next pass."""
+    """What transformers sees of one decoder layer: its row of a store."""
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, cache: "TreeCache") -> None:
         super().__init__()
-        self.capacity = capacity
-        self.fill = 0
+        self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate on first use, when heads, dtype and device are known."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        B, H, _, D = key_states.shape
-        self.keys = key_states.new_zeros(B, H, self.capacity, D)
-        self.values = value_states.new_zeros(B, H, self.capacity, value_states.shape[-1])
+        """Take a place on first use, when heads, dtype and device are known."""
+        self.store = self.cache.store_for(key_states, value_states)
+        self.place = self.store.used
+        self.store.used += 1
         self.is_initialized = True
-
-    def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots; copies the cache, so callers that know the length say so as `capacity`."""
-        assert self.keys is not None and self.values is not None
-        have = self.keys.shape[2]
-        if slots > have:
-            more = -(-(slots - have) // _GROW) * _GROW
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, H, N, D] at slots [fill, fill + N); return views of slots [0, fill + N)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.fill + key_states.shape[2]
-        self.reserve(end)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.fill : end] = key_states
-        self.values[:, :, self.fill : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        fill, end = self.cache.fill, self.cache.fill + key_states.shape[2]
+        self.cache.reserve(end)
+        keys, values = self.store.keys[self.place], self.store.values[self.place]
+        keys[:, :, fill:end], values[:, :, fill:end] = key_states, value_states
+        return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self) -> int:
         """Slots that the next pass comes after."""
-        return self.fill
+        return self.cache.fill
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys seen by a pass of `query_length` nodes."""
-        return self.fill + query_length, 0
+        return self.cache.fill + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: grows without bound."""
         return -1
 
-    def move(self, source: Tensor, destination: Tensor) -> None:
-        """Copy slots source [B, A] to slots destination [B, A]."""
-        for states in (self.keys, self.values):
-            assert states is not None
-            index = source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            rows = states.gather(2, index)
-            states.scatter_(2, destination[:, None, :, None].expand_as(rows), rows)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only the batch rows `rows` [B']."""
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
 
 class TreeCache(Cache):
-    """One `TreeLayer` per decoder layer, and the committed length of every row."""
+    """One `TreeLayer` per decoder layer, and the committed length of every row.
+
+    Attributes:
+        lengths: committed tokens of every row, [B].
+        fill: first slot of the next pass.
+    """
 
     layers: list[TreeLayer]  # type: ignore[assignment]
-    lengths: Tensor
 
     def __init__(
         self, num_layers: int, batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(layers=[TreeLayer(capacity) for _ in range(num_layers)])
+        super().__init__(layers=[TreeLayer(self) for _ in range(num_layers)])
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.fill = 0
+        self.capacity = capacity
+        self.stores: list[Store] = []
 
-    @property
-    def fill(self) -> int:
-        """First slot of the next pass."""
-        return self.layers[0].fill
+    def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
+        """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""
+        for store in self.stores:
+            if store.holds(key_states, value_states):
+                return store
+        layers = 1 if self.stores else len(self.layers)
+        self.stores.append(Store(layers, self.capacity, key_states, value_states))
+        return self.stores[-1]
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots; copies the cache, so callers that know the length say so as `capacity`."""
+        if slots > self.capacity:
+            more = -(-(slots - self.capacity) // _GROW) * _GROW
+            self.capacity += more
+            for store in self.stores:
+                store.grow(more)
 
     def commit(self, nodes: Tensor, counts: Tensor) -> None:
         """Keep nodes[b, :counts[b]] of the last pass for each row b.
 
         nodes [B, A]: indices into the pass's N nodes, in path order; entries beyond counts[b] are ignored.
         """
-        A = nodes.shape[1]
-        offset = torch.arange(A, device=nodes.device)
+        offset = torch.arange(nodes.shape[1], device=nodes.device)
         source = self.fill + nodes
         destination = self.lengths[:, None] + offset
-        lengths = self.lengths + counts
-        in_place = bool((source == destination)[offset < counts[:, None]].all())
-        fill = int(lengths.max())
-        for layer in self.layers:
-            if not in_place:
-                layer.reserve(int(destination.max()) + 1)
-                layer.move(source, destination)
-            layer.fill = fill
-        self.lengths = lengths
+        if bool(((source != destination) & (offset < counts[:, None])).any()):
+            for store in self.stores:
+                store.move(source, destination)
+        self.lengths = self.lengths + counts
+        self.fill = int(self.lengths.max())
 
     def select(self, rows: Tensor) -> None:
         """Keep only the batch rows `rows` [B'] (finished sequences leave the batch)."""
         self.lengths = self.lengths[rows]
-        for layer in self.layers:
-            layer.select(rows)
-            layer.fill = int(self.lengths.max())
+        self.fill = int(self.lengths.max())
+        for store in self.stores:
+            store.select(rows)
 
 
 def visible(context: Tensor, fill: int, ancestors: Tensor) -> Tensor:

@@ -7,7 +7,14 @@ from transformers import TrainingArguments
 
 from vsd.errors import VSDError
 from vsd.objective import OBJECTIVES, objective
+from vsd.targets.load import fastest_dtype
 from vsd.training.budget import UNLIMITED_STEPS
+
+
+def bfloat16_pays() -> bool:
+    """Whether the device that training will run on multiplies bfloat16 faster than float32."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return fastest_dtype(accelerator or torch.device("cpu")) is torch.bfloat16
 
 
 @dataclass
@@ -36,6 +43,10 @@ class VSDConfig(TrainingArguments):
         metadata={"help": "train for so long instead of max_steps; the schedule follows the clock"},
     )
 
+    bf16: bool = field(
+        default_factory=bfloat16_pays,
+        metadata={"help": "mixed precision: master weights stay float32; default: where this device is faster with it"},
+    )
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
@@ -54,6 +65,7 @@ class VSDConfig(TrainingArguments):
         if self.draft_steps < 1:
             raise VSDError("draft_steps must be at least 1")
         objective(self.objective, self.objective_options)  # complain now, not after the features are computed
+        self.use_cpu |= not torch.accelerator.is_available()  # transformers takes bf16 on a CPU only if it is asked for
         if self.max_minutes is not None:
             self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
         super().__post_init__()
