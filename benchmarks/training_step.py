@@ -6,8 +6,9 @@ Both train the same drafter on the same batches from the same stored target feat
 probabilities, forward and backward. The textbook loop is what one writes from the paper: every position of the padded
 batch, prompts included; full [B, T, V] target logits and their softmax, cut to the draft vocabulary; per step a
 T × T causal attention over the step-0 keys with one more diagonal a step, full [B, T, Vd] logits, log-softmax, and a
-graph kept over all K steps. First both must give the same loss and gradients; then they are timed alternately, each in
-a process of its own: the textbook as plain PyTorch runs it, ours as `vsd train` does, which keeps freed memory.
+graph kept over all K steps. First both must give the same loss and gradients in float32; then they are timed
+alternately, each in a process of its own: the textbook as plain PyTorch runs it, in float32 and under bfloat16
+autocast, ours as `vsd train` does, which keeps freed memory and takes bfloat16 where this machine is faster with it.
 
 A step is not a run. EAGLE-3's reference code runs the target in every step; `vsd train` stores its features in the
 first epoch. The last line adds the target's pass: in every epoch to the textbook, once to ours.
@@ -42,6 +43,7 @@ from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
 from vsd.paths import consumed, recorded
 from vsd.targets import load_target
 from vsd.training import Collator, DraftDataset
+from vsd.training.config import bfloat16_pays
 from vsd.training.features import compute_features
 
 B, V, VD, K, H = 8, 49152, 8192, 5, 576
@@ -137,8 +139,21 @@ def _shifted(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
-CHECKPOINTED = "vsd, activation checkpointing"
-STEPS: dict[str, Step] = {"textbook": textbook_step, "vsd": our_step, CHECKPOINTED: our_step}
+class Way(NamedTuple):
+    """How a step is run."""
+
+    step: Step
+    mixed: bool = False  # under bfloat16 autocast
+    checkpointing: bool = False
+
+
+TEXTBOOK = "textbook"
+WAYS = {
+    TEXTBOOK: Way(textbook_step),
+    "textbook, bfloat16": Way(textbook_step, mixed=True),
+    "vsd": Way(our_step, mixed=bfloat16_pays()),
+    "vsd, activation checkpointing": Way(our_step, mixed=bfloat16_pays(), checkpointing=True),
+}
 
 
 def made_up(count: int) -> list[Example]:
@@ -197,10 +212,11 @@ def _batch(batch: dict[str, Tensor], target: Any, frozen: Frozen) -> Batch:
     return Batch(ids, labels, drafted, valid, aux, hidden, normaliser)
 
 
-def one_step(step: Step, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
+def one_step(way: Way, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
     """Forward and backward; the loss."""
     drafter.zero_grad(set_to_none=True)
-    loss = step(drafter, target, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way.mixed):
+        loss = way.step(drafter, target, batch)
     loss.backward()
     return float(loss.detach())
 
@@ -210,7 +226,7 @@ def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
     gradients: dict[str, list[Tensor]] = {}
     losses = []
     for step in (textbook_step, our_step):
-        losses.append(one_step(step, drafter, target, batch))
+        losses.append(one_step(Way(step), drafter, target, batch))
         for name, weight in drafter.named_parameters():
             assert weight.grad is not None, name
             gradients.setdefault(name, []).append(weight.grad.clone())
@@ -237,17 +253,18 @@ class Worker:
 
 def work(name: str, folder: Path) -> None:
     """The other end of a `Worker`."""
-    if name != "textbook":
+    way = WAYS[name]
+    if way.step is our_step:
         keep_freed_memory()
     inputs = torch.load(folder / "inputs.pt")
     target, batches = Frozen(*inputs[0]), [Batch(*batch) for batch in inputs[1]]
     drafter = Eagle3Drafter.from_pretrained(folder).train()
-    if name == CHECKPOINTED:
+    if way.checkpointing:
         drafter.activation_checkpointing_enable()
     before = _peak()
     for line in sys.stdin:
         start = time.perf_counter()
-        one_step(STEPS[name], drafter, target, batches[int(line)])
+        one_step(way, drafter, target, batches[int(line)])
         print(json.dumps({"seconds": time.perf_counter() - start, "peak": _peak() - before}), flush=True)
 
 
@@ -256,11 +273,11 @@ def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: i
     with tempfile.TemporaryDirectory() as folder:
         drafter.save_pretrained(folder)
         torch.save((tuple(target), [tuple(batch) for batch in batches]), Path(folder) / "inputs.pt")
-        workers = {name: Worker(name, Path(folder)) for name in STEPS}
-        rates: dict[str, list[float]] = {name: [] for name in STEPS}
+        workers = {name: Worker(name, Path(folder)) for name in WAYS}
+        rates: dict[str, list[float]] = {name: [] for name in WAYS}
         for number in range(rounds):
             i = number % len(batches)
-            for name in list(STEPS) if number % 2 == 0 else list(reversed(STEPS)):
+            for name in list(WAYS) if number % 2 == 0 else list(reversed(WAYS)):
                 rates[name].append(int(batches[i].valid.sum()) / workers[name].ask(i)["seconds"])
         for worker in workers.values():
             worker.process.communicate("")
@@ -281,7 +298,7 @@ def measure(text: Path | None, rounds: int) -> dict[str, Any]:
     drafter, target, batches = prepare(text, min(rounds, 4))
     check_equal(drafter, target, batches[0])
     found = race(drafter, target, batches, rounds)
-    textbook = found["rates"]["textbook"], found["peak_mib"]["textbook"]
+    textbook = found["rates"][TEXTBOOK], found["peak_mib"][TEXTBOOK]
     report: dict[str, Any] = {
         "steps": {
             name: {
@@ -299,6 +316,7 @@ def measure(text: Path | None, rounds: int) -> dict[str, Any]:
             "draft_steps": K,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "bfloat16_pays": bfloat16_pays(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     }

@@ -1,13 +1,15 @@
-"""`vsd demo`: train a drafter for the embedded target within minutes, then measure what it saves.
+"""`vsd demo`: train drafters for the embedded target within minutes, two ways, then measure what they save.
 
-The text in `assets/` was written by the target itself (`vsd data synthesize`); the questions measured on are held out.
+EAGLE-3's objective trains a drafter for most of the time. From there it goes on as it was, and once more with `vsd`,
+for the same time and on the same text; plain decoding and both drafters then answer questions none of them has seen.
+The text in `assets/` was written by the target itself (`vsd data synthesize`).
 """
 
 import time
 from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import set_seed
@@ -25,13 +27,31 @@ HELD_OUT = 16  # questions to measure on, and as many to choose the tree with
 ANSWER_TOKENS = 96
 DRAFT_VOCABULARY = 4096
 DRAFT_STEPS = 3
-RAMP = 1.0  # a third of the time on the first drafted token alone, then two, then three
 SMOOTHING = 0.3  # later steps are trained where drafts get so far
-_FEATURE_SHARE = 0.5  # of the time: fresh text teaches more than a tenth reading
+_FEATURE_SHARE = 0.5  # of the time at most: fresh text teaches more than a tenth reading
+_START_SHARE = 0.6  # of the training time, at a constant rate; both ways then anneal it
+
+START: dict[str, Any] = {
+    "objective_options": {"smoothing": SMOOTHING},
+    "ramp": 1.0,  # a third of the time on the first drafted token alone, then two, then three
+    "lr_scheduler_type": "constant_with_warmup",
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "EAGLE-3": {"objective": "eagle3", "objective_options": {"smoothing": SMOOTHING}, "warmup_steps": 0},
+    "VSD": {"objective": "vsd", "objective_options": {"smoothing": SMOOTHING}, "warmup_steps": 0},
+}
+
+
+class _Text(NamedTuple):
+    """What all trainings of a demo share."""
+
+    dataset: DraftDataset
+    store: FeatureStore
+    seed: int
 
 
 def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
-    """Train for `minutes`, measure, write `out`/drafter and `out`/results.json; returns what is in the latter.
+    """Train for `minutes` in all, measure; returns what `out`/results.json holds. `out`/drafter is VSD's.
 
     Raises:
         VSDError: too little time, or the embedded target is not installed.
@@ -44,44 +64,58 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     examples, questions = demo_text(target)
     start = time.perf_counter()
     set_seed(seed)
-    budget = _FEATURE_SHARE * 60 * minutes
-    used = examples[: affordable(target, examples, budget)]
-    dataset = DraftDataset(used)
-    store = FeatureStore.build(out / "features", target, used)
-    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
-    config = VSDConfig(
-        output_dir=str(out),
-        max_minutes=minutes - (time.perf_counter() - start) / 60,
-        draft_steps=DRAFT_STEPS,
-        ramp=RAMP,
-        objective_options={"smoothing": SMOOTHING},
-        learning_rate=2e-3,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        seed=seed,
-    )
-    trainer = VSDTrainer(target, Eagle3Drafter.for_target(target, vocabulary), config, dataset, store=store)
-    trainer.train()
-    trainer.save_model(str(out / "drafter"))
-    drafter = load_drafter(out / "drafter", target)
-    trees = tune(target, drafter, [texts(target, question) for question in questions[::2]])
+    used = examples[: affordable(target, examples, _FEATURE_SHARE * 60 * minutes)]
+    text = _Text(DraftDataset(used), FeatureStore.build(out / "features", target, used), seed)
+    vocabulary = draft_vocabulary(text.dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    left = minutes - (time.perf_counter() - start) / 60
+    drafter = Eagle3Drafter.for_target(target, vocabulary)
+    console.print("a drafter from random weights:")
+    steps = {"start": _train(target, drafter, text, _START_SHARE * left, out / "start", START)}
+    folders = {"EAGLE-3": out / "eagle3" / "drafter", "VSD": out / "drafter"}
+    for name, options in WAYS.items():
+        drafter = Eagle3Drafter.from_pretrained(out / "start" / "drafter")
+        way = (1 - _START_SHARE) / len(WAYS) * left
+        console.print(f"from there with {name}'s objective:")
+        steps[name] = _train(target, drafter, text, way, folders[name].parent, options)
+    drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
+    trees = tune(target, drafters["EAGLE-3"], [texts(target, question) for question in questions[::2]])
     print_trees(trees, console)
     prompts = [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions[1::2]]
-    contender = Contender("EAGLE-3", drafter, best(trees).shape)
-    report = bench(target, [contender], prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
+    contenders = [Contender(name, drafter, best(trees).shape) for name, drafter in drafters.items()]
+    report = bench(target, contenders, prompts, max_new_tokens=ANSWER_TOKENS, seed=seed)
     report["trees"] = [asdict(tuned) for tuned in trees]
     report["training"] = {
         "minutes": minutes,
         "seed": seed,
-        "steps": trainer.state.global_step,
+        "steps": steps,
         "conversations": len(used),
-        "supervised_tokens": len(dataset.drafted_tokens()),
+        "supervised_tokens": len(text.dataset.drafted_tokens()),
         "coverage": vocabulary.coverage,
     }
     write_json(report, out / "results.json")
     print_table(report, console)
     console.print(f"drafter: {out / 'drafter'}   numbers: {out / 'results.json'}")
     return report
+
+
+def _train(
+    target: Target, drafter: Eagle3Drafter, text: _Text, minutes: float, out: Path, options: dict[str, Any]
+) -> int:
+    """Train for so many minutes and save to `out`/drafter; returns the number of steps."""
+    config = VSDConfig(
+        output_dir=str(out),
+        max_minutes=minutes,
+        draft_steps=DRAFT_STEPS,
+        learning_rate=2e-3,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        seed=text.seed,
+        **options,
+    )
+    trainer = VSDTrainer(target, drafter, config, text.dataset, store=text.store)
+    trainer.train()
+    trainer.save_model(str(out / "drafter"))
+    return trainer.state.global_step
 
 
 def texts(target: Target, conversation: Conversation) -> tuple[list[int], list[int]]:

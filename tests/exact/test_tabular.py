@@ -184,6 +184,24 @@ def test_the_elbo_objective_follows_the_exact_gradient(rule: str) -> None:
     torch.testing.assert_close(found, -exact)
 
 
+@pytest.mark.parametrize("source", ["drafter", "target"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_m_step_of_rejection_follows_the_exact_gradient_of_the_utility(seed: int, source: str) -> None:
+    """All 27 paths, weighed by the law they are drawn from: the loss's gradient is -∇ E_q[accepted length]."""
+    log_p, logits = table(seed + 10), table(seed + 200).requires_grad_()
+    p, q = along(log_p), along(logits.log_softmax(-1))
+    exact = (q.sum(0).exp() * utility(accepted("rejection", p, q))).sum()
+    (wanted,) = torch.autograd.grad(exact, logits)
+    law = (q.detach() if source == "drafter" else p).sum(0).exp()
+    terms = objective("vsd", {"rule": "rejection", "alpha": 0.0, "car": 0.0, "eta": 1e9}).parts[0].terms
+    loss = torch.zeros((), dtype=torch.float64)
+    for r in range(27):  # one at a time: recorded paths have no shares
+        drawn = {"share": torch.ones(1, dtype=torch.float64)} if source == "drafter" else {}
+        loss = loss + law[r] * tabular_loss(logits, log_p, ROWS[:, r : r + 1], PATHS[:, r : r + 1], **drawn)(terms)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(found, -wanted)
+
+
 def expected_length(rule: str, log_p: Tensor, log_q: Tensor) -> float:
     """E_q[U], exactly."""
     p, q = along(log_p), along(log_q)

@@ -63,9 +63,15 @@ class Drafted:
 
 
 class Weights:
-    """How much every step of every path counts; `on` says for which kinds of paths that means something."""
+    """How much every step of every path counts.
+
+    Attributes:
+        on: for which kinds of paths that means something.
+        filters: whether drafted tokens count by what the verifier makes of them.
+    """
 
     on: ClassVar[tuple[type, ...]] = (Recorded, Drafted)
+    filters: ClassVar[bool] = False
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]; 0 where `rows.valid` is not."""
@@ -98,7 +104,7 @@ class Part:
             name = type(term.weights).__name__
             if kind not in term.weights.on:
                 raise VSDError(f"weights {name} have no meaning on {kind.__name__.lower()} paths")
-            if kind is Drafted and Recorded in term.weights.on and term.divergence is negative_log_likelihood:
+            if kind is Drafted and not term.weights.filters and term.divergence is negative_log_likelihood:
                 raise VSDError(f"{name} × likelihood on drafted paths would teach the drafter to repeat itself")
 
 

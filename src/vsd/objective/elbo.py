@@ -30,6 +30,7 @@ class Advantage(Weights):
 
     rule: str = "rejection"
     on = (Drafted,)
+    filters = True
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""

@@ -13,6 +13,14 @@ Its formulas for ω, c and the oracle are not public. Ours:
   recorded one is weighed by its exact survival. Above 0 the cut is taken in expectation too: what the verifier leaves
   at a state it has reached, kept token or residual draw, has the law p (that is losslessness), so the label is p and
   the state's weight is the probability of reaching it.
+- *The M-step of `rejection` is the gradient of U itself.* With α = Σ_v min(p_v, q_v), U's gradient is
+  Σ_states κ_{t-1} Σ_v ∂min(p_v, q_v) (1 + U behind v): on paths z
+
+      Σ_t κ_{t-1} ∂α_t + 1[q(z_t) < p(z_t)] (Σ_{k>t} κ_k) ∂log q(z_t)
+
+  without bias, whether the drafter draws them and a = min(1, p/q), or they are the target's own words and
+  a = min(1, q/p) (tests/exact). What is ahead of a token thus weighs its likelihood; the token's own acceptance is LK's
+  hybrid of TV and KL (`eta`), as a gradient of α alone vanishes where q has nothing of p.
 - *ARW*: ω_t = Σ_{k≥t} κ_k = ∂U/∂log a_t on acceptances smoothed by how often the drafter is rejected now,
   ã = α + (1 - α) a with α = 1 - acceptance: for a weak drafter ω_t is K - t whatever it drafts, a strong one learns
   where survival is decided. Where the label's law is p, the step's own a_t is divided out: whether one token was a good
@@ -34,6 +42,7 @@ from vsd.errors import VSDError
 from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term, Weights
 from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
+from vsd.objective.lk import Hybrid
 from vsd.objective.rows import PathRows
 from vsd.objective.utility import credit, reached, smoothed, survival, to_go
 from vsd.verification.rejection import acceptance
@@ -42,12 +51,18 @@ from vsd.verification.rejection import acceptance
 def path_acceptance(rows: PathRows, rule: str) -> Tensor:
     """a [K, C]: chance that the verifier goes along with the path's token, given that it went along before.
 
-    A recorded token is the target's choice, so it is accepted if it was drafted: q(x), or Σ min(p, q) for
-    `rejection`. A drafted one is accepted as the rule says.
+    A recorded token is the target's choice, accepted if it was drafted: q(x), or min(1, q/p) by `rejection` (drafted
+    and kept, over the p it was written with). A drafted one is accepted as the rule says.
     """
-    if rows.recorded:
-        return rows.overlap if rule == "rejection" else rows.label_log_q.exp()
-    return rows.label_p if rule == "target" else acceptance(rows.label_p.log(), rows.label_log_q)
+    if rule == "rejection":
+        log_p, log_q = rows.label_p.log(), rows.label_log_q
+        return acceptance(log_q, log_p) if rows.recorded else acceptance(log_p, log_q)
+    return rows.label_log_q.exp() if rows.recorded else rows.label_p
+
+
+def _smoothed(rows: PathRows, rule: str, alpha: float | None) -> Tensor:
+    """ã [K, C]; `alpha` None adapts to how often the drafter is rejected now."""
+    return smoothed(path_acceptance(rows, rule), 1 - rows.acceptance if alpha is None else alpha)
 
 
 def tree_survival(log_q: Tensor, cut: float, width: float) -> Tensor:
@@ -66,14 +81,41 @@ class RejectionWeights(Weights):
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
-        alpha = 1 - rows.acceptance if self.alpha is None else self.alpha
         if self.cut is not None:
+            alpha = 1 - rows.acceptance if self.alpha is None else self.alpha
             kappa = tree_survival(rows.label_log_q.clamp(min=-50), self.cut, self.width)
             edge = credit(4 * kappa * (1 - kappa) * rows.valid)  # ∂κ/∂log q, 1 at the edge
             return alpha * Decay()(rows) + (1 - alpha) * edge * rows.valid
-        a = smoothed(path_acceptance(rows, self.rule), alpha) * rows.valid
+        a = _smoothed(rows, self.rule, self.alpha) * rows.valid
         worth = credit(survival(a))
         return worth if self.rule == "greedy" else worth / a.clamp(min=1e-6)
+
+
+@dataclass(frozen=True)
+class Reached(Weights):
+    """κ_{t-1} on smoothed acceptances: the chance that verification comes here."""
+
+    rule: str = "rejection"
+    alpha: float | None = None
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        return reached(_smoothed(rows, self.rule, self.alpha)) * rows.valid
+
+
+@dataclass(frozen=True)
+class Prospect(Weights):
+    """Σ_{k>t} κ_k where q < p: the tokens ahead that a likelier token t brings."""
+
+    rule: str = "rejection"
+    alpha: float | None = None
+    filters = True
+
+    def __call__(self, rows: PathRows) -> Tensor:
+        """[K, C]."""
+        kappa = survival(_smoothed(rows, self.rule, self.alpha) * rows.valid)
+        wanted = rows.label_log_q < rows.label_p.log()
+        return (credit(kappa) - kappa) * (wanted & rows.valid)
 
 
 @dataclass(frozen=True)
@@ -95,8 +137,7 @@ class Confidence(Weights):
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
-        a = smoothed(path_acceptance(rows, self.rule), 1 - rows.acceptance)
-        return rows.p.amax(-1) * reached(a) * rows.valid
+        return rows.p.amax(-1) * reached(_smoothed(rows, self.rule, None)) * rows.valid
 
 
 def vsd(
@@ -112,23 +153,27 @@ def vsd(
     every: int = 4,
     weight: float = 0.1,
     tempering: float = 0.5,
+    eta: float = 3.0,
 ) -> Objective:
     """The whole objective; `arw=False` and `car=0` leave those parts out.
 
     Raises:
-        VSDError: tree survival (`cut`) for a rule that verifies chains, or cut paths weighed by it.
+        VSDError: tree survival (`cut`) for a rule that verifies chains, or paths that are cut and weighed by survival.
     """
     if cut is not None and (rule == "rejection" or smoothing is not None):
         raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
+    if smoothing is not None and rule == "rejection":
+        raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
     by_survival = RejectionWeights(rule, alpha, cut, width)
     weights: Weights = by_survival if arw else Decay(DECAY)
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     whole: Weights = TokensLeft() if arw and smoothing is not None else weights
     if rule == "greedy":
         return Objective((Part(Recorded(smoothing), (Term(whole, negative_log_likelihood), *regular)),), rule)
+    text: tuple[Term, ...] = (Term(whole, cross_entropy),)
+    drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)
+    if rule == "rejection":
+        slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
+        text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
     paths = Drafted(samples, anchors, every, weight, tempering)
-    parts = (
-        Part(Recorded(smoothing), (Term(whole, cross_entropy), *regular)),
-        Part(paths, (Term(weights, cross_entropy), *regular)),
-    )
-    return Objective(parts, rule)
+    return Objective((Part(Recorded(smoothing), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)

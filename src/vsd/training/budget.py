@@ -26,11 +26,13 @@ class TimeBudget(TrainerCallback):
         """Share of the time that is over, 0 … 1."""
         return 0.0 if self.start is None else min(1.0, (time.perf_counter() - self.start) / self.seconds)
 
-    def rate(self, warm_up: float) -> float:
-        """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then a cosine to 0."""
+    def rate(self, warm_up: float, anneal: bool) -> float:
+        """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then 1 or a cosine to 0."""
         done = self.progress()
         if done < warm_up:
             return (done + 1e-3) / warm_up
+        if not anneal:
+            return 1.0
         return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
     def on_train_begin(

@@ -107,13 +107,13 @@ class VSDTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """By steps as configured, or by the clock when `max_minutes` is."""
+        """By steps as configured; by the clock when `max_minutes` is: constant, or a cosine."""
         if self._budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        rate = self._budget.rate
+        rate, anneal = self._budget.rate, "constant" not in str(self.args.lr_scheduler_type)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,  # type: ignore[arg-type]
-            lambda _: rate(self.args.warmup_steps),
+            lambda _: rate(self.args.warmup_steps, anneal),
         )
         return self.lr_scheduler
 
