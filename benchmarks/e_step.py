@@ -36,9 +36,10 @@ def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **ob
 def one_step(trained: VSDTrainer, inputs: dict[str, torch.Tensor], features: Features) -> tuple[float, float]:
     """(seconds of the E-step, seconds of all), stored features given."""
     start = time.perf_counter()
-    posteriors = trained._e_step(inputs, features)
-    middle = time.perf_counter()
-    loss = trained._m_step(trained.model, inputs, features, posteriors).loss
+    with torch.autocast(trained.args.device.type, torch.bfloat16, enabled=trained.args.bf16):
+        posteriors = trained._e_step(inputs, features)
+        middle = time.perf_counter()
+        loss = trained._m_step(trained.model, inputs, features, posteriors).loss
     loss.backward()
     trained.model.zero_grad()
     return middle - start, time.perf_counter() - start

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vsd, tree": ("vsd", {"cut": -3.0}),
     "vsd without ARW": ("vsd", {"arw": False}),
     "vsd without CAR": ("vsd", {"car": 0.0}),
+    "vsd, target": ("vsd", {"rule": "target"}),
     "vsd, rejection": ("vsd", {"rule": "rejection"}),
     "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "every": 10**9}),
 }
@@ -86,7 +87,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
             32,
         ]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
-        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}", "per_device_train_batch_size=4"]
+        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}", "per_device_train_batch_size=8"]
         words += ["save_strategy=no", "eval_strategy=no", f"draft_steps={a.draft_steps}"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:

@@ -70,6 +70,19 @@ def test_stored_and_online_features_train_alike(tiny_target: Target, examples: l
         assert (stored[name] - online[name]).norm() < 0.02 * moved, name
 
 
+def test_mixed_precision_steps_go_the_same_way(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Rounding to bfloat16 turns a gradient a little; a wrong cast or scale would turn it a lot."""
+    start = dict(tiny_run.tiny_drafter(tiny_target, examples).named_parameters())
+    single = weights_after(tiny_target, examples, tmp_path, optim="sgd")
+    mixed = weights_after(tiny_target, examples, tmp_path, optim="sgd", bf16=True)
+    for name, weight in single.items():
+        assert mixed[name].dtype == torch.float32
+        moved, other = (weight - start[name]).flatten(), (mixed[name] - start[name]).flatten()
+        assert not torch.equal(moved, other), "bfloat16 was not used"
+        assert torch.cosine_similarity(moved, other, dim=0) > 0.98, name
+        assert 0.9 < other.norm() / moved.norm() < 1.1, name
+
+
 def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """Fewer drafted tokens than steps in the whole batch."""
     text = [Example(ids[: d.index(True) + 2], d[: d.index(True) + 2]) for ids, d in examples]
