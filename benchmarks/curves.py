@@ -2,7 +2,7 @@
 
     python benchmarks/curves.py RUN … --out curves.png [--measure eval_tau]
 
-Every RUN is an output folder of `vsd train`; its last checkpoint holds the log. Needs matplotlib (`pip install .[dev]`).
+Every RUN is an output folder of `vsd train`; its last checkpoint holds the log.
 """
 
 import argparse
