@@ -64,6 +64,8 @@ class VSDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.draft_steps < 1:
             raise VSDError("draft_steps must be at least 1")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise VSDError(f"max_minutes must be positive, not {self.max_minutes:g}")
         objective(self.objective, self.objective_options)  # complain now, not after the features are computed
         self.use_cpu |= not torch.accelerator.is_available()  # transformers takes bf16 on a CPU only if it is asked for
         if self.max_minutes is not None:
