@@ -95,8 +95,9 @@ def test_samples_have_the_targets_law(target: Target, drafter: Eagle3Drafter, ru
     }[rule]
     engine = Engine(target, drafter if shape else None, shape, verification)
     answers = []
-    for seed in range(4):
-        answers += [r.tokens for r in engine.generate([prompt] * 100, Sampling(3, 1.0, eos_ids=(), seed=seed))]
+    for first in range(0, 400, 100):
+        requests = [Sampling(3, 1.0, eos_ids=(), seed=first + n) for n in range(100)]
+        answers += [r.tokens for r in engine.generate([prompt] * 100, requests)]
     prefix: list[int] = []
     for _ in range(3):  # the law of each new token given the commonest ones before it
         agreeing = [answer for answer in answers if answer[: len(prefix)] == prefix]
