@@ -111,9 +111,9 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,top-k 0,
-top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,missing data,unanswered,key,held out,recipe,
-regenerate,regenerate bad,synthesize,tune,export,import,demo"""
+NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
+top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
+missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,synthesize,tune,export,import,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])

@@ -1,7 +1,7 @@
 """At temperature > 0 the engine's samples have exactly the law of plain sampling, whatever is done to the logits.
 
-The law is enumerated from a tiny vocabulary. A stronger statement holds for rule `target`: with the same seed the answer
-is token for token that of transformers' `generate`, with or without a drafter.
+The law is enumerated from a tiny vocabulary. A stronger statement holds for rule `target`: with the same seed the
+answer is token for token that of transformers' `generate`, with or without a drafter.
 """
 
 import itertools

@@ -165,14 +165,12 @@ class Engine:
         if self.drafter is None:
             return _lone(state.root), None
         assert state.hidden is not None and state.draft_cache is not None
-        if not bool(state.hidden.isfinite().all()):  # a tree of NaN scores is no tree, and would not be lossless
-            raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
         given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
         temperatures = [law.temperature for law in state.laws]
         if self.verification == "rejection" and any(temperatures):
             chain = draw_chain(*given, self.shape.depth, temperatures, [law.generator for law in state.laws])
-            return chain.tree, chain
-        return draw_tree(*given, self.shape), None
+            return _sound(chain.tree), chain
+        return _sound(draw_tree(*given, self.shape)), None
 
     def _forward(self, tree: Tree, state: _State) -> TargetOutput:
         positions = state.cache.lengths[:, None] + tree.depths
@@ -225,6 +223,13 @@ class Engine:
                 raise VSDError(f"prompt {i} is empty")
             if len(result.prompt) >= window:
                 raise VSDError(f"prompt {i} has {len(result.prompt)} tokens; the target's window is {window}")
+
+
+def _sound(tree: Tree) -> Tree:
+    """A tree of NaN scores may have lost a node's parent: it would not be lossless."""
+    if bool(tree.log_q.isnan().any()):
+        raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
+    return tree
 
 
 def _lone(root: Tensor) -> Tree:
