@@ -40,7 +40,7 @@ The trained drafter is OUTPUT_DIR/drafter; curves: tensorboard --logdir OUTPUT_D
     "generate": """\
 examples:
   vsd generate --drafter runs/mine/drafter "Write a haiku about the sea."
-  echo "Why is the sky blue?" | vsd generate --temperature 0.8
+  echo "Why is the sky blue?" | vsd generate --temperature 0.8 --top-p 0.95
 Accepted draft tokens are shown in green, the target's own in the terminal's colour.""",
     "bench": """\
 example:

@@ -101,7 +101,7 @@ def test_samples_have_the_targets_law(target: Target, drafter: Eagle3Drafter, ru
     prefix: list[int] = []
     for _ in range(3):  # the law of each new token given the commonest ones before it
         agreeing = [answer for answer in answers if answer[: len(prefix)] == prefix]
-        assert len(agreeing) >= 50
+        assert len(agreeing) >= 40
         ids = torch.tensor([prompt + prefix])
         law = target.logits(target.features(ids).hidden[0, -1]).double().softmax(-1)
         counts = torch.bincount(torch.tensor([a[len(prefix)] for a in agreeing]), minlength=len(law))

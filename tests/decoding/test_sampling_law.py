@@ -62,6 +62,12 @@ def counts_of(results: list[Result]) -> Tensor:
     return torch.bincount(torch.tensor([r.tokens for r in results]) @ weights, minlength=V**LENGTH)
 
 
+def draws(law: Tensor) -> Tensor:
+    """Counts of N draws from the law itself."""
+    drawn = torch.multinomial(law, N, replacement=True, generator=torch.Generator().manual_seed(0))
+    return torch.bincount(drawn, minlength=len(law))
+
+
 ENGINES: dict[str, tuple[TreeShape | None, str]] = {
     "plain": (None, "auto"),
     "tree": (TreeShape(3, 3, 9), "auto"),
@@ -117,16 +123,14 @@ def test_processed_samples_have_the_processed_law(target: Target, name: str, opt
     results = sampled(target, name, asked)
     assert p_value(counts_of(results), law) > 1e-4
     assert sum(sum(r.accepted) for r in results) > 0.1 * N
-    without = sampled(target, "plain", {"temperature": asked["temperature"]})
-    assert p_value(counts_of(without), law) < 1e-6
+    assert p_value(draws(exact_law(target, Sampling(temperature=asked["temperature"]))), law) < 1e-6
 
 
 def test_the_test_can_fail(target: Target) -> None:
     """The same statistic tells temperature 1 from 0.8, and 3,000 draws of the law itself pass."""
     law = exact_law(target, Sampling(temperature=1.0))
     assert p_value(counts_of(sampled(target, "plain", {"temperature": 0.8})), law) < 1e-4
-    draws = torch.multinomial(law, N, replacement=True, generator=torch.Generator().manual_seed(0))
-    assert p_value(torch.bincount(draws, minlength=len(law)), law) > 1e-4
+    assert p_value(draws(law), law) > 1e-4
 
 
 # ---- token for token
@@ -170,7 +174,7 @@ def asked(make: Callable[[], Any], temperature: float, **more: Any) -> list[Samp
     ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["tree", "chain"])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_answers_are_those_of_transformers(
@@ -179,7 +183,7 @@ def test_answers_are_those_of_transformers(
     """Ragged prompts in one batch; greedy and sampled, with every kind of processor, stateful ones included."""
     target, drafter = pair
     more = {"temperature": temperature, "repetition_penalty": 1.1, "logit_bias": {40: 0.5}, "min_p": 0.02}
-    engine = Engine(target, drafter if SHAPES[shape] else None, SHAPES[shape])
+    engine = Engine(target, drafter, SHAPES[shape])
     results = engine.generate(PROMPTS, asked(PROCESSORS[name], **more))
     for prompt, result, sampling in zip(PROMPTS, results, asked(PROCESSORS[name], **more)):
         assert result.tokens == by_transformers(target, prompt, 28, sampling)
