@@ -112,9 +112,9 @@ def decode(
             else:
                 ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
                 engine, results = Engine(target, drafter, shape, verification), []
+                samplings = [Sampling(a.max_new_tokens, temperature, seed=i) for i in range(len(ids))]
                 for start in range(0, len(ids), 16):
-                    sampling = Sampling(a.max_new_tokens, temperature, seed=start)
-                    results += engine.generate(ids[start : start + 16], sampling)
+                    results += engine.generate(ids[start : start + 16], samplings[start : start + 16])
                 found = per_prompt([(i, [], []) for i in range(len(ids))], results)
             path.write_text(json.dumps(np.stack(found, 1).tolist()))
 

@@ -91,6 +91,10 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "tree rejection": ([*generate, "--verification", "rejection"], "top_k 1"),
         "empty prompt": (["generate", "--target", target, "  "], "prompt is empty"),
         "temperature": ([*generate, "--temperature", "-1"], "temperature"),
+        "top-p": ([*generate, "--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
+        "min-p": ([*generate, "--min-p", "-1"], "min_p"),
+        "sample top-k": ([*generate, "--sample-top-k", "-1"], "top_k must be 0 (all tokens) or more"),
+        "penalty": ([*generate, "--repetition-penalty", "0"], "repetition_penalty"),
         "no data": (train, "no training text"),
         "missing data": ([*train, "--data", folder / "no.jsonl"], "no file at"),
         "unanswered": ([*train, "--data", folder / "untruth.jsonl"], "untruth.jsonl:1"),
@@ -107,9 +111,9 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,top-k 0,
-top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,no data,missing data,unanswered,key,held out,recipe,
-regenerate,regenerate bad,synthesize,tune,export,import,demo"""
+NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
+top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
+missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,synthesize,tune,export,import,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -208,6 +212,21 @@ def test_a_sampled_chain_is_verified_by_rejection(folder: Path, capsys: pytest.C
     words = ["generate", "hi", "--drafter", folder / "drafter", "--top-k", 1, "--depth", 3, "--max-new-tokens", 8]
     assert run(folder, *words, "--verification", "rejection", "--temperature", 1.0) == 0
     assert "target passes" in capsys.readouterr().out
+
+
+def test_sampling_options_reach_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One token to draw from is the greedy answer; a penalty leads away from it; a stop string ends it."""
+
+    def text(*options: object) -> str:
+        assert run(folder, "generate", "hi there", "--max-new-tokens", 24, *options) == 0
+        return capsys.readouterr().out.rpartition("\n\n")[0]
+
+    greedy = text()
+    for one in (["--sample-top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]):
+        assert text("--temperature", 2, "--seed", 3, *one) == greedy
+    assert text("--temperature", 2, "--seed", 3) != greedy
+    assert text("--repetition-penalty", 5) != greedy
+    assert text("--stop", greedy[2]) == greedy[: greedy.index(greedy[2]) + 1]
 
 
 def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

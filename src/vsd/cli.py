@@ -40,7 +40,7 @@ The trained drafter is OUTPUT_DIR/drafter; curves: tensorboard --logdir OUTPUT_D
     "generate": """\
 examples:
   vsd generate --drafter runs/mine/drafter "Write a haiku about the sea."
-  echo "Why is the sky blue?" | vsd generate --temperature 0.8
+  echo "Why is the sky blue?" | vsd generate --temperature 0.8 --top-p 0.95
 Accepted draft tokens are shown in green, the target's own in the terminal's colour.""",
     "bench": """\
 example:
@@ -296,14 +296,29 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system message")
     parser.add_argument("--stop", action="append", default=[], help="string that ends the answer; may be repeated")
     _sampling_options(parser, 512)
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
+    parser.add_argument("--sample-top-k", type=int, default=0, help="draw among so many tokens (default 0: all)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="draw among tokens so likely, relative to the best")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default 1)")
     _tree_options(parser)
     _target_options(parser)
 
 
 def _generate(a: argparse.Namespace) -> None:
+    from vsd.decoding import Sampling
     from vsd.decoding.stream import answer
     from vsd.drafters import load_drafter
 
+    sampling = Sampling(
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        stop=tuple(a.stop),
+        seed=a.seed,
+        top_p=a.top_p,
+        top_k=a.sample_top_k,
+        min_p=a.min_p,
+        repetition_penalty=a.repetition_penalty,
+    )
     prompt = a.prompt if a.prompt is not None else sys.stdin.read()
     if not prompt.strip():
         raise VSDError('the prompt is empty: vsd generate "your question"')
@@ -313,12 +328,9 @@ def _generate(a: argparse.Namespace) -> None:
         load_drafter(a.drafter, target) if a.drafter else None,
         _shape(a),
         prompt,
+        sampling,
         system=a.system,
         verification=a.verification,
-        max_new_tokens=a.max_new_tokens,
-        temperature=a.temperature,
-        stop=tuple(a.stop),
-        seed=a.seed,
     )
 
 

@@ -95,12 +95,13 @@ def test_samples_have_the_targets_law(target: Target, drafter: Eagle3Drafter, ru
     }[rule]
     engine = Engine(target, drafter if shape else None, shape, verification)
     answers = []
-    for seed in range(4):
-        answers += [r.tokens for r in engine.generate([prompt] * 100, Sampling(3, 1.0, eos_ids=(), seed=seed))]
+    for first in range(0, 400, 100):
+        requests = [Sampling(3, 1.0, eos_ids=(), seed=first + n) for n in range(100)]
+        answers += [r.tokens for r in engine.generate([prompt] * 100, requests)]
     prefix: list[int] = []
     for _ in range(3):  # the law of each new token given the commonest ones before it
         agreeing = [answer for answer in answers if answer[: len(prefix)] == prefix]
-        assert len(agreeing) >= 50
+        assert len(agreeing) >= 40
         ids = torch.tensor([prompt + prefix])
         law = target.logits(target.features(ids).hidden[0, -1]).double().softmax(-1)
         counts = torch.bincount(torch.tensor([a[len(prefix)] for a in agreeing]), minlength=len(law))

@@ -62,7 +62,7 @@ def test_answer_prints_the_text_and_a_summary(drafting: bool) -> None:
     console = Console(file=out, width=200, highlight=False)
     drafter = random_drafter(target) if drafting else None
     shape = TreeShape(3, 2, 6)
-    result = answer(target, drafter, shape, "Hello?", system="Be brief.", max_new_tokens=12, console=console)
+    result = answer(target, drafter, shape, "Hello?", Sampling(12), system="Be brief.", console=console)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
     assert result.prompt == prompt_ids(target.tokenizer, messages)
     expected = Engine(target, drafter, shape).generate([result.prompt], Sampling(12))[0]

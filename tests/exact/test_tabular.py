@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
 from vsd.objective.elbo import Advantage
 from vsd.objective.rows import PathRows
 from vsd.objective.utility import credit, effective_sample_size, elbo, self_normalised, survival, utility
 from vsd.paths import Chain, Tree
-from vsd.verification import follow, verify_rejection
+from vsd.verification import Law, follow, verify
 from vsd.verification.rejection import acceptance
 
 V, K = 3, 3
@@ -102,7 +103,7 @@ def chains(log_q: Tensor, count: int, generator: torch.Generator) -> Chain:
         rows = torch.tensor([INDEX.get(tuple(path[1:]), 0) for path in tokens.tolist()])
     nodes = torch.arange(K + 1)
     tree = Tree(tokens, (nodes - 1).clamp(min=0).expand(count, -1), nodes.expand(count, -1), torch.zeros(count, K + 1))
-    return Chain(tree, torch.stack(laws, 1).float())
+    return Chain(tree, torch.stack(laws, 1).float(), torch.arange(V))
 
 
 @pytest.mark.parametrize("rule", ["greedy", *RULES])
@@ -119,7 +120,8 @@ def test_expected_utility_is_what_the_decoder_accepts(rule: str) -> None:
     )
     logits = log_p[rows]
     if rule == "rejection":
-        verdict = verify_rejection(chain, logits, torch.arange(V), 1.0, g)
+        law = Law(LogitsProcessorList(), 1.0, g, frozenset())
+        verdict = verify(chain.tree, logits, [law] * n, lambda b: [], chain)
     elif rule == "greedy":
         verdict = follow(chain.tree, logits.argmax(-1))
     else:

@@ -168,12 +168,12 @@ def test_a_chain_is_a_tree_of_one_branch() -> None:
 def test_sampled_chain_reports_the_distribution_it_was_drawn_from(temperature: float) -> None:
     def chain(seed: int):  # type: ignore[no-untyped-def]
         hidden, cache = SETTING.read()
-        generator = torch.Generator().manual_seed(seed)
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(3)]
         given = (SETTING.drafter, SETTING.target.embed, hidden, SETTING.root, cache)
-        return draw_chain(*given, 3, temperature, generator)
+        return draw_chain(*given, 3, [temperature] * 3, generators)
 
-    tree, draft_logp = chain(0)
-    ids = SETTING.drafter.draft_ids()
+    tree, draft_logp, ids = chain(0)
+    assert torch.equal(ids, SETTING.drafter.draft_ids())
     assert draft_logp.shape == (3, 3, len(ids)) and tree.parents.tolist() == [[0, 0, 1, 2]] * 3
     for row in range(3):
         path, total = paths_of(tree, row)[-1], 0.0

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from goodness import p_value
 from vsd.paths import Chain, Tree
-from vsd.verification import follow, verify_rejection
+from vsd.targets.sampling import draw, probabilities
+from vsd.verification import follow, verify, walk
+from vsd.verification.law import Law as TokenLaw
 from vsd.verification.rejection import acceptance, residual
 from vsd.verification.walk import path_of
 
@@ -175,9 +178,8 @@ def test_residual_and_acceptance_at_the_edges() -> None:
     assert acceptance(torch.tensor(0.4).log(), torch.tensor(0.3).log()) == 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rejection_as_run_has_the_targets_law(kind: str, temperature: float) -> None:
+def test_rejection_as_run_has_the_targets_law(kind: str) -> None:
     """χ² of the first three tokens (64 cells), n = 100,000 chains in one batch, false alarm 1e-4 a case, seed fixed.
 
     Where q has no mass on a token for any context, the draft vocabulary does not hold it.
@@ -194,12 +196,13 @@ def test_rejection_as_run_has_the_targets_law(kind: str, temperature: float) -> 
     for _ in range(K):
         tokens = torch.cat([tokens, sample(table_q[offset(tokens)])[:, None]], dim=1)
     prefixes = [tokens[:, :k] for k in range(K + 1)]
-    logits = torch.stack([table_p[offset(c)].log() * temperature for c in prefixes], dim=1)  # [n, K + 1, V]
+    logits = torch.stack([table_p[offset(c)].log() for c in prefixes], dim=1)  # [n, K + 1, V]
     draft_logp = torch.stack([table_q[offset(c)][:, kept].log() for c in prefixes[:K]], dim=1)  # [n, K, Vd]
     tree = as_tree([0] * (K + 1), [0, *range(K)], n)._replace(
         tokens=torch.cat([torch.full((n, 1), V - 1), tokens], dim=1)
     )
-    verdict = verify_rejection(Chain(tree, draft_logp), logits, torch.tensor(kept), temperature, generator)
+    law = TokenLaw(LogitsProcessorList(), 1.0, generator, frozenset())
+    verdict = verify(tree, logits, [law] * n, lambda b: [], Chain(tree, draft_logp, torch.tensor(kept)))
 
     drafted = torch.cat([tokens, torch.zeros(n, 1, dtype=torch.long)], dim=1)
     output = drafted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])  # [n, K + 1]
@@ -224,12 +227,52 @@ def _index(tokens: Tensor, V: int) -> Tensor:
 
 def test_rejection_is_reproducible_and_shaped() -> None:
     logits = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([[3, 0, 1]]).expand(5, -1)
-    chain = Chain(as_tree([3, 0, 1], [0, 0, 1], 5)._replace(tokens=tokens), torch.full((5, 2, 2), 0.5).log())
-    first, again = (
-        verify_rejection(chain, logits, torch.tensor([0, 1]), 1.0, torch.Generator().manual_seed(3)) for _ in range(2)
-    )
+    tree = as_tree([3, 0, 1], [0, 0, 1], 5)
+    chain = Chain(tree, torch.full((5, 2, 2), 0.5).log(), torch.tensor([0, 1]))
+
+    def run(seeds: list[int]):  # type: ignore[no-untyped-def]
+        laws = [TokenLaw(LogitsProcessorList(), 1.0, torch.Generator().manual_seed(s), frozenset()) for s in seeds]
+        return verify(tree, logits, laws, lambda b: [], chain)
+
+    first, again = run([3, 4, 5, 6, 7]), run([3, 4, 5, 6, 7])
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert (
-        first.nodes.shape == (5, int(first.counts.max())) and (first.nodes == torch.arange(first.nodes.shape[1])).all()
-    )
+    assert first.nodes.shape == (5, int(first.counts.max()))
+    for b, count in enumerate(first.counts.tolist()):
+        assert first.nodes[b, :count].tolist() == list(range(count))
+    assert any(run([seed] * 5).bonus.tolist() != first.bonus.tolist() for seed in (1, 2))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(sorted(TREES)))
+def test_the_walk_goes_where_the_choices_lead(seed: int, name: str) -> None:
+    """`walk` = `follow`, and it asks for a choice at the accepted nodes alone, each once, in order."""
+    tokens, parents, V = TREES[name]
+    tree = as_tree(tokens, parents, rows=3)
+    choice = torch.randint(V, (3, len(tokens)), generator=torch.Generator().manual_seed(seed))
+    asked: list[list[int]] = [[] for _ in range(3)]
+
+    def choose(rows: Tensor, nodes: Tensor) -> Tensor:
+        for b, node in zip(rows.tolist(), nodes.tolist()):
+            asked[b].append(node)
+        return choice[rows, nodes]
+
+    found, expected = walk(tree, choose), follow(tree, choice)
+    assert torch.equal(found.counts, expected.counts) and torch.equal(found.bonus, expected.bonus)
+    for b, count in enumerate(expected.counts.tolist()):
+        assert found.nodes[b, :count].tolist() == expected.nodes[b, :count].tolist() == asked[b]
+
+
+def test_draws_have_the_law_and_are_each_rows_own() -> None:
+    """χ² of 20,000 draws (7 cells), false alarm 1e-4, fixed seed; a row's draws do not depend on the other rows."""
+    scores = torch.tensor([[0.0, 1.0, -2.0, 0.5, 3.0, float("-inf"), -1.0]])
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    p = probabilities(scores, [generator])
+    torch.testing.assert_close(p, scores.softmax(-1))
+    counts = torch.bincount(draw(p.expand(n, -1), [generator] * n), minlength=7)
+    assert p_value(counts, p[0]) > 1e-4
+    alone = [int(draw(p, [torch.Generator().manual_seed(seed)])) for seed in range(8)]
+    assert len(set(alone)) > 1
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    assert draw(p.expand(8, -1), generators).tolist() == alone
+    mixed = [None, *(torch.Generator().manual_seed(seed) for seed in range(1, 8))]
+    assert draw(probabilities(scores.expand(8, -1), mixed), mixed).tolist() == [4, *alone[1:]]
+    assert probabilities(scores.expand(2, -1), [None, generator])[0].tolist() == [0, 0, 0, 0, 1, 0, 0]

@@ -6,7 +6,7 @@ Legend: B active rows, N nodes of a tree, A accepted nodes of the luckiest row, 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,34 +14,12 @@ import torch
 from torch import Tensor
 
 from vsd.data.generate import pad
+from vsd.decoding.sampling import Sampling
 from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
 from vsd.targets import Target, TargetOutput, TreeCache
-from vsd.targets.sampling import choose
-from vsd.verification import Verdict, follow, verify_rejection
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn and where they end.
-
-    Attributes:
-        temperature: 0 is greedy.
-        eos_ids: tokens that end an answer; None takes the target's own, () none.
-        stop: strings that end an answer, at the token that completes one.
-        seed: of the generator, when temperature > 0.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    eos_ids: tuple[int, ...] | None = None
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.temperature < 0:
-            raise VSDError("max_new_tokens and temperature must not be negative")
+from vsd.verification import Law, Verdict, verify
 
 
 @dataclass
@@ -75,6 +53,7 @@ class _State:
     """What one step hands to the next, for the rows still active."""
 
     rows: list[int]  # [B] index into the prompts
+    laws: list[Law]  # [B]
     root: Tensor  # [B] the token decided last, not yet in the cache
     cache: TreeCache
     draft_cache: DraftCache | None
@@ -89,7 +68,7 @@ class Engine:
         drafter: None for plain decoding.
         shape: the draft tree.
         verification: "auto" is `greedy` at temperature 0 and `target` above; "rejection" samples chains from the
-            drafter (temperature > 0, top_k 1).
+            drafter (temperature > 0; needs a tree of top_k 1).
 
     Raises:
         VSDError: the drafter belongs to another target, or the verification does not fit the tree.
@@ -115,35 +94,43 @@ class Engine:
         if verification == "rejection" and self.shape.top_k != 1:
             raise VSDError("rejection sampling verifies chains: use top_k 1 (for trees, verification 'auto')")
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling) -> list[Result]:
-        """Answer a batch of prompts (token ids)."""
+    def generate(self, prompts: list[list[int]], sampling: Sampling | Sequence[Sampling]) -> list[Result]:
+        """Answer a batch of prompts (token ids), all with one `Sampling` or each with its own."""
         results = [Result(prompt) for prompt in prompts]
         for _ in self.stream(results, sampling):
             pass
         return results
 
     @torch.inference_mode()
-    def stream(self, results: list[Result], sampling: Sampling) -> Iterator[Step]:
+    def stream(self, results: list[Result], sampling: Sampling | Sequence[Sampling]) -> Iterator[Step]:
         """Answer `results[i].prompt` for all i, filling each in place and yielding after every pass.
 
+        Whoever takes the steps may end an answer early, by setting its `finish`.
+
         Raises:
-            VSDError: a prompt is empty or leaves no room in the target's context window; the drafter computes NaN.
+            VSDError: a prompt is empty or leaves no room in the target's context window; target or drafter compute
+                NaN; the logits processors leave no token.
         """
+        samplings = [sampling] * len(results) if isinstance(sampling, Sampling) else list(sampling)
+        if len(samplings) != len(results):
+            raise VSDError(f"{len(samplings)} samplings for {len(results)} prompts: give one, or one for each")
         self._check_prompts(results)
-        if sampling.max_new_tokens == 0:
-            for result in results:
+        laws = [s.law(self.target) for s in samplings]
+        for result, s in zip(results, samplings):
+            if s.max_new_tokens == 0:
                 result.finish = "length"
+        rows = [i for i, result in enumerate(results) if not result.finish]
+        if not rows:
             return
-        generator = torch.Generator(self.target.device).manual_seed(sampling.seed)
-        state, first = self._prefill(results, sampling, generator)
-        deliver = _Delivery(self.target, sampling)
-        yield Step({i: deliver(results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
+        state, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings))
+        deliver = [_Delivery(self.target, s) for s in samplings]
+        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
         while self._retire(state, results):
             clock = _Clock(self.target.device)
-            tree, chain = self._draft(state, sampling, generator)
+            tree, chain = self._draft(state)
             drafted = clock.lap()
             output = self._forward(tree, state)
-            verdict = self._verify(tree, chain, output, sampling, generator)
+            verdict = self._verify(tree, chain, output.hidden, state, results)
             path = self._path(tree, verdict)
             counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
@@ -151,39 +138,39 @@ class Engine:
             new = {}
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
-                new[i] = deliver(results[i], tokens[:count])
+                new[i] = deliver[i](results[i], tokens[:count])
                 results[i].delivered.append(len(new[i]))
             yield Step(new, drafted, verified, clock.lap())
 
-    def _prefill(self, results: list[Result], sampling: Sampling, generator: torch.Generator) -> tuple[_State, float]:
+    def _prefill(
+        self, rows: list[int], results: list[Result], laws: list[Law], max_new_tokens: int
+    ) -> tuple[_State, float]:
         """Read the prompts; the target's first tokens become the roots."""
         clock = _Clock(self.target.device)
-        ids, lengths = pad([result.prompt for result in results], self.target.device)
+        ids, lengths = pad([results[i].prompt for i in rows], self.target.device)
         B, longest = ids.shape
-        capacity = longest + sampling.max_new_tokens + self.shape.nodes + 1
+        capacity = longest + max_new_tokens + self.shape.nodes + 1
         cache = self.target.new_cache(B, capacity)
         output = self.target.prefill(ids, lengths, cache)
         last = (lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
-        root = choose(self.target.logits(output.hidden.gather(1, last)), sampling.temperature, generator)[:, 0]
-        state = _State(list(range(B)), root, cache, None, None)
+        state = _State(rows, [laws[i] for i in rows], ids.gather(1, last[..., 0])[:, 0], cache, None, None)
+        state.root = self._verify(_lone(state.root), None, output.hidden.gather(1, last), state, results).bonus
         if self.drafter is not None:
             state.draft_cache = self.drafter.new_cache(B, capacity + self.shape.depth * self.shape.top_k)
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, root[:, None])
+            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, state.root[:, None])
             state.hidden = self.drafter.extend(output.aux, self.target.embed(following), lengths, state.draft_cache)
         return state, clock.lap()
 
-    def _draft(self, state: _State, sampling: Sampling, generator: torch.Generator) -> tuple[Tree, Chain | None]:
+    def _draft(self, state: _State) -> tuple[Tree, Chain | None]:
         if self.drafter is None:
-            zero = torch.zeros_like(state.root[:, None])
-            return Tree(state.root[:, None], zero, zero, zero.float()), None
+            return _lone(state.root), None
         assert state.hidden is not None and state.draft_cache is not None
-        if not bool(state.hidden.isfinite().all()):  # a tree of NaN scores is no tree, and would not be lossless
-            raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
         given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
-        if self.verification == "rejection" and sampling.temperature > 0:
-            chain = draw_chain(*given, self.shape.depth, sampling.temperature, generator)
-            return chain.tree, chain
-        return draw_tree(*given, self.shape), None
+        temperatures = [law.temperature for law in state.laws]
+        if self.verification == "rejection" and any(temperatures):
+            chain = draw_chain(*given, self.shape.depth, temperatures, [law.generator for law in state.laws])
+            return _sound(chain.tree), chain
+        return _sound(draw_tree(*given, self.shape)), None
 
     def _forward(self, tree: Tree, state: _State) -> TargetOutput:
         positions = state.cache.lengths[:, None] + tree.depths
@@ -191,19 +178,11 @@ class Engine:
         depth = self.shape.depth if self.drafter is not None else 0
         return self.target.forward(tree.tokens, positions, ancestors(tree.parents, depth), state.cache)
 
-    def _verify(
-        self,
-        tree: Tree,
-        chain: Chain | None,
-        output: TargetOutput,
-        sampling: Sampling,
-        generator: torch.Generator,
-    ) -> Verdict:
-        logits = self.target.logits(output.hidden)
-        if chain is not None:
-            assert self.drafter is not None
-            return verify_rejection(chain, logits, self.drafter.draft_ids(), sampling.temperature, generator)
-        return follow(tree, choose(logits, sampling.temperature, generator))
+    def _verify(self, tree: Tree, chain: Chain | None, hidden: Tensor, state: _State, results: list[Result]) -> Verdict:
+        def history(b: int) -> list[int]:
+            return results[state.rows[b]].prompt + results[state.rows[b]].tokens
+
+        return verify(tree, self.target.logits(hidden), state.laws, history, chain)
 
     @staticmethod
     def _path(tree: Tree, verdict: Verdict) -> Tensor:
@@ -232,7 +211,7 @@ class Engine:
             if state.draft_cache is not None and state.hidden is not None:
                 state.draft_cache.select(rows)
                 state.hidden = state.hidden[rows]
-        state.rows = [state.rows[b] for b in keep]
+        state.rows, state.laws = [state.rows[b] for b in keep], [state.laws[b] for b in keep]
         return bool(keep)
 
     def _check_prompts(self, results: list[Result]) -> None:
@@ -246,12 +225,25 @@ class Engine:
                 raise VSDError(f"prompt {i} has {len(result.prompt)} tokens; the target's window is {window}")
 
 
+def _sound(tree: Tree) -> Tree:
+    """A tree of NaN scores may have lost a node's parent: it would not be lossless."""
+    if bool(tree.log_q.isnan().any()):
+        raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
+    return tree
+
+
+def _lone(root: Tensor) -> Tree:
+    """The tree that is its root [B] alone."""
+    zero = torch.zeros_like(root[:, None])
+    return Tree(root[:, None], zero, zero, zero.float())
+
+
 class _Delivery:
     """Adds decided tokens to an answer, up to where it ends."""
 
     def __init__(self, target: Target, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.eos = frozenset(target.eos_ids if sampling.eos_ids is None else sampling.eos_ids)
+        self.eos = sampling.ends(target)
         self.window = target.config.max_position_embeddings
         self.text: Callable[[list[int]], Any] = target.tokenizer.decode
 

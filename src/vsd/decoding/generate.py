@@ -1,16 +1,43 @@
-"""The engine behind `model.generate(..., custom_generate=...)`."""
+"""The engine behind `model.generate(..., custom_generate=...)`.
+
+transformers hands over lists it has made for the whole batch: logits processors, warpers included, and stopping
+criteria. Here rows advance at their own pace, so both are called row by row, with one history [1, T] at a time, left
+padding included: the calls that transformers' own loop would make for that row alone.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import ConfidenceCriteria
 
-from vsd.decoding.engine import Engine, Result, Sampling
+from vsd.decoding.engine import Engine, Result
+from vsd.decoding.sampling import Processor, Sampling
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Target
+
+_OF_A_BATCH = (  # what they keep belongs to the rows of a batch that advance together
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+_BY_THE_ENGINE = (EosTokenCriteria, MaxLengthCriteria)
 
 
 def speculative(
@@ -22,42 +49,53 @@ def speculative(
 ) -> Callable[..., Tensor]:
     """A decoding method for transformers: `target.model.generate(ids, custom_generate=speculative(target, drafter))`.
 
-    Honoured: `max_new_tokens`/`max_length`, `do_sample` and `temperature`, `eos_token_id`, `pad_token_id`,
-    `attention_mask` of left-padded batches. Sampling is seeded from torch's global generator. Give a streamer to this
-    function: transformers does not hand the one given to `generate` to a decoding method of one's own.
+    Honoured: what the generation config says of length, sampling, EOS and padding, `attention_mask` of left-padded
+    batches, logits processors (top-p, penalties, `prefix_allowed_tokens_fn`, your own, …) and stopping criteria. Your
+    own are called row by row; in a batch they must not keep a state. Sampling is seeded from torch's global generator.
+    transformers hands neither `streamer` nor the tokenizer that `stop_strings` needs to a decoding method of one's own:
+    give the streamer to this function, and stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, …)]`.
 
     Raises:
-        VSDError: on logits processors and stopping criteria that would change the output's law (top-p, penalties, …).
+        VSDError: on beams, several sequences a prompt, outputs other than tokens, and processors and criteria that
+            cannot be called row by row.
     """
     engine = Engine(target, drafter, shape, verification)
 
     def decode(
         model: Any,
         input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
         generation_config: Any = None,
         **inputs: Any,
     ) -> Tensor:
         config = generation_config
-        _refuse_unsupported(config, logits_processor, stopping_criteria)
+        _refuse_unsupported(config, logits_processor, stopping_criteria, len(input_ids))
         mask = inputs.get("attention_mask")  # not a parameter: transformers would pass it twice
         mask = torch.ones_like(input_ids) if mask is None else mask
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask)]
-        eos = config.eos_token_id
-        sampling = Sampling(
-            max_new_tokens=config.max_length - input_ids.shape[1],
-            temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            seed=int(torch.randint(2**31, ())) if config.do_sample else 0,
-        )
-        results = [Result(prompt) for prompt in prompts]
+        results = [Result(row[keep.bool()].tolist()) for row, keep in zip(input_ids, mask)]
+        paddings = [row[~keep.bool()] for row, keep in zip(input_ids, mask)]
+        eos = tuple(int(t) for c in stopping_criteria if type(c) is EosTokenCriteria for t in c.eos_token_id)
+        seeds = torch.randint(2**31, (len(results),)).tolist() if config.do_sample else [0] * len(results)
+        samplings = [
+            _AsGiven(
+                max_new_tokens=(stopping_criteria.max_length or config.max_length) - input_ids.shape[1],
+                temperature=float(config.temperature or 1.0) if config.do_sample else 0.0,
+                eos_ids=eos,
+                seed=seed,
+                processors=tuple(_of_row(processor, row, padding) for processor in logits_processor),
+            )
+            for row, (seed, padding) in enumerate(zip(seeds, paddings))
+        ]
+        criteria = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in _BY_THE_ENGINE)
         if streamer is not None:
             streamer.put(input_ids.cpu())  # as `generate` does: streamers can skip the prompt
-        for step in engine.stream(results, sampling):
-            if streamer is not None:
-                for token in step.tokens.get(0, []):
-                    streamer.put(torch.tensor([token]))
+        for step in engine.stream(results, samplings):
+            for i, tokens in step.tokens.items():
+                new = _stop(criteria, paddings[i], results[i], len(tokens))
+                if streamer is not None and i == 0:
+                    for token in new:
+                        streamer.put(torch.tensor([token]))
         if streamer is not None:
             streamer.end()
         return _padded(input_ids, results, config.pad_token_id)
@@ -65,19 +103,48 @@ def speculative(
     return decode
 
 
-def _refuse_unsupported(config: Any, processors: Any, criteria: Any) -> None:
-    """Temperature, length and EOS are handled by the engine; all else would have to run at each tree node."""
-    names = [type(p).__name__ for p in processors or [] if type(p).__name__ != "TemperatureLogitsWarper"]
-    if names:
-        raise VSDError(
-            f"speculative decoding does not apply {', '.join(names)} yet: switch it off (top_k=0, top_p=1.0)"
-        )
-    names = [type(c).__name__ for c in criteria or []]
-    names = [name for name in names if name not in ("MaxLengthCriteria", "EosTokenCriteria")]
-    if names:
-        raise VSDError(f"speculative decoding does not apply {', '.join(names)} yet: leave it out")
+class _AsGiven(Sampling):
+    """transformers has made the whole list, temperature and warpers included."""
+
+    def pipeline(self) -> LogitsProcessorList:
+        return LogitsProcessorList(self.processors)
+
+
+def _refuse_unsupported(config: Any, processors: list[Any], criteria: list[Any], rows: int) -> None:
     if config.num_beams not in (None, 1) or (config.num_return_sequences or 1) != 1:
         raise VSDError("speculative decoding returns one sequence a prompt, without beam search")
+    if config.return_dict_in_generate:
+        raise VSDError("speculative decoding returns tokens only: leave return_dict_in_generate out")
+    for processor in processors:
+        if rows > 1 and isinstance(processor, _OF_A_BATCH):
+            name = type(processor).__name__
+            raise VSDError(f"{name} keeps a state of the whole batch, whose rows speed up unequally: one prompt a time")
+    if any(isinstance(criterion, ConfidenceCriteria) for criterion in criteria):
+        raise VSDError("ConfidenceCriteria reads the scores of an assistant model: leave it out")
+
+
+def _of_row(processor: Processor, row: int, padding: Tensor) -> Processor:
+    """What a processor of the batch does to one row of it, given the row's history without its left padding."""
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        processor = PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(processor.prompt_ignore_length, Tensor):
+        processor = RepetitionPenaltyLogitsProcessor(processor.penalty, processor.prompt_ignore_length[row : row + 1])
+    if not len(padding):
+        return processor
+    return lambda ids, scores: processor(torch.cat([padding.to(ids.device)[None], ids], dim=1), scores)
+
+
+def _stop(criteria: StoppingCriteriaList, padding: Tensor, result: Result, new: int) -> list[int]:
+    """End an answer at the first of its `new` tokens where a criterion says so; what is left of them."""
+    start = len(result.tokens) - new
+    for end in range(start + 1, len(result.tokens) + 1) if criteria else ():
+        ids = torch.cat([padding, padding.new_tensor(result.prompt + result.tokens[:end])])[None]
+        if bool(criteria(ids, None).any()):
+            del result.tokens[end:]
+            result.finish = "stop"
+            break
+    return result.tokens[start:]
 
 
 def _padded(input_ids: Tensor, results: list[Result], pad: int | None) -> Tensor:

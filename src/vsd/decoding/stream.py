@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vsd.data import prompt_ids
-from vsd.decoding.engine import Engine, Result, Sampling
+from vsd.decoding.engine import Engine, Result
+from vsd.decoding.sampling import Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
 from vsd.paths import TreeShape
@@ -19,13 +20,10 @@ def answer(
     drafter: Eagle3Drafter | None,
     shape: TreeShape,
     prompt: str,
+    sampling: Sampling,
     *,
     system: str | None = None,
     verification: str = "auto",
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    stop: tuple[str, ...] = (),
-    seed: int = 0,
     console: Console | None = None,
 ) -> Result:
     """Stream the answer to one user message to the console."""
@@ -34,8 +32,8 @@ def answer(
     ids = prompt_ids(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
     engine = Engine(target, drafter, shape, verification)
     result, start = Result(ids), time.perf_counter()
-    steps = engine.stream([result], Sampling(max_new_tokens, temperature, stop=stop, seed=seed))
-    for text, drafted in pieces(target, (step.tokens.get(0, []) for step in steps)):
+    steps = (step.tokens.get(0, []) for step in engine.stream([result], sampling))
+    for text, drafted in pieces(target, steps):
         console.print(Text(text, style="green" if drafted else ""), end="", soft_wrap=True)
     seconds = time.perf_counter() - start
     summary = f"{len(result.tokens)} tokens, {len(result.tokens) / seconds:.1f}/s"

@@ -8,7 +8,7 @@ out sorted, so a parent's index is always below its children's.
 Legend: B batch, N nodes of a tree, k beam width, P pool size, S scratch slots of the drafter's cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
+from vsd.targets.sampling import Generators, draw, probabilities
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -58,10 +59,11 @@ class Tree(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A sampled path as a tree, and the log draft distribution of each of its tokens, [B, K, Vd]."""
+    """A sampled path as a tree, the log draft law of each of its tokens [B, K, Vd], the draft vocabulary ids [Vd]."""
 
     tree: Tree
     draft_logp: Tensor
+    ids: Tensor
 
 
 def ancestors(parents: Tensor, depth: int) -> Tensor:
@@ -129,19 +131,20 @@ def draw_chain(
     root: Tensor,
     cache: DraftCache,
     depth: int,
-    temperature: float,
-    generator: torch.Generator | None,
+    temperature: Sequence[float],
+    generators: Generators,
 ) -> Chain:
-    """Sample one path of `depth` tokens below `root` [B] from the drafter at `temperature` > 0."""
+    """Sample one path of `depth` tokens below `root` [B], row b at temperature[b]; at 0 it is the drafter's best."""
     B = root.shape[0]
+    divisor = torch.tensor([t or 1.0 for t in temperature], device=root.device)[:, None]
     ids = drafter.draft_ids()
     path, distributions, log_q = [root], [], [torch.zeros(B, device=root.device)]
     for step in range(depth):
-        logp = (drafter.log_probs(hidden[:, 0]) / temperature).log_softmax(-1)  # [B, Vd]
-        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
-        distributions.append(logp)
-        log_q.append(log_q[-1] + logp.gather(1, drawn)[:, 0])
-        path.append(ids[drawn[:, 0]])
+        q = probabilities(drafter.log_probs(hidden[:, 0]) / divisor, generators)  # [B, Vd]
+        drawn = draw(q, generators)
+        distributions.append(q.log())
+        log_q.append(log_q[-1] + distributions[-1].gather(1, drawn[:, None])[:, 0])
+        path.append(ids[drawn])
         if step + 1 < depth:
             scratch = torch.ones(B, 1, step + 1, dtype=torch.bool, device=root.device)
             hidden = drafter.expand(hidden, embed(path[-1][:, None]), step + 1, scratch, cache)
@@ -152,4 +155,4 @@ def draw_chain(
         nodes.expand(B, -1),
         torch.stack(log_q, 1),
     )
-    return Chain(tree, torch.stack(distributions, 1))
+    return Chain(tree, torch.stack(distributions, 1), ids)

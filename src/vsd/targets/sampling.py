@@ -1,7 +1,14 @@
-"""The one place where a token is taken from logits."""
+"""The one place where a token is taken from logits.
+
+Legend: R rows, V vocabulary. A row's generator draws its tokens; where there is none, temperature is 0.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Generators = Sequence[torch.Generator | None]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -10,3 +17,25 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+def probabilities(scores: Tensor, generators: Generators) -> Tensor:
+    """The law each row draws from, [R, V]: softmax of scores [R, V], or all mass on the best."""
+    p = scores.float().softmax(-1)
+    if None not in generators:
+        return p
+    best = torch.zeros_like(p).scatter_(-1, scores.argmax(-1, keepdim=True), 1)
+    greedy = torch.tensor([generator is None for generator in generators], device=p.device)
+    return torch.where(greedy[:, None], best, p)
+
+
+def draw(p: Tensor, generators: Generators) -> Tensor:
+    """One token of every row's law p [R, V] -> [R]; what a row draws depends on its own generator alone.
+
+    argmax p/e with e ~ Exp(1) has law p; `torch.multinomial` draws like this, but all rows from one generator.
+    """
+    noise = torch.ones_like(p)
+    for row, generator in zip(noise, generators):
+        if generator is not None:
+            row.exponential_(generator=generator)
+    return (p / noise).argmax(-1)

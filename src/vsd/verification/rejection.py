@@ -1,16 +1,16 @@
 """Rule `rejection`: speculative sampling of a drafted chain (Leviathan et al., 2211.17192; Chen et al., 2302.01318).
 
 Token t is kept with probability min(1, p_t(z_t) / q_t(z_t)); at the first rejection the bonus token is drawn from
-norm((p - q)_+), after a chain kept whole from p. The output's law is exactly p, whatever q is.
+norm((p - q)_+), after a chain kept whole from p. The output's law is exactly p, whatever q is: at every token the rule
+couples a draw from p with the drafter's from q, so that they are equal as often as can be.
 
-Legend: B batch, K drafted tokens, V target vocabulary, Vd draft vocabulary.
+Legend: R rows, V target vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-from vsd.paths import Chain
-from vsd.verification.walk import Verdict
+from vsd.targets.sampling import Generators, draw
 
 
 def acceptance(target_logp: Tensor, draft_logp: Tensor) -> Tensor:
@@ -25,25 +25,16 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(mass > 0, rest / mass.clamp(min=torch.finfo(p.dtype).tiny), p)
 
 
-def verify_rejection(
-    chain: Chain, logits: Tensor, draft_ids: Tensor, temperature: float, generator: torch.Generator | None
-) -> Verdict:
-    """Accept a prefix of a sampled chain.
+def couple(p: Tensor, q: Tensor, drafted: Tensor, generators: Generators) -> Tensor:
+    """Tokens [R] of law p [R, V]: the ones drafted [R] from q [R, V] if they are accepted, else from the residual.
 
-    Args:
-        chain: what was drafted, at the same temperature.
-        logits: the target's at the root and every drafted token, [B, K + 1, V].
-        draft_ids: target token of every draft row, [Vd].
-        temperature: > 0.
+    Without a generator p is certain, and so is what happens.
     """
-    p = (logits.float() / temperature).softmax(-1)  # [B, K + 1, V]
-    B, K = chain.draft_logp.shape[:2]
-    q = torch.zeros_like(p).index_copy_(-1, draft_ids, torch.nn.functional.pad(chain.draft_logp.exp(), (0, 0, 0, 1)))
-    drafted = chain.tree.tokens[:, 1:, None]  # [B, K, 1]
-    target_logp, draft_logp = (x[:, :K].gather(-1, drafted)[..., 0].log() for x in (p, q))
-    u = torch.rand(B, K, device=p.device, generator=generator)
-    kept = (u < acceptance(target_logp, draft_logp)).long().cumprod(1).sum(1)  # [B]
-    at = kept[:, None, None].expand(-1, 1, p.shape[-1])
-    bonus = torch.multinomial(residual(p.gather(1, at)[:, 0], q.gather(1, at)[:, 0]), 1, generator=generator)
-    nodes = torch.arange(int(kept.max()) + 1, device=p.device).expand(B, -1)
-    return Verdict(nodes, kept + 1, bonus[:, 0])
+    target_logp, draft_logp = (x.gather(-1, drafted[:, None])[:, 0].log() for x in (p, q))
+    u = [0.5 if g is None else float(torch.rand((), device=p.device, generator=g)) for g in generators]
+    kept = torch.tensor(u, device=p.device) < acceptance(target_logp, draft_logp)
+    tokens = drafted.clone()
+    if not bool(kept.all()):
+        others = [generator for generator, keep in zip(generators, kept.tolist()) if not keep]
+        tokens[~kept] = draw(residual(p[~kept], q[~kept]), others)
+    return tokens

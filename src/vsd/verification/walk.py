@@ -1,13 +1,14 @@
-"""Rules `greedy` and `target`: let the target choose a token at every node, then walk where the choices lead.
+"""Rules `greedy` and `target`: let the target choose a token at a node, and walk where its choices lead.
 
 At temperature 0 the choice is the argmax. Above it, EAGLE's rule tries a node's children one after another, accepting
 with u ≤ p[child], else removing the child and renormalising, and draws the bonus token from what is left. That is the
 law of one draw from p: the draw is followed if it is a child, else it is the bonus token. So both rules are one walk,
 a node's acceptance probability is the sum of p over its distinct children, and the output's law is exactly p.
 
-Legend: B batch, N nodes, V vocabulary, A longest accepted path, root included.
+Legend: B batch, N nodes, R rows still walking, V vocabulary, A longest accepted path, root included.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,26 @@ def follow(tree: Tree, choice: Tensor) -> Verdict:
     accepted = matches
     for _ in range(int(tree.depths.max())):
         accepted = matches & accepted.gather(1, tree.parents)
+    return path_of(accepted, choice)
+
+
+def walk(tree: Tree, choose: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """`follow`, asking for the target's choice only at the nodes where the walk comes by.
+
+    Args:
+        choose: given rows [R] and the node [R] each is at, the target's choice there [R]; called level by level.
+    """
+    choice, accepted = torch.zeros_like(tree.tokens), torch.zeros_like(tree.tokens, dtype=torch.bool)
+    rows = torch.arange(len(choice), device=choice.device)
+    nodes = torch.zeros_like(rows)
+    while len(rows):
+        accepted[rows, nodes] = True
+        tokens = choose(rows, nodes)
+        choice[rows, nodes] = tokens
+        children = (tree.parents[rows] == nodes[:, None]) & (tree.tokens[rows] == tokens[:, None])  # [R, N]
+        children[:, 0] = False  # the root is its own parent
+        onward = children.any(1)
+        rows, nodes = rows[onward], children[onward].int().argmax(1)
     return path_of(accepted, choice)
 
 

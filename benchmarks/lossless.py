@@ -1,0 +1,166 @@
+"""Is speculative decoding lossless on real prompts? Every token at temperature 0 against transformers' `generate`.
+
+    python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
+
+Each prompt's first turn is answered by plain greedy `generate`, then by the engine with a tree and with a chain, one
+request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical tie: passes
+of different shape, plain or not, round the same logit differently, in bfloat16 visibly, and near-ties are then decided
+either way. How differently is measured: the gap between the two best logits at every step of the plain run, against the
+same gap from one plain pass over the whole text. The greatest such deviation is what the precision does not resolve; an
+answer that parts from the plain one where the plain gap is greater is wrong, and the command fails. What is done is
+kept in --out and not done again: interrupt and repeat the command freely.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Sampling
+from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.errors import VSDError
+from vsd.evaluation import Prompt, load_prompts, write_json
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+
+SHAPES = {"tree": TreeShape(5, 4, 16), "chain": TreeShape.chain(4)}
+WAYS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
+
+
+class Plain(NamedTuple):
+    """A greedy answer; at each of its steps the gap between the two best logits, and how far one pass deviates."""
+
+    tokens: list[int]
+    gaps: list[float]
+    deviations: list[float]
+
+
+@torch.inference_mode()
+def plain(target: Target, prompt: list[int], max_new_tokens: int) -> Plain:
+    """Transformers' `generate`, then its text again in one pass."""
+    ids = torch.tensor([prompt], device=target.device)
+    output = target.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=next(iter(target.eos_ids), 0),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.cat(output.logits).float().topk(2)  # [T, 2]
+    hidden = target.features(output.sequences).hidden[0, len(prompt) - 1 : -1]
+    again = target.logits(hidden).gather(1, best.indices)
+    gaps = best.values[:, 0] - best.values[:, 1]
+    deviations = (gaps - (again[:, 0] - again[:, 1])).abs()
+    return Plain(output.sequences[0, len(prompt) :].tolist(), gaps.tolist(), deviations.tolist())
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Where two answers part; None if nowhere."""
+    if list(a) == list(b):
+        return None
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[dict]:
+    """A record for every prompt of a batch."""
+    references = [plain(target, prompt, max_new_tokens) for prompt in prompts]
+    sampling, answers = Sampling(max_new_tokens), {}
+    for name, shape in SHAPES.items():
+        engine = Engine(target, drafter, shape)
+        answers[f"{name}, single"] = [engine.generate([prompt], sampling)[0].tokens for prompt in prompts]
+        answers[f"{name}, batch"] = [result.tokens for result in engine.generate(prompts, sampling)]
+    records = []
+    for i, reference in enumerate(references):
+        parted = {way: first_difference(reference.tokens, answers[way][i]) for way in WAYS}
+        differences = {way: {"at": at, "gap": reference.gaps[at]} for way, at in parted.items() if at is not None}
+        records.append({**reference._asdict(), "tokens": len(reference.tokens), "differences": differences})
+    return records
+
+
+def measure(
+    target: Target, drafter: Eagle3Drafter, prompts: Sequence[Prompt], request: dict[str, Any], out: Path
+) -> list[dict]:
+    """All records; those in `out` are not made again."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    if lines and lines[0] != request:
+        raise VSDError(f"{out} holds other settings: choose another --out, or remove it")
+    if not lines:
+        out.write_text(json.dumps(request) + "\n")
+    records = lines[1:]
+    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    for start in track(range(0, len(ids), request["batch"]), "prompts"):
+        if start >= len(records):
+            done = compare(target, drafter, ids[start : start + request["batch"]], request["max_new_tokens"])
+            with out.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in done))
+            records += done
+    return records
+
+
+def report(records: Sequence[dict]) -> dict[str, Any]:
+    """Per way: answers that differ, and their gaps; what the precision does not resolve; gaps of all steps."""
+    unresolved = max(max(r["deviations"]) for r in records)
+    ways = {}
+    for way in WAYS:
+        gaps = sorted(r["differences"][way]["gap"] for r in records if way in r["differences"])
+        wrong = sum(gap > unresolved for gap in gaps)
+        ways[way] = {"different": len(gaps), "gaps": gaps, "not_ties": wrong}
+    gaps = np.concatenate([r["gaps"] for r in records])
+    return {
+        "prompts": len(records),
+        "tokens": sum(r["tokens"] for r in records),
+        "unresolved": unresolved,
+        "gap_quantiles": {q: float(np.quantile(gaps, q)) for q in (0.01, 0.1, 0.5)},
+        "share_of_steps_unresolved": float(np.mean(gaps <= unresolved)),
+        "ways": ways,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, help="prompts of each file; default all")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL, resumed if it exists")
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    a = parser.parse_args()
+    keep_freed_memory()
+    target, prompts = load_target(a.target, dtype=a.dtype), load_prompts(a.prompts, a.limit)
+    drafter = load_drafter(a.drafter, target)
+    request = {"target": target.fingerprint(), "drafter": a.drafter, "dtype": a.dtype, "batch": a.batch}
+    request |= {"max_new_tokens": a.max_new_tokens, "prompts": [f"{p.suite} {p.id}" for p in prompts]}
+    found = report(measure(target, drafter, prompts, request, a.out))
+    if a.json:
+        write_json({**found, "dtype": a.dtype, "max_new_tokens": a.max_new_tokens}, a.json)
+    title = f"{found['prompts']} prompts, {found['tokens']} tokens, {a.dtype}"
+    caption = (
+        f"Plain passes of different shape disagree by up to {found['unresolved']:.2g} on the gap between the two best "
+        f"logits; {found['share_of_steps_unresolved']:.2%} of all steps have a smaller gap: ties."
+    )
+    table = Table("decoding", "answers that differ", "greatest gap there", "not ties", title=title, caption=caption)
+    for way, row in found["ways"].items():
+        table.add_row(way, str(row["different"]), f"{max(row['gaps'], default=0):.2g}", str(row["not_ties"]))
+    Console().print(table)
+    wrong = sum(row["not_ties"] for row in found["ways"].values())
+    sys.exit(f"{wrong} answers differ from plain decoding, and not by a tie" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
