@@ -1,6 +1,6 @@
 """Does the objective matter? One drafter, continued with every objective for the same wall-clock time, then decoded.
 
-    python benchmarks/study.py --text TEXT --start DRAFTER --prompts FILE … --out runs/study \\
+    python benchmarks/study.py --text TEXT … --start DRAFTER --prompts FILE … --out runs/study \\
         [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1]
 
 Every (objective, seed) is a `vsd train` of its own from the same drafter, text and features; the E-step's time is part
@@ -36,6 +36,7 @@ from vsd.targets import Target, load_target
 Read = tuple[list[Turn], Replay]
 
 CONTROL = "eagle3"
+E_STEP = {"samples": 8, "anchors": 4, "every": 2, "weight": 0.5}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
     "eagle3, cut paths": ("eagle3", {"smoothing": 0.3}),
@@ -49,8 +50,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vsd, tree": ("vsd", {"cut": -3.0}),
     "vsd without ARW": ("vsd", {"arw": False}),
     "vsd without CAR": ("vsd", {"car": 0.0}),
-    "vsd, target": ("vsd", {"rule": "target"}),
-    "vsd, rejection": ("vsd", {"rule": "rejection"}),
+    "vsd, target": ("vsd", {"rule": "target", **E_STEP}),
+    "vsd, rejection": ("vsd", {"rule": "rejection", **E_STEP}),
     "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "every": 10**9}),
 }
 DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
@@ -75,7 +76,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     folder = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     if not (folder / "drafter" / "model.safetensors").exists():
         objective, options = VARIANTS[name]
-        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", a.text]
+        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *a.text]
         words += [
             "--output-dir",
             folder,
@@ -84,7 +85,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
             "--on-bad-line",
             "skip",
             "--held-out",
-            32,
+            48,
         ]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
         words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}", "per_device_train_batch_size=8"]
@@ -168,7 +169,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="training text, written by the target")
+    parser.add_argument("--text", nargs="+", required=True, help="training text, written by the target")
     parser.add_argument("--start", required=True, help="the drafter all runs continue")
     parser.add_argument("--prompts", nargs="+", required=True, help="what is decoded")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
