@@ -5,9 +5,10 @@
 | `sglang`, `vllm` | `LlamaForCausalLMEagle3` | SGLang; vLLM's native path; the EAGLE repository |
 | `speculators` | `Eagle3DraftModel` | vLLM by way of the speculators library |
 
-The tensors are ours, in `speculators` with `layers.0.` for `midlayer.`; token embeddings are left to the target. What
-differs silently are the features: SGLang's `eagle_config.eagle_aux_hidden_state_layer_ids` counts layer *outputs*,
-vLLM's and speculators' top-level `eagle_aux_hidden_state_layer_ids` layer *inputs*, one more. Both are written.
+The tensors are ours. `speculators` says `layers.0.` for `midlayer.` and holds the target's token embeddings, without
+which that library drafts from zeros; elsewhere they are left to the target. What differs silently are the features:
+SGLang's `eagle_config.eagle_aux_hidden_state_layer_ids` counts layer *outputs*, vLLM's and speculators' top-level
+`eagle_aux_hidden_state_layer_ids` layer *inputs*, one more. Both are written.
 """
 
 import json
@@ -63,6 +64,7 @@ def export_drafter(drafter: Eagle3Drafter, target: Target, out: str | Path, kind
     config = _speculators(drafter, target) if kind == "speculators" else _native(drafter.config, drafter.dtype)
     if kind == "speculators":
         tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+        tensors["embed_tokens.weight"] = target.embedding_weight.detach().cpu().contiguous()
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
