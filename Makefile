@@ -12,7 +12,7 @@ demo: .venv/installed
 test: .venv/installed-dev lint
 	$(BIN)/pytest
 
-# Against the real vLLM, in an environment of its own (3 GB, a quarter of an hour in all): not part of `make test`.
+# Against the real vLLM, in an environment of its own (4 GB, a quarter of an hour in all): not part of `make test`.
 integration: .venv/installed-dev .venv-vllm/installed
 	$(BIN)/pytest tests/integration -s
 
