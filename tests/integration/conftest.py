@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, TEXT
 
+from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, TEXT
 from vsd.data import prompt_ids, read_conversations
 from vsd.drafters import Eagle3Drafter
 from vsd.export import export_drafter

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from setting import DRAFTER, LENGTH
 
+from setting import DRAFTER, LENGTH
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_per_position
 from vsd.drafters import Eagle3Drafter
@@ -31,7 +31,9 @@ CASES = [
 # A tie: log-probabilities of the two best no further apart than the same sum in another order may move them. In
 # bfloat16 logits between 16 and 32 are multiples of 1/8; two of those.
 TIE = {"float32": 1e-3, "bfloat16": 0.25}
-NEAR = 0.02  # of all passes, by which acceptance at a position may differ
+# Of all passes, by which acceptance at a position may differ. In float32 the texts are the same; in bfloat16 they part
+# at ties, and a share of some 950 passes has a standard error of 0.015.
+NEAR = {"float32": 0.02, "bfloat16": 0.03}
 BATCH = 8
 
 
@@ -70,7 +72,7 @@ def test_acceptance_is_ours(
     cells = [", ".join(f"{share:.3f}" for share in shares) for shares in (theirs, ours)]
     table.append(f"| {kind} | {k} | {dtype} | {found['passes']}, {passes} | {cells[0]} | {cells[1]} |")
     assert theirs[0] > 0.2  # a drafter that is read wrong accepts next to nothing
-    assert all(abs(a - b) <= NEAR for a, b in zip(theirs, ours, strict=True)), (theirs, ours)
+    assert all(abs(a - b) <= NEAR[dtype] for a, b in zip(theirs, ours, strict=True)), (theirs, ours)
 
 
 @pytest.mark.parametrize(("kind", "k", "dtype"), CASES, ids=lambda value: str(value))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from setting import ENVIRONMENT
 
+from setting import ENVIRONMENT
 from vsd.data import Conversation, Server, Summary, load_examples, prompt_ids, regenerate_by_server
 from vsd.targets import Lexicon, load_lexicon
 
