@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny_run
+from fake_server import FakeServer
 from vsd import __version__, cli
 from vsd.targets import Target
 
@@ -73,6 +74,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     train = ["train", "--target", target, "--output-dir", folder / "never"]
     bench, out = ["bench", "--target", target], ["--out", folder / "never.jsonl"]
     generate = ["generate", "--target", target, "hi"]
+    ask = ["data", "regenerate", prompts, "--target", target, *out]
     return {
         "no prompts": ([*bench, "--prompts", folder / "no.jsonl"], "no file at"),
         "bad line": ([*bench, "--prompts", folder / "bad.jsonl"], "bad.jsonl:2: not JSON"),
@@ -103,6 +105,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "recipe": (["train", "--config", folder / "no.yaml"], "no recipe at"),
         "regenerate": (["data", "regenerate", folder / "no.jsonl", "--target", target, *out], "no file at"),
         "regenerate bad": (["data", "regenerate", folder / "bad.jsonl", "--target", target, *out], "bad.jsonl:2"),
+        "no model": ([*ask, "--server", "http://127.0.0.1:9"], "--server URL --model NAME"),
+        "no server": ([*ask, "--server", "localhost:8000", "--model", "m"], "no server's address"),
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
         "tune": (["tune", "--target", target, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
         "export": (["export", "--target", target, "--format", "vllm", drafter, folder / "never"], "layer 0's input"),
@@ -113,7 +117,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
 
 NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
 top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
-missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,synthesize,tune,export,import,demo"""
+missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,no model,no server,synthesize,tune,export,import,
+demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -162,6 +167,18 @@ def test_regenerate_reports_what_it_skips(folder: Path, tmp_path: Path, capsys: 
     captured = capsys.readouterr()
     assert "vsd: skipped" in captured.err and "mixed.jsonl:2" in captured.err
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 2
+
+
+def test_regenerate_by_a_server(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No target is loaded: its tokenizer and the server do."""
+    server = FakeServer()
+    out = tmp_path / "text.jsonl"
+    words = ["data", "regenerate", folder / "prompts.jsonl", "--out", out, "--max-new-tokens", 30]
+    assert run(folder, *words, "--server", server.url, "--model", "tiny", "--requests-per-second", 100) == 0
+    assert f"{out}: 4 answers" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 4 == len(server.asked)
+    server.shutdown()
+    server.server_close()
 
 
 def test_synthesize(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,11 @@ examples:
 
 A target T is a hub id, a folder, a .gguf file, or smollm2-135m, which comes with a PyPI wheel and is the default.""",
     "regenerate": """\
-example:
+examples:
   vsd data regenerate prompts.jsonl --target T --out text.jsonl --max-new-tokens 512
-Run it again after an interruption: nothing is lost, nothing is done twice.""",
+  vsd data regenerate prompts.jsonl --target T --out text.jsonl --server http://localhost:8000 --model NAME
+With --server a running vLLM, SGLang or other OpenAI-compatible server answers (key: $OPENAI_API_KEY); of the target
+only the tokenizer is loaded. Run it again after an interruption: nothing is lost, nothing is done twice.""",
     "synthesize": """\
 example:
   vsd data synthesize --target T --out text.jsonl --tokens 1000000
@@ -212,27 +214,38 @@ def _regenerate_options(parser: argparse.ArgumentParser) -> None:
     _sampling_options(parser, 256)
     _bad_line_option(parser)
     _target_options(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--server", metavar="URL", help="ask this server instead, e.g. http://localhost:8000")
+    group.add_argument("--model", metavar="NAME", help="the name under which it serves the target")
+    group.add_argument("--concurrency", type=int, default=32, help="questions asked at once (default 32)")
+    group.add_argument("--requests-per-second", type=float, metavar="R", help="ask no more often")
 
 
 def _regenerate(a: argparse.Namespace) -> None:
     from itertools import chain, islice
 
-    from vsd.data import read_conversations, regenerate
+    from vsd.data import Server, read_conversations, regenerate, regenerate_by_server
+    from vsd.targets import load_lexicon
 
+    if (a.server is None) != (a.model is None):
+        raise VSDError("a server and the name of its model go together: --server URL --model NAME")
+    server = None if a.server is None else Server(a.server, a.model, a.requests_per_second)
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=_warn, need_answer=False)
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
-    summary = regenerate(
-        _load_target(a),
-        islice(chain([first], conversations), a.limit),
-        a.out,
-        max_new_tokens=a.max_new_tokens,
-        temperature=a.temperature,
-        seed=a.seed,
-        batch_size=a.batch_size,
-        max_length=a.max_length,
-        on_bad_line=a.on_bad_line,
-        report=_warn,
-    )
+    given = islice(chain([first], conversations), a.limit)
+    options: dict[str, Any] = {
+        "max_new_tokens": a.max_new_tokens,
+        "temperature": a.temperature,
+        "seed": a.seed,
+        "max_length": a.max_length,
+        "on_bad_line": a.on_bad_line,
+        "report": _warn,
+    }
+    if server is None:
+        summary = regenerate(_load_target(a), given, a.out, batch_size=a.batch_size, **options)
+    else:
+        lexicon = load_lexicon(a.target, revision=a.revision, trust_remote_code=a.trust_remote_code)
+        summary = regenerate_by_server(server, lexicon, given, a.out, concurrency=a.concurrency, **options)
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
 
 

@@ -61,7 +61,20 @@ def test_what_engines_read(tiny_target: Target, drafter: Eagle3Drafter, tmp_path
     assert config["speculators_model_type"] == "eagle3"
     assert config["transformer_layer_config"]["vocab_size"] == tiny_target.vocab_size
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
-    assert "layers.0.self_attn.q_proj.weight" in load_file(other / "model.safetensors")
+    tensors = load_file(other / "model.safetensors")
+    assert "layers.0.self_attn.q_proj.weight" in tensors
+    assert torch.equal(tensors["embed_tokens.weight"], tiny_target.embedding_weight)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_whole_vocabulary_has_no_map(tiny_target: Target, tmp_path: Path, kind: str) -> None:
+    """vLLM refuses a map that maps nothing; reading it back gives one."""
+    vocabulary = draft_vocabulary(torch.arange(tiny_target.vocab_size), tiny_target.vocab_size, tiny_target.vocab_size)
+    drafter = Eagle3Drafter.for_target(tiny_target, vocabulary)
+    out = export_drafter(drafter, tiny_target, tmp_path / "out", kind)
+    assert not load_file(out / "model.safetensors").keys() & {"d2t", "t2d"}
+    again = import_drafter(out, tiny_target)
+    assert torch.equal(again.d2t, drafter.d2t) and torch.equal(again.t2d, drafter.t2d)
 
 
 def rewrite(
@@ -127,6 +140,10 @@ def test_exports_that_would_be_served_wrong(tiny_target: Target, drafter: Eagle3
     export_drafter(drafter, tiny_target, tmp_path / "full", "vllm")
     with pytest.raises(VSDError, match="not empty"):
         export_drafter(drafter, tiny_target, tmp_path / "full", "vllm")
+    packed = Eagle3Drafter(drafter.config)
+    del packed.lm_head.weight
+    with pytest.raises(VSDError, match="packed for decoding"):
+        export_drafter(packed, tiny_target, tmp_path / "b", "vllm")
     drafter.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(VSDError, match=r"fc.weight holds NaN"):
         export_drafter(drafter, tiny_target, tmp_path / "b", "vllm")

@@ -2,7 +2,10 @@
 
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.generate import Answer, generate_answers, generate_batch
-from vsd.data.regenerate import Summary, regenerate
+from vsd.data.questions import Summary
+from vsd.data.regenerate import regenerate
+from vsd.data.remote import regenerate_by_server
+from vsd.data.server import Server
 from vsd.data.synthesize import synthesize
 from vsd.data.template import Example, encode, load_examples, prompt_ids
 
@@ -10,6 +13,7 @@ __all__ = [
     "Answer",
     "Conversation",
     "Example",
+    "Server",
     "Summary",
     "encode",
     "generate_answers",
@@ -18,5 +22,6 @@ __all__ = [
     "prompt_ids",
     "read_conversations",
     "regenerate",
+    "regenerate_by_server",
     "synthesize",
 ]

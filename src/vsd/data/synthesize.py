@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vsd.data.generate import Answer, derive_seed, generate_batch
+from vsd.data.questions import Question, Sampling, Summary
 from vsd.data.records import Entry, RecordLog, progress_bar
-from vsd.data.regenerate import Question, Sampling, Summary, answer_batch, describe
+from vsd.data.regenerate import answer_batch, describe
 from vsd.data.template import control_ids, prompt_ids, render, spell, tokenize
 from vsd.errors import VSDError
 from vsd.targets.target import Target

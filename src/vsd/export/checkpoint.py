@@ -5,9 +5,10 @@
 | `sglang`, `vllm` | `LlamaForCausalLMEagle3` | SGLang; vLLM's native path; the EAGLE repository |
 | `speculators` | `Eagle3DraftModel` | vLLM by way of the speculators library |
 
-The tensors are ours, in `speculators` with `layers.0.` for `midlayer.`; token embeddings are left to the target. What
-differs silently are the features: SGLang's `eagle_config.eagle_aux_hidden_state_layer_ids` counts layer *outputs*,
-vLLM's and speculators' top-level `eagle_aux_hidden_state_layer_ids` layer *inputs*, one more. Both are written.
+The tensors are ours. `speculators` says `layers.0.` for `midlayer.` and holds the target's token embeddings, without
+which that library drafts from zeros; elsewhere they are left to the target. What differs silently are the features:
+SGLang's `eagle_config.eagle_aux_hidden_state_layer_ids` counts layer *outputs*, vLLM's and speculators' top-level
+`eagle_aux_hidden_state_layer_ids` layer *inputs*, one more. Both are written.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from vsd.drafters import Eagle3Config, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.targets import Target
+from vsd.targets.load import resolve
 
 FORMATS = ("sglang", "vllm", "speculators")
 _SIZES = (
@@ -52,12 +54,17 @@ def export_drafter(drafter: Eagle3Drafter, target: Target, out: str | Path, kind
     drafter.check_target(target)
     _check(drafter.config)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    if "lm_head.weight" not in tensors:
+        raise VSDError("this drafter's weights are packed for decoding: read it with Eagle3Drafter.from_pretrained")
+    if drafter.config.draft_vocab_size == drafter.config.vocab_size:  # no map: vLLM refuses one that maps nothing
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise VSDError(f"{broken[0]} holds NaN or infinity: an engine would serve it without a word")
     config = _speculators(drafter, target) if kind == "speculators" else _native(drafter.config, drafter.dtype)
     if kind == "speculators":
         tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+        tensors["embed_tokens.weight"] = target.embedding_weight.detach().cpu().contiguous()
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -113,7 +120,8 @@ def check_new(folder: Path) -> None:
 
 
 def serve_line(kind: str, target: str, out: str | Path, tokens: int = 3) -> str:
-    """The command that serves the target with an exported drafter."""
+    """The command that serves the target, named as `--target` takes it, with an exported drafter."""
+    target = resolve(target)
     if kind == "sglang":
         return (
             f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
@@ -176,7 +184,10 @@ def _speculators(drafter: Eagle3Drafter, target: Target) -> dict[str, Any]:
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1}],
-            "verifier": {"name_or_path": target.name, "architectures": list(target.config.architectures or [])},
+            "verifier": {
+                "name_or_path": resolve(target.name),
+                "architectures": list(target.config.architectures or []),
+            },
         },
         "torch_dtype": native["torch_dtype"],
     }

@@ -1,0 +1,79 @@
+"""Runs in vLLM's environment, not in ours: train an EAGLE-3 drafter with speculators' own class and loss.
+
+    python benchmarks/peer_speculators.py FOLDER
+
+FOLDER holds `config/`, a speculators checkpoint whose configuration and vocabulary are taken, `batches.json`, the
+numbers of the sequences of every step, and NUMBER.safetensors for each: `aux` [T, 3h], `ids` [T], `last` [T, h] behind
+the final norm, `mask` [T]. The drafter starts as `Eagle3DraftModel` itself does, with the target's LM head, which it
+does not train. Optimiser (Muon), schedule, clipping, loss and its decay are speculators' defaults; the loop around them
+is ours. Writes `trained/` and `seconds.json`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from speculators.losses import resolve_loss_config
+from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+from speculators.train.optimizers import build_optimizers
+from speculators.train.trainer import TrainerConfig
+from transformers import get_linear_schedule_with_warmup
+
+LR = 1e-3  # its default, for Muon and for AdamW
+
+
+def new_model(checkpoint: Path) -> Any:
+    """Random weights, the target's embeddings and head, the checkpoint's vocabulary."""
+    config = Eagle3SpeculatorConfig.from_pretrained(checkpoint)
+    config.transformer_layer_config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model: Any = Eagle3DraftModel(config)
+    tensors = load_file(checkpoint / "model.safetensors")
+    model.load_vocab_mappings(tensors["t2d"], tensors["d2t"])
+    model.load_verifier_weights()
+    model.verifier_norm = torch.nn.Identity()  # what it is given is normed
+    return model.float()
+
+
+def joined(folder: Path, numbers: list[int]) -> dict[str, torch.Tensor]:
+    """The sequences of a step behind one another, as the model takes them."""
+    pieces = [load_file(folder / f"{number}.safetensors") for number in numbers]
+    whole = {name: torch.cat([piece[name] for piece in pieces])[None] for name in pieces[0]}
+    lengths = [len(piece["ids"]) for piece in pieces]
+    return {
+        "hidden_states": whole["aux"],
+        "input_ids": whole["ids"],
+        "document_ids": torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
+        "position_ids": torch.cat([1 + torch.arange(n) for n in lengths])[None],
+        "loss_mask": whole["mask"],
+        "verifier_last_hidden_states": whole["last"],
+    }
+
+
+def main(folder: Path) -> None:
+    model, batches = new_model(folder / "config"), json.loads((folder / "batches.json").read_text())
+    config = TrainerConfig(lr=LR, muon_lr=LR, num_epochs=1, save_path="", optimizer="muon")
+    optimizers = build_optimizers(model, config)
+    schedules = [get_linear_schedule_with_warmup(o, len(batches) // 100, len(batches)) for o in optimizers]
+    losses = {"ttt_steps": 3, "ttt_step_loss_decay": 1.0, "loss_config": resolve_loss_config("kl_div", "eager")}
+    start = time.perf_counter()
+    for step, numbers in enumerate(batches):
+        _, loss, _ = model(**joined(folder, numbers), **losses)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for tool in (*optimizers, *schedules):
+            tool.step()
+        if step % 20 == 0:
+            print(step, float(loss), flush=True)
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    model.verifier_norm = torch.nn.Module()
+    model.save_pretrained(folder / "trained")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

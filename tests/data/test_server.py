@@ -1,0 +1,260 @@
+"""Answers from a server: whatever it does, every question is answered once, and nothing is written twice."""
+
+import email.utils
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_server import END, LEXICON, FakeServer, Handler, completion
+from vsd.data import Conversation, Server, encode, load_examples, prompt_ids, regenerate_by_server
+from vsd.data import server as client
+from vsd.errors import VSDError
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., FakeServer]]:
+    started: list[FakeServer] = []
+
+    def start(*faults: Callable[[Handler], None], **options: Any) -> FakeServer:
+        started.append(FakeServer(*faults, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(client, "_PATIENCE", 5.0)
+    monkeypatch.setattr(client, "_PATIENCE_AT_FIRST", 0.2)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def chats(count: int) -> list[Conversation]:
+    """Conversations of one and two turns."""
+    return [
+        Conversation(f"c{i}", f"f.jsonl:{i + 1}", [{"role": "user", "content": f"{i}.{t}"} for t in range(i % 2 + 1)])
+        for i in range(count)
+    ]
+
+
+def run(server: FakeServer, out: Path, given: list[Conversation], **options: Any) -> Any:
+    rate = options.pop("requests_per_second", None)
+    model = options.pop("model", "tiny")
+    options = {"max_new_tokens": 40, "concurrency": 4, "progress": False, **options}
+    return regenerate_by_server(Server(server.url, model, rate), LEXICON, given, out, **options)
+
+
+def records(path: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({record["id"] for record in found}) == len(found)
+    return {record["id"]: record for record in found}
+
+
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_records_are_those_of_regeneration_in_process(fake: Any, tmp_path: Path, gives_ids: bool) -> None:
+    """The same record whether the server gives its tokens or its text is tokenised; turns see earlier answers."""
+    server, out = fake(gives_ids=gives_ids), tmp_path / "out.jsonl"
+    summary = run(server, out, chats(6))
+    found = records(out)
+    assert (summary.written, summary.skipped) == (len(found), 0) == (9, 0)
+    assert summary.tokens == sum(len(record["response_ids"]) for record in found.values())
+    for record in found.values():
+        assert record["prompt_ids"] == prompt_ids(LEXICON.tokenizer, record["messages"][:-1])
+        assert record["response_ids"][-1] == END and record["finish"] == "stop"
+        said = record["messages"][-1]["content"]
+        assert said == f"answer to {record['messages'][-2]['content']}"
+        assert LEXICON.tokenizer.decode(record["response_ids"][:-1]) == said
+    assert found["c1/1"]["messages"][:2] == found["c1/0"]["messages"]
+    assert len(load_examples(out, LEXICON.tokenizer, 512)) == 9
+    assert all(body["temperature"] == 0 and body["model"] == "tiny" for body in server.asked)
+
+
+@pytest.mark.parametrize("gives_ids", [True, False])
+def test_an_answer_cut_at_its_length_has_no_end(fake: Any, tmp_path: Path, gives_ids: bool) -> None:
+    out = tmp_path / "out.jsonl"
+    run(fake(gives_ids=gives_ids), out, chats(1), max_new_tokens=6)
+    (record,) = records(out).values()
+    assert record["finish"] == "length" and len(record["response_ids"]) == 6 and END not in record["response_ids"]
+
+
+def test_prompts_that_are_tokens_are_sent_as_tokens(fake: Any, tmp_path: Path) -> None:
+    server, out = fake(), tmp_path / "out.jsonl"
+    run(server, out, [Conversation("x", "f:1", [], [20, 21, 22], [5])])
+    (record,) = records(out).values()
+    assert server.asked[0]["prompt"] == record["prompt_ids"] == [20, 21, 22]
+    assert encode(LEXICON.tokenizer, Conversation("x", "f:1", [], [20, 21, 22], record["response_ids"]), 99)
+
+
+def dropped(handler: Handler) -> None:
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def cut(handler: Handler) -> None:
+    handler.raw(200, b'{"choices": [', Content_Length="500")
+    handler.close_connection = True
+
+
+FAULTS: dict[str, Callable[[Handler], None]] = {
+    "429": lambda handler: handler.json(429, {"error": {"message": "slow down"}}),
+    "500": lambda handler: handler.json(500, {"error": "out of luck"}),
+    "503, not JSON": lambda handler: handler.raw(503, b"<html>busy</html>"),
+    "dropped": dropped,
+    "cut": cut,
+    "malformed": lambda handler: handler.raw(200, b'{"choices": ['),
+    "no choices": lambda handler: handler.json(200, {"choices": []}),
+    "another kind": lambda handler: handler.json(200, {"choices": [{"message": {"content": 7}}]}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_that_pass_cost_nothing(fake: Any, tmp_path: Path, name: str) -> None:
+    server, out = fake(*[FAULTS[name]] * 5), tmp_path / "out.jsonl"
+    assert run(server, out, chats(6)).written == 9
+    assert len(records(out)) == 9 == len(server.asked)  # none was asked again after its answer had come
+
+
+def test_all_faults_at_once_give_the_file_of_a_quiet_day(fake: Any, tmp_path: Path) -> None:
+    quiet, stormy = tmp_path / "quiet.jsonl", tmp_path / "stormy.jsonl"
+    run(fake(), quiet, chats(20))
+    run(fake(*FAULTS.values(), *FAULTS.values()), stormy, chats(20))
+    without_order = [{k: {**r, "batch": 0} for k, r in records(path).items()} for path in (quiet, stormy)]
+    assert without_order[0] == without_order[1]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_honoured(fake: Any, tmp_path: Path, form: str) -> None:
+    until = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: between one and two from now
+    value = "0.7" if form == "seconds" else until
+    server = fake(lambda handler: handler.json(429, {}, Retry_After=value))
+    run(server, tmp_path / "out.jsonl", chats(1))
+    assert server.times[1] - server.times[0] > 0.6
+
+
+def test_no_more_a_second_than_allowed_and_no_more_at_once(fake: Any, tmp_path: Path) -> None:
+    server = fake(delay=0.05)
+    run(server, tmp_path / "a.jsonl", chats(10), requests_per_second=50.0)
+    times = sorted(server.times)
+    assert times[-1] - times[0] > 0.9 * (len(times) - 1) / 50
+    assert server.most <= 4
+    server = fake(delay=0.1)
+    run(server, tmp_path / "b.jsonl", chats(16), concurrency=8)
+    assert 4 < server.most <= 8
+
+
+def test_the_key_goes_where_it_belongs(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = fake()
+    run(server, tmp_path / "a.jsonl", chats(1))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    run(server, tmp_path / "b.jsonl", chats(1))
+    assert server.keys == [None, "Bearer secret"]
+    assert "secret" not in (tmp_path / "b.jsonl.meta.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(401, "OPENAI_API_KEY"), (404, "status 404: no such model"), (301, "status 301")],
+)
+def test_what_will_not_pass_is_told_at_once(fake: Any, tmp_path: Path, status: int, reason: str) -> None:
+    server = fake(lambda handler: handler.json(status, {"error": {"message": "no such model"}}))
+    with pytest.raises(VSDError, match=reason):
+        run(server, tmp_path / "out.jsonl", chats(1))
+    assert len(server.times) == 1
+
+
+def test_a_conversation_that_the_server_refuses_is_a_bad_line(fake: Any, tmp_path: Path) -> None:
+    refuse = lambda handler: handler.json(400, {"error": {"message": "too long for me"}})  # noqa: E731
+    with pytest.raises(VSDError, match=r"f\.jsonl:1: the server refuses it: too long for me"):
+        run(fake(refuse), tmp_path / "a.jsonl", chats(1))
+    said: list[str] = []
+    server = fake(refuse)
+    options = {"on_bad_line": "skip", "report": said.append, "concurrency": 1}
+    summary = run(server, tmp_path / "b.jsonl", chats(3), **options)
+    assert (summary.written, summary.skipped, len(said)) == (3, 1, 1)
+
+
+def test_a_server_that_is_not_there_or_has_another_model(fake: Any, tmp_path: Path) -> None:
+    server = fake()
+    with pytest.raises(VSDError, match="does not serve 'nobody': it has tiny, other"):
+        run(server, tmp_path / "a.jsonl", chats(1), model="nobody")
+    gone = Server("http://127.0.0.1:9", "tiny")
+    with pytest.raises(VSDError, match="refused"):
+        regenerate_by_server(gone, LEXICON, chats(1), tmp_path / "b.jsonl", progress=False)
+    for url in ("localhost:8000", "ftp://host", "http://", "http://host:port"):
+        with pytest.raises(VSDError, match="no server's address"):
+            Server(url, "tiny")
+
+
+def test_tokens_of_another_target(fake: Any, tmp_path: Path) -> None:
+    def other(ids: list[int]) -> Callable[[Handler], None]:
+        choice = {"message": {"content": "hello"}, "finish_reason": "stop", "token_ids": ids}
+        return lambda handler: handler.json(200, {"choices": [choice]})
+
+    with pytest.raises(VSDError, match="not 'tiny''s"):
+        run(fake(other([5000, 2])), tmp_path / "a.jsonl", chats(1))
+    with pytest.raises(VSDError, match="do not spell"):
+        run(fake(other([20, 21, 2])), tmp_path / "b.jsonl", chats(1))
+
+
+def test_empty_answers_are_reported_and_end_their_conversation(fake: Any, tmp_path: Path) -> None:
+    empty = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
+    said: list[str] = []
+    server = fake(lambda handler: handler.json(200, empty))
+    summary = run(server, tmp_path / "a.jsonl", chats(2)[1:], report=said.append, concurrency=1)
+    assert (summary.written, summary.skipped) == (0, 2) and "is empty" in said[0]
+
+
+def test_a_server_that_gives_up_loses_nothing(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies for longer than our patience; the same command, later and elsewhere, asks only what is missing."""
+    monkeypatch.setattr(client, "_PATIENCE", 0.1)
+    out = tmp_path / "out.jsonl"
+    serve = lambda handler: handler.json(200, completion(handler.path, {**BODY, "max_tokens": 40}))  # noqa: E731
+    with pytest.raises(VSDError, match="run the same command again"):
+        run(fake(serve, serve, *[FAULTS["500"]] * 1000), out, chats(1) * 6, concurrency=1)
+    assert len(records(out)) == 2
+    server = fake()
+    assert run(server, out, chats(1) * 6).written == 6
+    assert len(records(out)) == 6 and len(server.asked) == 4
+    with pytest.raises(VSDError, match="temperature was"):
+        run(server, out, chats(1) * 6, temperature=1.0)
+
+
+BODY = {"messages": [{"role": "user", "content": "0.0"}], "return_token_ids": True}
+
+CHILD = """
+import sys
+from pathlib import Path
+import test_server as t
+server = t.Server(sys.argv[1], "tiny")
+t.regenerate_by_server(server, t.LEXICON, t.chats(30), Path(sys.argv[2]), max_new_tokens=40, concurrency=4)
+"""
+
+
+def test_a_killed_client_goes_on_where_it_was(fake: Any, tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    server, out = fake(delay=0.05), tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", CHILD, server.url, str(out)]
+    for how, count in ((signal.SIGKILL, 5), (signal.SIGINT, 15)):
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
+        while child.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count):
+            time.sleep(0.01)
+        child.send_signal(how)
+        child.wait(timeout=20)
+        assert count <= out.read_bytes().count(b"\n") < 45
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
+    assert len(records(out)) == 45
+    assert len(server.asked) <= 45 + 2 * 2 * 4  # what was being answered when it died is asked again, no more

@@ -1,0 +1,60 @@
+"""Runs in vLLM's environment, not in ours: serve one target at temperature 0, with or without a drafter.
+
+    python serve_in_vllm.py JOB.json RESULT.json
+
+JOB: `target` (folder), `dtype`, `prompts` (token ids), `max_new_tokens`, and `drafter` (folder) with `k`, or neither.
+RESULT: `tokens` of every answer; without a drafter `top`, for every token the two likeliest ids with their log-probs;
+with one the counters of `vllm:spec_decode_*`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+
+def main(job_file: str, result_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    drafter = job.get("drafter")
+    speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]} if drafter else None
+    llm = LLM(
+        model=job["target"],
+        dtype=job["dtype"],
+        max_model_len=1024,
+        max_num_seqs=8,
+        enforce_eager=True,
+        disable_log_stats=False,
+        speculative_config=speculative,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False, logprobs=None if drafter else 2
+    )
+    answers = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling)]
+    result: dict[str, Any] = {"tokens": [list(answer.token_ids) for answer in answers]}
+    if drafter:
+        result |= counters(llm)
+    else:
+        result["top"] = [[best_two(position) for position in answer.logprobs] for answer in answers]
+    Path(result_file).write_text(json.dumps(result))
+
+
+def counters(llm: LLM) -> dict[str, Any]:
+    """Verification passes, drafted and accepted tokens, accepted tokens by draft position."""
+    found = {metric.name: metric for metric in llm.get_metrics() if metric.name.startswith("vllm:spec_decode")}
+    return {
+        "passes": found["vllm:spec_decode_num_drafts"].value,
+        "drafted": found["vllm:spec_decode_num_draft_tokens"].value,
+        "accepted": found["vllm:spec_decode_num_accepted_tokens"].value,
+        "by_position": found["vllm:spec_decode_num_accepted_tokens_per_pos"].values,
+    }
+
+
+def best_two(position: Any) -> list[tuple[int, float]]:
+    ranked = sorted(position.items(), key=lambda item: item[1].rank)
+    return [(token, entry.logprob) for token, entry in ranked[:2]]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
