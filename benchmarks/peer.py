@@ -3,24 +3,28 @@
     python benchmarks/peer.py --text FILE --prompts FILE … [--steps 120] [--out runs/peer]
 
 Equal: draft vocabulary, text, sequences a step, supervised tokens (those that are drafted when served), steps, three
-steps of the training-time test, float32, features computed beforehand. Each side's own: initialisation, loss,
-optimiser, schedule, all by its defaults. Needs the environment that `make integration` makes. τ is replayed along the
-target's greedy answers to prompts that were not trained on.
+steps of the training-time test, features computed beforehand. Each side's own, by its defaults: initialisation, loss,
+optimiser, schedule, precision. Needs the environment that `make integration` makes. Each training is a process of its
+own; memory is what it needs at most beyond what is loaded when it begins. τ is counted by vLLM, three drafted tokens a
+pass, and replayed along the target's greedy answers to the same prompts, none of which was trained on.
 """
 
 import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import set_seed
 
+from training_step import peak_mib
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples, prompt_ids
 from vsd.decoding import Engine, Replay, Sampling
@@ -31,34 +35,56 @@ from vsd.evaluation.bootstrap import rate_interval
 from vsd.export import export_drafter, import_drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
+from vsd.targets.load import resolve
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.batch import ByLength
 
 BATCH, DRAFT_STEPS, VOCABULARY = 4, 3, 8192
 SHAPES = {"chain of 3": TreeShape.chain(3), "tree 5 × 4, 16": TreeShape(5, 4, 16)}
+OBJECTIVES = ("eagle3", "vsd")
+NEW_TOKENS = 64
+PEER = Path(".venv-vllm/bin/python")
+SERVE = Path(__file__).parents[1] / "tests" / "integration" / "serve_in_vllm.py"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def train_ours(target: Target, examples: Sequence[Example], drafter: Eagle3Drafter, steps: int, out: Path) -> float:
-    """Train in place; seconds."""
-    store = FeatureStore.build(out / "features", target, examples)
+def in_peer(*words: object) -> None:
+    """Run a script in the peer's environment."""
+    subprocess.run([str(PEER), *map(str, words)], env={**os.environ, **OFFLINE}, check=True)
+
+
+def text_of(target: Target, a: argparse.Namespace) -> list[Example]:
+    """What both sides train on."""
+    return load_examples(a.text, target.tokenizer, 384, "skip", lambda line: None)[: a.examples]
+
+
+def train_ours(objective: str, a: argparse.Namespace) -> None:
+    """In a process of its own: train from `out/start`, write `out/OBJECTIVE`/drafter and cost.json."""
+    keep_freed_memory()
+    target, out = load_target(dtype="float32", device="cpu"), a.out / objective
+    examples = text_of(target, a)
+    store = FeatureStore.build(a.out / "features", target, examples)
     config = VSDConfig(
-        output_dir=str(out / "ours"),
-        max_steps=steps,
+        output_dir=str(out),
+        objective=objective,
+        max_steps=a.steps,
         draft_steps=DRAFT_STEPS,
         per_device_train_batch_size=BATCH,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
     )
+    drafter = Eagle3Drafter.from_pretrained(a.out / "start")
     trainer = VSDTrainer(target, drafter, config, DraftDataset(examples), store=store)
-    start = time.perf_counter()
+    before, start = peak_mib(), time.perf_counter()
     trainer.train()
-    return time.perf_counter() - start
+    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib() - before}
+    drafter.save_pretrained(out / "drafter")
+    (out / "cost.json").write_text(json.dumps(cost))
 
 
-def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Drafter, steps: int, out: Path) -> float:
-    """Write what they train on, train; seconds. `out/trained` is their checkpoint."""
+def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Drafter, steps: int, out: Path) -> None:
+    """Write what they train on, train; `out/trained` is their checkpoint, beside it cost.json."""
     export_drafter(start, target, out / "config", "speculators")
     for number, example in enumerate(examples):
         save_file(sequence(target, example), out / f"{number}.safetensors")
@@ -66,9 +92,7 @@ def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Draft
     order = [i for epoch in epochs for i in ByLength(BATCH, dataset, lambda epoch=epoch: epoch)]  # type: ignore[misc]
     batches = [order[i * BATCH : (i + 1) * BATCH] for i in range(steps)]
     (out / "batches.json").write_text(json.dumps(batches))
-    python, script = Path(".venv-vllm/bin/python"), Path(__file__).with_name("peer_speculators.py")
-    subprocess.run([str(python), str(script), str(out)], env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
-    return json.loads((out / "seconds.json").read_text())
+    in_peer(Path(__file__).with_name("peer_speculators.py"), out)
 
 
 @torch.inference_mode()
@@ -84,6 +108,57 @@ def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
     }
 
 
+def served(target: Target, checkpoint: Path, prompts: list[list[int]], out: Path) -> float:
+    """τ of an exported drafter in vLLM, three drafted tokens a pass; answers end anywhere."""
+    job = {"target": resolve(target.name), "dtype": "float32", "prompts": prompts, "max_new_tokens": NEW_TOKENS}
+    (out / "job.json").write_text(json.dumps(job | {"drafter": str(checkpoint), "k": 3}))
+    in_peer(SERVE, out / "job.json", out / "served.json")
+    found = json.loads((out / "served.json").read_text())
+    return 1 + found["accepted"] / found["passes"]
+
+
+def measured(drafter: Eagle3Drafter, replay: Replay) -> dict[str, Any]:
+    """τ and its interval, replayed, for every shape."""
+    rows = {}
+    for what, shape in SHAPES.items():
+        results = replay(drafter.float().eval(), shape)
+        new, passes = (np.array([f(r.delivered) for r in results], float) for f in (sum, len))
+        rows[what] = {"tau": acceptance_length(results), "ci": rate_interval(new, passes)}
+    return rows
+
+
+def compare(a: argparse.Namespace) -> dict[str, Any]:
+    """Train on every side, measure; what --out/peer.json holds."""
+    target = load_target(dtype="float32", device="cpu")
+    examples = text_of(target, a)
+    set_seed(0)
+    drafted = DraftDataset(examples).drafted_tokens()
+    start = Eagle3Drafter.for_target(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY))
+    start.save_pretrained(a.out / "start")
+    train_theirs(target, examples, start, a.steps, a.out / "speculators")
+    for objective in OBJECTIVES:
+        subprocess.run([sys.executable, *sys.argv, "--train", objective], check=True)
+    prompts = [
+        prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}])
+        for p in load_prompts(a.prompts, a.limit)
+    ]
+    answers = Engine(target).generate(prompts, Sampling(NEW_TOKENS))
+    replay = Replay(target, [(r.prompt, r.tokens) for r in answers])
+    report: dict[str, Any] = {"steps": a.steps, "examples": len(examples), "drafted_tokens": len(drafted), "runs": {}}
+    for name in ("speculators", *OBJECTIVES):
+        folder = a.out / name
+        if name == "speculators":
+            drafter, checkpoint = import_drafter(folder / "trained", target), folder / "trained"
+        else:
+            drafter = Eagle3Drafter.from_pretrained(folder / "drafter")
+            checkpoint = export_drafter(drafter, target, folder / "exported", "vllm")
+        cost = json.loads((folder / "cost.json").read_text())
+        run = {"tau_vllm": served(target, checkpoint, prompts, folder), **measured(drafter, replay), **cost}
+        report["runs"][name] = run
+        print(name, json.dumps(run), flush=True)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="what the target wrote at temperature 0")
@@ -92,30 +167,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=240)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("runs/peer"))
+    parser.add_argument("--train", choices=OBJECTIVES, help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if a.train:
+        train_ours(a.train, a)
+        return
     keep_freed_memory()
-    target = load_target(dtype="float32", device="cpu")
-    examples = load_examples(a.text, target.tokenizer, 384, "skip", lambda line: None)[: a.examples]
-    set_seed(0)
-    drafted = DraftDataset(examples).drafted_tokens()
-    ours = Eagle3Drafter.for_target(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY))
-    seconds = {"speculators": train_theirs(target, examples, ours, a.steps, a.out)}
-    seconds["vsd"] = train_ours(target, examples, ours, a.steps, a.out)
-    ours.save_pretrained(a.out / "ours" / "drafter")
-
-    prompts = load_prompts(a.prompts, a.limit)
-    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
-    answers = Engine(target).generate(ids, Sampling(64))
-    replay = Replay(target, [(r.prompt, r.tokens) for r in answers])
-    report: dict[str, object] = {"steps": a.steps, "examples": len(examples), "drafted tokens": len(drafted)}
-    for name, drafter in {"speculators": import_drafter(a.out / "trained", target), "vsd": ours}.items():
-        for what, shape in SHAPES.items():
-            results = replay(drafter.float().eval(), shape)
-            new, passes = (np.array([f(r.delivered) for r in results], float) for f in (sum, len))
-            low, high = rate_interval(new, passes)
-            print(f"{name}, {what}: τ {acceptance_length(results):.3f} [{low:.3f}, {high:.3f}], {seconds[name]:.0f} s")
-            report[f"{name}, {what}"] = [acceptance_length(results), low, high]
-    write_json({**report, "seconds": seconds}, a.out / "peer.json")
+    write_json(compare(a), a.out / "peer.json")
 
 
 if __name__ == "__main__":

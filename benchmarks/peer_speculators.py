@@ -6,7 +6,7 @@ FOLDER holds `config/`, a speculators checkpoint whose configuration and vocabul
 numbers of the sequences of every step, and NUMBER.safetensors for each: `aux` [T, 3h], `ids` [T], `last` [T, h] behind
 the final norm, `mask` [T]. The drafter starts as `Eagle3DraftModel` itself does, with the target's LM head, which it
 does not train. Optimiser (Muon), schedule, clipping, loss and its decay are speculators' defaults; the loop around them
-is ours. Writes `trained/` and `seconds.json`.
+is ours. Writes `trained/` and `cost.json`.
 """
 
 import json
@@ -54,13 +54,19 @@ def joined(folder: Path, numbers: list[int]) -> dict[str, torch.Tensor]:
     }
 
 
+def peak_mib() -> float:
+    """Peak resident MiB (Linux)."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
 def main(folder: Path) -> None:
     model, batches = new_model(folder / "config"), json.loads((folder / "batches.json").read_text())
     config = TrainerConfig(lr=LR, muon_lr=LR, num_epochs=1, save_path="", optimizer="muon")
     optimizers = build_optimizers(model, config)
     schedules = [get_linear_schedule_with_warmup(o, len(batches) // 100, len(batches)) for o in optimizers]
     losses = {"ttt_steps": 3, "ttt_step_loss_decay": 1.0, "loss_config": resolve_loss_config("kl_div", "eager")}
-    start = time.perf_counter()
+    before, start = peak_mib(), time.perf_counter()
     for step, numbers in enumerate(batches):
         _, loss, _ = model(**joined(folder, numbers), **losses)
         model.zero_grad()
@@ -70,7 +76,8 @@ def main(folder: Path) -> None:
             tool.step()
         if step % 20 == 0:
             print(step, float(loss), flush=True)
-    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib() - before}
+    (folder / "cost.json").write_text(json.dumps(cost))
     model.verifier_norm = torch.nn.Module()
     model.save_pretrained(folder / "trained")
 

@@ -261,11 +261,11 @@ def work(name: str, folder: Path) -> None:
     drafter = Eagle3Drafter.from_pretrained(folder).train()
     if way.checkpointing:
         drafter.activation_checkpointing_enable()
-    before = _peak()
+    before = peak_mib()
     for line in sys.stdin:
         start = time.perf_counter()
         one_step(way, drafter, target, batches[int(line)])
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak": _peak() - before}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_mib() - before}), flush=True)
 
 
 def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: i
     return {"rates": rates, "peak_mib": {name: worker.peak_mib for name, worker in workers.items()}}
 
 
-def _peak() -> float:
+def peak_mib() -> float:
     """Peak resident MiB. Not ru_maxrss where it can be helped: a Linux process inherits that from its parent."""
     try:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))

@@ -139,6 +139,15 @@ def test_the_clock_ends_training_and_anneals_the_rate(
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
+def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    options = {"max_minutes": 1 / 60, "learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup"}
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, logging_steps=1, **options)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[0] < 2e-3 and len(rates) > 10
+    assert set(rates[len(rates) // 2 :]) == {3e-3}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback
 
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
@@ -110,7 +110,7 @@ class VSDTrainer(Trainer):
         """By steps as configured; by the clock when `max_minutes` is: constant, or a cosine."""
         if self._budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        rate, anneal = self._budget.rate, "constant" not in str(self.args.lr_scheduler_type)
+        rate, anneal = self._budget.rate, "constant" not in SchedulerType(self.args.lr_scheduler_type).value
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer,  # type: ignore[arg-type]
             lambda _: rate(self.args.warmup_steps, anneal),
