@@ -53,7 +53,7 @@ class TimeBudget(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when the time is over."""
-        info = f"step {state.global_step}, loss {float(self.loss):.2f}"
+        info = f"step {state.global_step}" + ("" if math.isnan(self.loss) else f", loss {float(self.loss):.2f}")
         self.bar.update(self.task, completed=self.progress() * self.seconds, info=info)
         control.should_training_stop |= self.progress() >= 1
 
