@@ -1,5 +1,6 @@
 """The fused loss of every objective against its plain formula; which (root, step) pairs are trained; refusals."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -253,6 +254,34 @@ def test_vsd_weighs_drafted_states_by_their_chance_to_be_reached() -> None:
             wanted = wanted + c.paths.share[r] * credits(a)[k] / a[k] * ce(log_q[k, r], p[k])
     found = fused_loss(c.hidden, c.head, c.target, c.paths, part.terms, chunk_rows=5)
     torch.testing.assert_close(found.loss, wanted)
+
+
+def plain_vsd_rejection(path: Path) -> Tensor:
+    """Reach times LK's hybrid, and likelihood by what is ahead where q < p; the running acceptance is 0.6, no CAR."""
+    a = [0.4 + 0.6 * min(1.0, q_of(log_q, label) / float(p[label])) if label >= 0 else 0.4 for log_q, p, label in path]
+    loss, reach = torch.zeros(()), 1.0
+    for t, (log_q, p, label) in enumerate(path):
+        alpha = overlap(log_q, p)
+        mix = torch.exp(-3 * alpha.detach())
+        loss = loss + reach * (mix * (p * (p.log() - log_q)).sum() + (1 - mix) * (1 - alpha))
+        reach *= a[t]
+        ahead = sum(reach * math.prod(a[t + 1 : k + 1]) for k in range(t + 1, len(a)))
+        if label >= 0 and q_of(log_q, label) < float(p[label]):
+            loss = loss + ahead * likelihood(log_q, label)
+    return loss
+
+
+def test_vsd_for_rejection_equals_the_plain_formula() -> None:
+    """With words among them that cannot be drafted."""
+    c = case(4, 17)
+    assert (c.paths.labels < 0).any()
+    wanted = summed(c, plain_vsd_rejection)
+    terms = objective("vsd", {"rule": "rejection", "car": 0}).parts[0].terms
+    found = fused_loss(c.hidden, c.head, c.target, c.paths, terms, acceptance=0.6, chunk_rows=7)
+    torch.testing.assert_close(found.loss, wanted)
+    grads = [torch.autograd.grad(loss, [c.hidden, c.head]) for loss in (found.loss, wanted)]
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_pruned_vocabulary_keeps_the_true_mass() -> None:

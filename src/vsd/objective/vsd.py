@@ -20,7 +20,8 @@ Its formulas for ω, c and the oracle are not public. Ours:
 
   without bias, whether the drafter draws them and a = min(1, p/q), or they are the target's own words and
   a = min(1, q/p) (tests/exact). What is ahead of a token thus weighs its likelihood; the token's own acceptance is LK's
-  hybrid of TV and KL (`eta`), as a gradient of α alone vanishes where q has nothing of p.
+  hybrid of TV and KL (`eta`), as a gradient of α alone vanishes where q has nothing of p. Smoothing and tempering, both
+  below, trade some bias for signal.
 - *ARW*: ω_t = Σ_{k≥t} κ_k = ∂U/∂log a_t on acceptances smoothed by how often the drafter is rejected now,
   ã = α + (1 - α) a with α = 1 - acceptance: for a weak drafter ω_t is K - t whatever it drafts, a strong one learns
   where survival is decided. Where the label's law is p, the step's own a_t is divided out: whether one token was a good
@@ -56,7 +57,8 @@ def path_acceptance(rows: PathRows, rule: str) -> Tensor:
     """
     if rule == "rejection":
         log_p, log_q = rows.label_p.log(), rows.label_log_q
-        return acceptance(log_q, log_p) if rows.recorded else acceptance(log_p, log_q)
+        a = acceptance(log_q, log_p) if rows.recorded else acceptance(log_p, log_q)
+        return a.masked_fill(~rows.known, 0.0)  # p and q of a token that cannot be drafted are both given as 0
     return rows.label_log_q.exp() if rows.recorded else rows.label_p
 
 
