@@ -8,8 +8,8 @@ from typing import NamedTuple
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from vsd.errors import VSDError
-from vsd.targets.load import resolve
-from vsd.targets.target import Target
+from vsd.targets.load import first_line, resolve
+from vsd.targets.target import Target, end_ids
 
 
 class Lexicon(NamedTuple):
@@ -40,11 +40,10 @@ def load_lexicon(name: str, *, revision: str | None = None, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options).get_text_config()
     except (OSError, ValueError) as error:
-        raise VSDError(f"cannot read the tokenizer of '{name}': {str(error).strip().splitlines()[0]}") from error
+        raise VSDError(f"cannot read the tokenizer of '{name}': {first_line(error)}") from error
     try:
-        ends = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
+        generation = GenerationConfig.from_pretrained(path, revision=revision or "main")
     except OSError:  # many models have no generation_config.json
-        ends = None
-    ends = ends if ends is not None else tokenizer.eos_token_id
-    eos_ids = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-    return Lexicon(name, tokenizer, config.vocab_size, getattr(config, "max_position_embeddings", None), eos_ids)
+        generation = None
+    context = getattr(config, "max_position_embeddings", None)
+    return Lexicon(name, tokenizer, config.vocab_size, context, end_ids(generation, tokenizer))

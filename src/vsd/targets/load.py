@@ -54,7 +54,7 @@ def load_target(
             path, dtype=chosen, use_safetensors=True, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError) as error:
-        raise VSDError(f"cannot load target '{name}': {_first_line(error)}") from error
+        raise VSDError(f"cannot load target '{name}': {first_line(error)}") from error
     model.to(where)  # type: ignore[arg-type]
     target = Target(model, tokenizer, name=name)
     if pack:
@@ -125,7 +125,7 @@ def _converted(gguf: Path) -> Path:
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantise()
         )
     except (OSError, ValueError, KeyError) as error:
-        raise VSDError(f"cannot read GGUF file '{gguf}': {_first_line(error)}") from error
+        raise VSDError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as half:
         _save_dequantised(model, tokenizer, half)
         try:
@@ -181,5 +181,6 @@ def _dtype(name: str) -> torch.dtype:
     return choices[name]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its name if it says nothing."""
     return str(error).strip().split("\n")[0] or type(error).__name__

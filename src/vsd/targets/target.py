@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import VSDError
 from vsd.targets.cache import TreeCache, key_positions, visible
@@ -84,9 +84,7 @@ class Target:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = ids if ids is not None else self.tokenizer.eos_token_id
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+        return end_ids(self.model.generation_config, self.tokenizer)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., h] of token ids [...], as the model itself embeds them."""
@@ -224,6 +222,13 @@ class Target:
             raise VSDError(
                 f"{type(self.model).__name__} transforms its logits in a way that is not understood; please report it"
             )
+
+
+def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation config's, else the tokenizer's."""
+    ids = generation.eos_token_id if generation else None
+    ids = ids if ids is not None else tokenizer.eos_token_id
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
