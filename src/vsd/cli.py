@@ -50,7 +50,7 @@ example:
     "tune": """\
 example:
   vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
-Prints --depth, --top-k and --nodes for vsd generate and vsd bench.""",
+Prints --depth, --top-k, --nodes and --p-min for vsd generate and vsd bench.""",
     "export": """\
 example:
   vsd export --target T --format sglang runs/mine/drafter exported --bench runs/mine/bench.json
@@ -167,6 +167,9 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, default=4, help="beam width; 1 drafts a chain (default 4)")
     group.add_argument("--nodes", type=int, help="nodes verified in a pass, root included (default 12; chain: all)")
     group.add_argument(
+        "--p-min", type=float, default=0.0, help="leave out what the drafter finds less probable (default 0: nothing)"
+    )
+    group.add_argument(
         "--verification",
         choices=["auto", "rejection"],
         default="auto",
@@ -177,7 +180,8 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
 def _shape(a: argparse.Namespace) -> Any:
     from vsd.paths import TreeShape
 
-    return TreeShape(a.depth, a.top_k, a.nodes if a.nodes is not None else a.depth + 1 if a.top_k == 1 else 12)
+    nodes = a.nodes if a.nodes is not None else a.depth + 1 if a.top_k == 1 else 12
+    return TreeShape(a.depth, a.top_k, nodes, a.p_min)
 
 
 def _sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int, several: bool = False) -> None:

@@ -37,7 +37,7 @@ def check_accounts(result: Result, depth: int) -> None:
     assert all(0 <= a <= depth for a in result.accepted)
 
 
-@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape.chain(3), None], ids=["tree", "chain", "plain"])
+@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape(4, 3, 12, 0.05), TreeShape.chain(3), None], ids=str)
 def test_greedy_is_generate(pair: Pair, shape: TreeShape | None) -> None:
     """Ragged prompts in one batch and one by one; the drafter knows these answers, so paths are really accepted."""
     target, drafter = pair
@@ -226,15 +226,24 @@ def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: 
         Engine(target, drafter, shape, rule).generate(PROMPTS, Sampling(8, temperature))
 
 
-@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape(2, 4, 6), TreeShape.chain(3)])
+@pytest.mark.parametrize(
+    "shape", [TreeShape(4, 3, 12), TreeShape(2, 4, 6), TreeShape(4, 3, 12, 0.02), TreeShape.chain(3)], ids=str
+)
 def test_replayed_answers_deliver_what_decoding_delivers(pair: Pair, shape: TreeShape) -> None:
     """Pass by pass, for answers of any length: cut short, ended by EOS, a single token."""
     target, drafter = pair
     results = []
     for length in (1, 2, 9, LENGTH + 8):
         results += Engine(target, drafter, shape).generate(PROMPTS, Sampling(length))
+    if shape.p_min:  # trees of a batch are as big as its biggest, so compare with requests one by one
+        results = [
+            Engine(target, drafter, shape).generate([r.prompt], Sampling(max(1, len(r.tokens))))[0] for r in results
+        ]
     texts = [(result.prompt, result.tokens) for result in results]
     found = Replay(target, texts)(drafter, shape)
+    if shape.p_min:
+        assert [r.trees for r in found] == [r.trees for r in results]
+        assert len({nodes for r in found for nodes, _ in r.trees}) > 1
     assert [r.delivered for r in found] == [r.delivered for r in results]
     assert [r.accepted[:-1] for r in found] == [r.accepted[:-1] for r in results]
     assert max(d for r in found for d in r.delivered) > 2

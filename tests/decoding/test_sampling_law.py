@@ -74,6 +74,8 @@ ENGINES: dict[str, tuple[TreeShape | None, str]] = {
     "narrow tree": (TreeShape(2, 2, 4), "auto"),
     "chain": (TreeShape.chain(3), "auto"),
     "sampled chain": (TreeShape.chain(3), "rejection"),
+    "early end": (TreeShape(3, 3, 9, 0.2), "auto"),
+    "early end of a sampled chain": (TreeShape.chain(3, 0.05), "rejection"),
 }
 
 

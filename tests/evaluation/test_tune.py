@@ -7,24 +7,35 @@ from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
 from vsd.evaluation import Tuned, best, tune
+from vsd.evaluation.tune import Costs
 from vsd.paths import TreeShape
 
-SHAPES = [TreeShape.chain(1), TreeShape.chain(3), TreeShape(3, 3, 8)]
+SHAPES = [TreeShape.chain(1), TreeShape.chain(3), TreeShape(3, 3, 8), TreeShape(3, 3, 8, 0.05)]
 
 
-def test_expected_speedup_is_tau_over_cost() -> None:
+def test_expected_speedup_is_what_the_texts_take() -> None:
     target, drafter = fluent_pair("llama")
-    results = Engine(target).generate(PROMPTS, Sampling(24, eos_ids=()))
+    results = [Engine(target).generate([prompt], Sampling(24, eos_ids=()))[0] for prompt in PROMPTS]
     found = tune(target, drafter, [(r.prompt, r.tokens) for r in results], SHAPES, progress=False)
     assert {tuned.shape for tuned in found} == set(SHAPES)
     assert [t.speedup for t in found] == sorted((t.speedup for t in found), reverse=True)
-    plain = {tuned.speedup * tuned.seconds / tuned.tau for tuned in found}
-    assert max(plain) == pytest.approx(min(plain)) and min(plain) > 0
     for tuned in found:
-        decoded = Engine(target, drafter, tuned.shape).generate(PROMPTS, Sampling(24, eos_ids=()))
+        engine = Engine(target, drafter, tuned.shape)
+        decoded = [engine.generate([prompt], Sampling(24, eos_ids=()))[0] for prompt in PROMPTS]
         assert tuned.tau == pytest.approx(acceptance_length(decoded))
     by_shape: dict[TreeShape, Tuned] = {tuned.shape: tuned for tuned in found}
     assert by_shape[SHAPES[2]].tau >= by_shape[SHAPES[1]].tau > by_shape[SHAPES[0]].tau > 1
+    pruned = by_shape[SHAPES[3]]
+    assert 1 < pruned.tau <= by_shape[SHAPES[2]].tau and pruned.seconds > 0
+
+
+COSTS = Costs(reading=(1e-3, 2e-3), plain=0.1, draft={(4, 2): 0.08}, verify={1: 0.1, 5: 0.14, 9: 0.2}, rest=0.01)
+
+
+def test_a_step_costs_its_levels_and_its_nodes() -> None:
+    assert COSTS.step(TreeShape(4, 2, 9), 9, 3) == pytest.approx(0.08 + 0.2 + 0.01)
+    assert COSTS.step(TreeShape(4, 2, 9, 0.1), 3, 1) == pytest.approx(0.04 + 0.12 + 0.01)  # two levels were tried
+    assert COSTS.step(TreeShape(4, 2, 9, 0.1), 1, 0) == pytest.approx(0.02 + 0.1 + 0.01)
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:

@@ -1,6 +1,8 @@
 """Draft trees and chains against slow references that recompute every node with the training pass."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -148,6 +150,27 @@ def test_tree_invariants(shape: TreeShape) -> None:
         assert float(step) == pytest.approx(float(logp), abs=2e-4)
 
 
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(shapes(), st.sampled_from([1e-4, 0.003, 0.03, 0.2, 0.9]))
+@torch.no_grad()
+def test_unlikely_nodes_are_left_out(shape: TreeShape, p_min: float) -> None:
+    """The tree with p_min has the likely nodes of the tree without, and of rows with fewer the next best."""
+    whole, part = SETTING.tree(shape), SETTING.tree(replace(shape, p_min=p_min))
+    likely = whole.log_q >= math.log(p_min)
+    assert part.tokens.shape[1] == int(likely.sum(1).max())
+    for row in range(3):
+        nodes = dict(zip(paths_of(part, row), part.log_q[row].tolist()))
+        assert len(nodes) == part.tokens.shape[1]
+        for path, score, kept in zip(paths_of(whole, row), whole.log_q[row].tolist(), likely[row].tolist()):
+            assert not kept or nodes[path] == pytest.approx(score, abs=1e-5)
+
+
+@torch.no_grad()
+def test_drafting_ends_below_unlikely_nodes() -> None:
+    depths = {p: int(SETTING.tree(TreeShape(5, 3, 39, p)).depths.max()) for p in (0.0, 0.01, 0.9)}
+    assert depths[0.0] == 5 > depths[0.01] > depths[0.9] == 0
+
+
 @torch.no_grad()
 def test_a_chain_is_a_tree_of_one_branch() -> None:
     shape = TreeShape.chain(4)
@@ -170,7 +193,7 @@ def test_sampled_chain_reports_the_distribution_it_was_drawn_from(temperature: f
         hidden, cache = SETTING.read()
         generators = [torch.Generator().manual_seed(seed + row) for row in range(3)]
         given = (SETTING.drafter, SETTING.target.embed, hidden, SETTING.root, cache)
-        return draw_chain(*given, 3, [temperature] * 3, generators)
+        return draw_chain(*given, TreeShape.chain(3), [temperature] * 3, generators)
 
     tree, draft_logp, ids = chain(0)
     assert torch.equal(ids, SETTING.drafter.draft_ids())
@@ -190,6 +213,12 @@ def test_sampled_chain_reports_the_distribution_it_was_drawn_from(temperature: f
 def test_impossible_shapes_are_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(VSDError, match="nodes"):
         TreeShape(*shape)
+
+
+@pytest.mark.parametrize("p_min", [-0.1, 1.0])
+def test_impossible_probabilities_are_refused(p_min: float) -> None:
+    with pytest.raises(VSDError, match="p_min"):
+        TreeShape(p_min=p_min)
 
 
 def test_largest_possible_shapes_are_not() -> None:

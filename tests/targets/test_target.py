@@ -1,5 +1,6 @@
 """What the drafter and the verifier read from a target equals what the model computes for plain sequences."""
 
+import copy
 import random
 
 import pytest
@@ -12,7 +13,8 @@ from architectures import ARCHITECTURES, SIZES, build, llama
 from vsd.errors import VSDError
 from vsd.paths import ancestors
 from vsd.targets import Target, TargetOutput
-from vsd.targets.packed import PackedLinear, pack_linears
+from vsd.targets.attention import grouped_attention
+from vsd.targets.packed import pack_linears
 from vsd.targets.target import default_aux_layers
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # hidden states are of order 1; a wrong mask or position moves them by 0.01 to 1
@@ -131,13 +133,39 @@ def test_packed_linears_equal_plain_ones() -> None:
         fingerprint = target.fingerprint()
         plain_linears = sum(type(m) is torch.nn.Linear for m in target.model.modules())
         assert pack_linears(target.model) == plain_linears
-        assert sum(isinstance(m, PackedLinear) for m in target.model.modules()) == plain_linears
+        assert not any(type(m) is torch.nn.Linear for m in target.model.modules())
         after = target.features(ids)
         torch.testing.assert_close(after.hidden, before.hidden, **CLOSE)
         torch.testing.assert_close(after.aux, before.aux, **CLOSE)
         torch.testing.assert_close(target.logits(after.hidden), logits, **CLOSE)
         assert target.fingerprint() == fingerprint
         assert target.head_weight.shape == (tiny.VOCAB, 32)
+
+
+def test_joint_layers_answer_in_any_order() -> None:
+    """Each for its own input, whoever is asked, however often, and nothing is kept when all have answered."""
+    torch.manual_seed(0)
+    names = ("q_proj", "k_proj", "v_proj")
+    plain = torch.nn.ModuleDict({name: torch.nn.Linear(8, n) for name, n in zip(names, (16, 8, 24))})
+    joint = copy.deepcopy(plain)
+    assert pack_linears(joint) == 3
+    x, y = torch.randn(2, 5, 8), torch.randn(1, 8)
+    for name, given in (("q_proj", x), ("v_proj", y), ("v_proj", y), ("k_proj", y), ("q_proj", x), ("k_proj", x)):
+        torch.testing.assert_close(joint[name](given), plain[name](given), **CLOSE)
+    assert joint["v_proj"](x).shape == (2, 5, 24) and joint["q_proj"].joint.input is None
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_grouped_attention_is_attention(groups: int, scaling: float | None) -> None:
+    torch.manual_seed(0)
+    B, G, N, L, D = 2, 2, 5, 11, 4
+    query, key, value = torch.randn(B, N, G * groups, D).transpose(1, 2), *torch.randn(2, B, G, L, D)
+    mask = torch.zeros(B, 1, N, L).masked_fill(torch.rand(B, 1, N, L) < 0.5, torch.finfo(torch.float32).min)
+    found, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=scaling)
+    for h in range(G * groups):
+        scores = query[:, h] @ key[:, h // groups].mT * (scaling or D**-0.5) + mask[:, 0]
+        torch.testing.assert_close(found[:, :, h], scores.softmax(-1) @ value[:, h // groups], **CLOSE)
 
 
 def test_packed_linears_leave_alone_what_they_cannot_pack() -> None:

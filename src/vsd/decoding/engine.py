@@ -30,6 +30,7 @@ class Result:
         finish: "stop" (EOS or stop string), "length" (max_new_tokens) or "window" (the target's context is full).
         accepted: drafted tokens accepted by each verification pass.
         delivered: new tokens each pass added to the answer, bonus token included.
+        trees: (nodes, root included; depth) of each pass's tree.
     """
 
     prompt: list[int]
@@ -37,6 +38,7 @@ class Result:
     finish: str = ""
     accepted: list[int] = field(default_factory=list)
     delivered: list[int] = field(default_factory=list)
+    trees: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Step(NamedTuple):
@@ -135,11 +137,12 @@ class Engine:
             counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
             self._commit(state, verdict, output, path)
-            new = {}
+            new, size = {}, (tree.tokens.shape[1], int(tree.depths.max()))
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
                 new[i] = deliver[i](results[i], tokens[:count])
                 results[i].delivered.append(len(new[i]))
+                results[i].trees.append(size)
             yield Step(new, drafted, verified, clock.lap())
 
     def _prefill(
@@ -168,7 +171,7 @@ class Engine:
         given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
         temperatures = [law.temperature for law in state.laws]
         if self.verification == "rejection" and any(temperatures):
-            chain = draw_chain(*given, self.shape.depth, temperatures, [law.generator for law in state.laws])
+            chain = draw_chain(*given, self.shape, temperatures, [law.generator for law in state.laws])
             return _sound(chain.tree), chain
         return _sound(draw_tree(*given, self.shape)), None
 

@@ -21,6 +21,7 @@ from vsd.targets import Target
 from vsd.verification import follow
 
 _NOTHING = -1  # a token no drafter proposes
+_LEFT_OUT = -2  # a token no target chooses
 _BATCH = 32
 
 Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's greedy answer
@@ -74,11 +75,15 @@ class Replay:
             tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
             behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
             choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
+            own = tree.log_q >= shape.floor  # [B, N] a tree of the batch is as big as its biggest
+            tree = tree._replace(tokens=tree.tokens.masked_fill(~own, _LEFT_OUT))
             counts = follow(tree, choice.masked_fill(behind >= lengths[:, None], _NOTHING)).counts
-            left = lengths - 1 - at
-            for i, count, most in zip(rows, counts.tolist(), left.tolist()):
+            left, depths = lengths - 1 - at, tree.depths.masked_fill(~own, 0).amax(1)
+            passes = zip(rows, counts.tolist(), left.tolist(), own.sum(1).tolist(), depths.tolist())
+            for i, count, most, nodes, depth in passes:
                 results[i].accepted.append(count - 1)
                 results[i].delivered.append(min(count, most))
+                results[i].trees.append((nodes, depth))
             keep = (counts < left).nonzero()[:, 0]
             if not len(keep):
                 return

@@ -19,5 +19,6 @@ def load_drafter(path: str | Path, target: Target) -> Eagle3Drafter:
     drafter = Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device)
     target.take_features(drafter.config.aux_layers)
     drafter.check_target(target)
-    pack_linears(drafter.eval().requires_grad_(False))
+    # Queries are asked of fewer entries than keys and values.
+    pack_linears(drafter.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
     return drafter

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vsd.paths import TreeShape
+
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Print what `bench` returned, one row a run."""
@@ -46,7 +48,7 @@ def _cells(run: dict[str, Any]) -> list[str]:
     return [
         run["drafter"] or "plain",
         f"{run['temperature']:g}",
-        f"{tree['depth']}×{tree['top_k']}, {tree['nodes']}" if tree else "",
+        str(TreeShape(**tree)) if tree else "",
         f"{run['tau']:.2f}" if tree else "1",
         f"{run['tokens_per_second']:.1f}",
         _with_interval(run["speedup"], run["speedup_ci"]) if tree else "1",

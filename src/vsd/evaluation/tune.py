@@ -6,9 +6,11 @@ quotient is a prediction; `vsd bench` measures what comes of it.
 """
 
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -41,6 +43,7 @@ SHAPES = (
             (7, 10, 60),
         )
     ),
+    *(TreeShape(*sizes, p_min) for sizes in ((3, 3, 8), (4, 4, 12), (6, 4, 16)) for p_min in (0.03, 0.06, 0.12)),
 )
 _STEPS = 12  # timed, of every tree
 
@@ -50,8 +53,8 @@ class Tuned:
     """What a tree is expected to do.
 
     Attributes:
-        seconds: median of a step, to draft, verify and commit, one request at a time.
-        speedup: expected, over plain decoding in this engine.
+        seconds: mean of a step, to draft, verify and commit, one request at a time.
+        speedup: expected, over plain decoding in this engine, for the texts as a whole, prompts read included.
     """
 
     shape: TreeShape
@@ -78,33 +81,83 @@ def tune(
     if not any(len(answer) > 1 for _, answer in texts):
         raise VSDError("every answer ended with its first token: there was nothing to draft")
     shapes = [shape for shape in shapes if shape.top_k <= drafter.config.draft_vocab_size]
-    middle = sorted((prompt for prompt, _ in texts), key=len)[len(texts) // 2]
-    plain, *seconds = _step_seconds(target, drafter, middle, shapes)
+    costs = Costs.measure(target, drafter, _typical_context(texts), shapes)
+    read = sum(len(prompt) for prompt, _ in texts)
+    plain = costs.reading[0] * read + costs.plain * sum(len(answer) - 1 for _, answer in texts)
     found, replay = [], Replay(target, texts)
-    for shape, cost in zip(shapes, track(seconds, "trying trees", disable=not progress)):
-        tau = acceptance_length(replay(drafter, shape))
-        found.append(Tuned(shape, tau, cost, tau * plain / cost))
+    for shape in track(shapes, "trying trees", disable=not progress):
+        results = replay(drafter, shape)
+        steps = [costs.step(shape, nodes, depth) for result in results for nodes, depth in result.trees]
+        speedup = plain / (costs.reading[1] * read + sum(steps))
+        found.append(Tuned(shape, acceptance_length(results), statistics.mean(steps), speedup))
     return sorted(found, key=lambda tuned: tuned.speedup, reverse=True)
 
 
-@torch.inference_mode()
-def _step_seconds(
-    target: Target, drafter: Eagle3Drafter, prompt: list[int], shapes: Sequence[TreeShape]
-) -> list[float]:
-    """Seconds of a step of plain decoding, then of every tree."""
-    engines = [Engine(target), *(Engine(target, drafter, shape) for shape in shapes)]
-    room = target.config.max_position_embeddings - len(prompt)
-    sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
-    streams = [engine.stream([Result(prompt)], sampling) for engine in engines]
-    taken: list[list[float]] = [[] for _ in streams]
-    for number in range(_STEPS + 2):
-        for stream, seconds in zip(streams, taken):
-            step = next(stream, None)
-            if step is not None and number >= 2:  # the first is the prompt, the second warms up
-                seconds.append(step.draft + step.verify + step.commit)
-    if not all(taken):
-        raise VSDError("the prompt leaves too little room in the target's context window to time anything")
-    return [statistics.median(seconds) for seconds in taken]
+def _typical_context(texts: Sequence[tuple[list[int], list[int]]]) -> list[int]:
+    """What decoding has read half-way through a text of median length."""
+    prompt, answer = sorted(texts, key=lambda text: sum(map(len, text)))[len(texts) // 2]
+    return prompt + answer[: len(answer) // 2]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, medians of real steps at one context.
+
+    Attributes:
+        reading: of a token of the prompt, without and with a drafter.
+        plain: of a step of plain decoding.
+        draft: to draft a tree to its full depth, by depth and top_k.
+        verify: of a pass, by its nodes.
+        rest: of all else in a step with a drafter.
+    """
+
+    reading: tuple[float, float]
+    plain: float
+    draft: dict[tuple[int, int], float]
+    verify: dict[int, float]
+    rest: float
+
+    def step(self, shape: TreeShape, nodes: int, depth: int) -> float:
+        """Expected of a step of `shape` whose tree came out with so many nodes, the deepest at `depth`."""
+        tried = min(shape.depth, depth + 1) if shape.p_min else shape.depth  # the last level found nothing to keep
+        draft = self.draft[shape.depth, shape.top_k] * tried / shape.depth
+        return draft + float(np.interp(nodes, list(self.verify), list(self.verify.values()))) + self.rest
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(
+        cls, target: Target, drafter: Eagle3Drafter, context: list[int], shapes: Sequence[TreeShape]
+    ) -> "Costs":
+        """Time every tree in full, and plain decoding, in turns."""
+        full = list(dict.fromkeys(replace(shape, p_min=0.0) for shape in shapes))
+        engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
+        room = target.config.max_position_embeddings - len(context)
+        sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
+        streams = [engine.stream([Result(context)], sampling) for engine in engines]
+        read: list[float] = []
+        taken: list[list[tuple[float, float, float]]] = [[] for _ in streams]
+        for number in range(_STEPS + 2):
+            for stream, seconds in zip(streams, taken):
+                start = time.perf_counter()
+                step = next(stream, None)
+                whole = time.perf_counter() - start
+                if step is not None and number == 0:
+                    read.append(whole / len(context))
+                elif step is not None and number >= 2:  # one warms up
+                    seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
+        if not all(taken):
+            raise VSDError("the prompt leaves too little room in the target's context window to time anything")
+        plain, *medians = [tuple(map(statistics.median, zip(*seconds))) for seconds in taken]
+        verify: dict[int, list[float]] = {1: [plain[1]]}
+        for shape, (_, verified, _) in sorted(zip(full, medians), key=lambda pair: pair[0].nodes):
+            verify.setdefault(shape.nodes, []).append(verified)
+        return cls(
+            (read[0], statistics.median(read[1:])),
+            sum(plain),
+            {(shape.depth, shape.top_k): draft for shape, (draft, _, _) in zip(full, medians)},
+            {nodes: statistics.median(seconds) for nodes, seconds in verify.items()},
+            statistics.median(rest for _, _, rest in medians),
+        )
 
 
 def best(found: Sequence[Tuned]) -> Tuned:
@@ -119,7 +172,7 @@ def print_trees(found: Sequence[Tuned], console: Console | None = None) -> None:
     for tuned in found[:8]:
         shape = tuned.shape
         table.add_row(
-            f"{shape.depth} × {shape.top_k}, {shape.nodes}",
+            str(shape),
             f"{tuned.tau:.2f}",
             f"{1e3 * tuned.seconds:.1f}",
             f"{tuned.speedup:.2f}",
@@ -127,4 +180,5 @@ def print_trees(found: Sequence[Tuned], console: Console | None = None) -> None:
     shape = best(found).shape
     console = console or Console()
     console.print(table)
-    console.print(f"--depth {shape.depth} --top-k {shape.top_k} --nodes {shape.nodes}")
+    p_min = f" --p-min {shape.p_min:g}" if shape.p_min else ""
+    console.print(f"--depth {shape.depth} --top-k {shape.top_k} --nodes {shape.nodes}{p_min}")

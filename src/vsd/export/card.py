@@ -6,6 +6,7 @@ from typing import Any
 
 from vsd.drafters import Eagle3Drafter
 from vsd.export.checkpoint import serve_line
+from vsd.paths import TreeShape
 from vsd.targets import Target
 
 
@@ -45,7 +46,7 @@ def model_card(drafter: Eagle3Drafter, target: Target, kind: str, out: Path, sou
 def _measured(report: dict[str, Any]) -> list[str]:
     """Drafters' rows of what `vsd bench` wrote."""
     rows = [
-        f"| {run['temperature']:g} | {run['tree']['depth']} × {run['tree']['top_k']}, {run['tree']['nodes']} | "
+        f"| {run['temperature']:g} | {TreeShape(**run['tree'])} | "
         f"{run['tau']:.2f} [{run['tau_ci'][0]:.2f}, {run['tau_ci'][1]:.2f}] | {run['speedup']:.2f} |"
         for run in report["runs"]
         if run["drafter"] is not None

@@ -3,11 +3,13 @@
 The root is the token already decided; its children are the drafter's k best. Then repeatedly: run the k best nodes of
 the newest level, give each its k best children, put all of them in a pool. The tree is the root and the best N - 1 of
 the pool by cumulative log-probability. A child never outranks its parent, so what is kept is connected; nodes come
-out sorted, so a parent's index is always below its children's.
+out sorted, so a parent's index is always below its children's. Nodes too unlikely to pay for their place can be
+left out, and drafting ends where the whole beam is: where the drafter is sure it drafts far, where it is not, hardly.
 
 Legend: B batch, N nodes of a tree, k beam width, P pool size, S scratch slots of the drafter's cache.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,13 +26,20 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TreeShape:
-    """How far to draft: `depth` tokens, beam of `top_k`, `nodes` in all (root included). top_k = 1 is a chain."""
+    """How far to draft: `depth` tokens, beam of `top_k`, `nodes` in all (root included). top_k = 1 is a chain.
+
+    Attributes:
+        p_min: no node is verified that the drafter reaches with a smaller probability, and nothing is drafted below it.
+    """
 
     depth: int = 5
     top_k: int = 4
     nodes: int = 12
+    p_min: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.p_min < 1:
+            raise VSDError(f"p_min is a probability below 1, not {self.p_min}")
         if min(self.depth, self.top_k) < 1 or self.nodes < 2:
             raise VSDError(f"a draft tree needs depth ≥ 1, top_k ≥ 1 and nodes ≥ 2, not {self}")
         if self.nodes > 1 + self.pool:
@@ -43,10 +52,19 @@ class TreeShape:
         """Number of nodes drafted before the best are kept."""
         return self.top_k + (self.depth - 1) * self.top_k**2
 
+    @property
+    def floor(self) -> float:
+        """log p_min."""
+        return math.log(self.p_min) if self.p_min else -math.inf
+
     @classmethod
-    def chain(cls, depth: int) -> "TreeShape":
+    def chain(cls, depth: int, p_min: float = 0.0) -> "TreeShape":
         """A single path of `depth` tokens."""
-        return cls(depth, 1, depth + 1)
+        return cls(depth, 1, depth + 1, p_min)
+
+    def __str__(self) -> str:
+        p_min = f", p ≥ {self.p_min:g}" if self.p_min else ""
+        return f"{self.depth} × {self.top_k}, {self.nodes}{p_min}"
 
 
 class Tree(NamedTuple):
@@ -90,6 +108,8 @@ def draw_tree(
     own = torch.eye(k, dtype=torch.bool, device=root.device).expand(B, k, k)
     beam_nodes = torch.arange(1, k + 1, device=root.device).expand(B, k)  # where the beam stands in the pool
     for depth in range(1, shape.depth):
+        if shape.p_min and float(beam_logp.max()) < shape.floor:
+            break
         seen = torch.cat([seen, own], dim=-1)
         hidden = drafter.expand(hidden, embed(beam), depth, seen, cache)
         child_logp, best = drafter.log_probs(hidden).topk(k)  # [B, k, k]
@@ -111,7 +131,10 @@ def draw_tree(
         torch.tensor(depths, device=root.device).expand(B, -1),
         torch.cat(scores, 1),
     )
-    return _best(pool, shape.nodes)
+    nodes = shape.nodes
+    if shape.p_min:
+        nodes = min(nodes, int((pool.log_q >= shape.floor).sum(1).max()))
+    return _best(pool, nodes)
 
 
 def _best(pool: Tree, nodes: int) -> Tree:
@@ -130,25 +153,31 @@ def draw_chain(
     hidden: Tensor,
     root: Tensor,
     cache: DraftCache,
-    depth: int,
+    shape: TreeShape,
     temperature: Sequence[float],
     generators: Generators,
 ) -> Chain:
-    """Sample one path of `depth` tokens below `root` [B], row b at temperature[b]; at 0 it is the drafter's best."""
+    """Sample one path below `root` [B], row b at temperature[b]; at 0 it is the drafter's best.
+
+    Below an unlikely token (`shape.p_min`) nothing is drafted, but the token itself stays: whether it is verified must
+    not depend on what it is.
+    """
     B = root.shape[0]
     divisor = torch.tensor([t or 1.0 for t in temperature], device=root.device)[:, None]
     ids = drafter.draft_ids()
     path, distributions, log_q = [root], [], [torch.zeros(B, device=root.device)]
-    for step in range(depth):
+    for step in range(shape.depth):
+        if float(log_q[-1].max()) < shape.floor:
+            break
         q = probabilities(drafter.log_probs(hidden[:, 0]) / divisor, generators)  # [B, Vd]
         drawn = draw(q, generators)
         distributions.append(q.log())
         log_q.append(log_q[-1] + distributions[-1].gather(1, drawn[:, None])[:, 0])
         path.append(ids[drawn])
-        if step + 1 < depth:
+        if step + 1 < shape.depth:
             scratch = torch.ones(B, 1, step + 1, dtype=torch.bool, device=root.device)
             hidden = drafter.expand(hidden, embed(path[-1][:, None]), step + 1, scratch, cache)
-    nodes = torch.arange(depth + 1, device=root.device)
+    nodes = torch.arange(len(path), device=root.device)
     tree = Tree(
         torch.stack(path, 1),
         (nodes - 1).clamp(min=0).expand(B, -1),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import VSDError
+from vsd.targets import attention
 from vsd.targets.cache import TreeCache, key_positions, visible
 
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -50,6 +51,8 @@ class Target:
         name: str = "",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config.get_text_config()
