@@ -4,12 +4,13 @@
 
 The target answers every turn once, by plain greedy decoding in batches (kept in --answers and not done again). Every
 drafter then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap
-over prompts. Trees are depth x top_k x nodes.
+over prompts. Trees are depth x top_k x nodes [x p_min].
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vsd.evaluation.bootstrap import rate_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
+DEFAULT = ("3x3x8", "5x4x16", "7x10x60")
 Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its greedy answer
 
 
@@ -72,7 +74,7 @@ def measure(
     results = replay(drafter, shape)
     suites = dict.fromkeys(prompt.suite for prompt in prompts)
     return {
-        "tree": [shape.depth, shape.top_k, shape.nodes],
+        "tree": asdict(shape),
         "tau": acceptance_length(results),
         "tau_ci": rate_interval(*per_prompt(turns, results)),
         "acceptance_per_position": acceptance_per_position(results, shape.depth),
@@ -83,18 +85,12 @@ def measure(
     }
 
 
-def tree(text: str) -> TreeShape:
-    """A shape from depth x top_k x nodes."""
-    depth, top_k, nodes = map(int, text.split("x"))
-    return TreeShape(depth, top_k, nodes)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--drafter", nargs="+", required=True)
     parser.add_argument("--prompts", nargs="+", required=True)
-    parser.add_argument("--trees", nargs="+", type=tree, default=[tree(t) for t in ("3x3x8", "5x4x16", "7x10x60")])
+    parser.add_argument("--trees", nargs="+", type=TreeShape.parse, default=list(map(TreeShape.parse, DEFAULT)))
     parser.add_argument("--limit", type=int, help="prompts of each file; default all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
@@ -116,7 +112,7 @@ def main() -> None:
             low, high = row["tau_ci"]
             table.add_row(
                 path,
-                f"{shape.depth}×{shape.top_k}, {shape.nodes}",
+                str(shape),
                 f"{row['tau']:.3f} [{low:.3f}, {high:.3f}]",
                 ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau_by_suite"].items()),
                 ", ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),

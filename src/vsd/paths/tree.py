@@ -62,6 +62,16 @@ class TreeShape:
         """A single path of `depth` tokens."""
         return cls(depth, 1, depth + 1, p_min)
 
+    @classmethod
+    def parse(cls, text: str) -> "TreeShape":
+        """From depth x top_k x nodes [x p_min], such as 5x4x16 or 5x4x16x0.05.
+
+        Raises:
+            ValueError: these are not three or four numbers.
+        """
+        depth, top_k, nodes, *p_min = text.split("x")
+        return cls(int(depth), int(top_k), int(nodes), *map(float, p_min))
+
     def __str__(self) -> str:
         p_min = f", p ≥ {self.p_min:g}" if self.p_min else ""
         return f"{self.depth} × {self.top_k}, {self.nodes}{p_min}"

@@ -1,0 +1,199 @@
+"""vsd's decoder against the others that a user could take: same weights, same precision, same prompts, one run.
+
+    python benchmarks/against.py --drafter D --prompts FILE … --tree 3x3x8 [--vllm .venv-vllm/bin/python --k 3]
+
+Transformers' `generate` as it comes (nothing of vsd in the model): plain, with prompt lookup, with an assistant; vsd
+without and with a drafter; vLLM in a process and environment of its own, without and with the same drafter, exported.
+Each request is answered by all, one after another, in rotating order, one request at a time, T = 0. Intervals are 95 %
+paired bootstrap over prompts. There is no smaller model of the default target's family: the assistant is the target's
+own first layers under its own head, which is what a user could make of it without training.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Sampling
+from vsd.drafters import load_drafter
+from vsd.evaluation import load_prompts, write_json
+from vsd.evaluation.bench import machine
+from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
+from vsd.export import export_drafter
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+from vsd.targets.load import resolve
+
+Way = Callable[[list[int]], tuple[list[int], float]]  # prompt -> (answer, seconds)
+BASE = "generate"
+ASSISTANT_LAYERS = 4
+LOOKUP = 3  # tokens looked up ahead
+
+
+def timed(answer: Callable[[list[int]], list[int]]) -> Way:
+    """A way of answering, with the seconds it takes."""
+
+    def way(prompt: list[int]) -> tuple[list[int], float]:
+        start = time.perf_counter()
+        tokens = answer(prompt)
+        return tokens, time.perf_counter() - start
+
+    return way
+
+
+def generates(model: PreTrainedModel, length: int, **options: Any) -> Way:
+    """Transformers' `generate`, greedy."""
+
+    def answer(prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt], device=model.device)
+        mask, pad = torch.ones_like(ids), model.generation_config.eos_token_id
+        output = model.generate(
+            ids, attention_mask=mask, pad_token_id=pad, max_new_tokens=length, do_sample=False, **options
+        )
+        return output[0, len(prompt) :].tolist()
+
+    return timed(answer)
+
+
+def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The model without its upper layers."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    cut = type(model)(config).to(model.dtype).to(model.device)
+    cut.load_state_dict(model.state_dict(), strict=False)
+    cut.generation_config = copy.deepcopy(model.generation_config)
+    return cut.eval()
+
+
+def decodes(engine: Engine, length: int) -> Way:
+    """vsd's engine, greedy."""
+    return timed(lambda prompt: engine.generate([prompt], Sampling(length))[0].tokens)
+
+
+class Served:
+    """vLLM in its own process: a request is a line of JSON, an answer another."""
+
+    def __init__(self, python: Path, job: dict[str, Any], log: Path) -> None:
+        script = Path(__file__).with_name("against_vllm.py")
+        self.process = subprocess.Popen(
+            [python, script, json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+
+    def __call__(self, prompt: list[int]) -> tuple[list[int], float]:
+        """The answer and its seconds, as measured there."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(prompt) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("vLLM has died: see its log")
+        answer = json.loads(line)
+        return answer["tokens"], answer["seconds"]
+
+
+def everyone(target: Target, a: argparse.Namespace) -> dict[str, Way]:
+    """All ways of answering, by name."""
+    length = a.max_new_tokens
+    source = resolve(target.name)
+    stock = AutoModelForCausalLM.from_pretrained(source, dtype=target.model.dtype).eval().to(target.device)
+    drafter = load_drafter(a.drafter, target)
+    ways = {
+        BASE: generates(stock, length),
+        "generate, prompt lookup": generates(stock, length, prompt_lookup_num_tokens=LOOKUP),
+        f"generate, assistant of {ASSISTANT_LAYERS} layers": generates(
+            stock, length, assistant_model=shallow(stock, ASSISTANT_LAYERS)
+        ),
+        "vsd, plain": decodes(Engine(target), length),
+    }
+    ways |= {f"vsd, {shape}": decodes(Engine(target, drafter, shape), length) for shape in a.tree}
+    if a.vllm:
+        a.out.mkdir(parents=True, exist_ok=True)
+        job = {"target": source, "dtype": str(target.model.dtype).removeprefix("torch."), "max_new_tokens": length}
+        exported = a.out / "exported"
+        if not exported.exists():
+            export_drafter(drafter, target, exported, "vllm")
+        ways["vLLM, plain"] = Served(a.vllm, job, a.out / "vllm-plain.log")
+        speculative = job | {"drafter": str(exported), "k": a.k}
+        ways[f"vLLM, chain of {a.k}"] = Served(a.vllm, speculative, a.out / "vllm-chain.log")
+    return ways
+
+
+def measure(ways: dict[str, Way], prompts: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
+    """Tokens per second of each way, over `generate`, and answers equal to it."""
+    names = list(ways)
+    tokens: dict[str, list[list[int]]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        ways[name](prompts[0])  # warms up
+    for n, prompt in enumerate(track(prompts, "prompts")):
+        for name in names[n % len(names) :] + names[: n % len(names)]:
+            answer, spent = ways[name](prompt)
+            tokens[name].append(answer)
+            seconds[name].append(spent)
+    rate = {name: (np.array([len(t) for t in tokens[name]], float), np.array(seconds[name])) for name in names}
+    return {
+        name: {
+            "tokens_per_second": pooled_rate(*rate[name]),
+            "over_generate": pooled_rate(*rate[name]) / pooled_rate(*rate[BASE]),
+            "over_generate_ci": ratio_interval(*rate[name], *rate[BASE]),
+            "over_plain": pooled_rate(*rate[name]) / pooled_rate(*rate["vsd, plain"]),
+            "over_plain_ci": ratio_interval(*rate[name], *rate["vsd, plain"]),
+            "same_answers": float(np.mean([x == y for x, y in zip(tokens[name], tokens[BASE])])),
+        }
+        for name in names
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, default=20, help="prompts of each file (default 20)")
+    parser.add_argument(
+        "--tree", type=TreeShape.parse, nargs="+", required=True, help="depth x top_k x nodes [x p_min]"
+    )
+    parser.add_argument("--vllm", type=Path, help="a Python that has vLLM")
+    parser.add_argument("--k", type=int, default=3, help="tokens vLLM drafts (default 3)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/against"))
+    a = parser.parse_args()
+    keep_freed_memory()
+    target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
+    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    rows = measure(everyone(target, a), ids)
+    write_json({"rows": rows, "prompts": len(ids), "machine": machine(target)}, a.out / "against.json")
+    table = Table(
+        "decoding", "tokens/s", "× generate", "× vsd plain", "answers as generate's", title=f"{len(ids)} prompts"
+    )
+    for name, row in rows.items():
+        over = [
+            f"{row[what]:.2f} [{row[f'{what}_ci'][0]:.2f}, {row[f'{what}_ci'][1]:.2f}]"
+            for what in ("over_generate", "over_plain")
+        ]
+        table.add_row(name, f"{row['tokens_per_second']:.1f}", *over, f"{row['same_answers']:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

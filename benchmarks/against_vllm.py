@@ -1,0 +1,39 @@
+"""Runs in vLLM's environment for `against.py`: answers prompts one at a time, T = 0.
+
+    python against_vllm.py JOB
+
+JOB is JSON: `target` (folder), `dtype`, `max_new_tokens`, and `drafter` (folder) with `k`, or neither. Each line of
+standard input is a prompt's token ids; each line of standard output {"tokens", "seconds"}.
+"""
+
+import json
+import os
+import sys
+import time
+
+from vllm import LLM, SamplingParams
+
+
+def main(job: dict) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no answer
+    drafter = job.get("drafter")
+    llm = LLM(
+        model=job["target"],
+        dtype=job["dtype"],
+        max_model_len=2048,
+        max_num_seqs=1,
+        speculative_config={"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]}
+        if drafter
+        else None,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        output = llm.generate([{"prompt_token_ids": json.loads(line)}], sampling, use_tqdm=False)[0].outputs[0]
+        seconds = time.perf_counter() - start
+        print(json.dumps({"tokens": list(output.token_ids), "seconds": seconds}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

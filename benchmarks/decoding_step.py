@@ -1,0 +1,125 @@
+"""Where a step of decoding spends its time: in the two models, or around them?
+
+    python benchmarks/decoding_step.py --drafter D --prompts FILE … --trees 3x3x8 5x4x16
+
+One request at a time, T = 0, trees (depth x top_k x nodes [x p_min]) and plain decoding in turns. Inside the models:
+the target's decoder, its LM head, the drafter's passes with their own head. Around them: growing and choosing the tree;
+masks and positions, and walking along the accepted path; moving accepted rows in the cache; delivering tokens. Clocks
+are wrapped around the models' calls, so what they cost counts as time around.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vsd.allocator import keep_freed_memory
+from vsd.data import prompt_ids
+from vsd.decoding import Engine, Result, Sampling
+from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.evaluation import load_prompts, write_json
+from vsd.evaluation.bench import machine
+from vsd.paths import TreeShape
+from vsd.targets import Target, load_target
+
+DEFAULT = ("2x3x6", "3x3x8", "5x4x16")
+WARM = 3  # steps of every answer that are not counted
+
+
+class Clocks:
+    """Seconds inside the models, by the phase of the step that calls them."""
+
+    def __init__(self, target: Target, drafter: Eagle3Drafter) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.wait = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
+        self._watch(target.model.base_model, "forward", "target")
+        self._watch(target.model.get_output_embeddings(), "forward", "head")
+        for name in ("expand", "log_probs"):
+            self._watch(drafter, name, "draft")
+        self._watch(drafter, "extend", "extend")
+
+    def _watch(self, owner: Any, name: str, part: str) -> None:
+        method: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.wait()
+            start = time.perf_counter()
+            result = method(*args, **kwargs)
+            self.wait()
+            self.seconds[part] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+
+
+def profile(engine: Engine, prompt: list[int], sampling: Sampling, clocks: Clocks) -> Counter[str]:
+    """Seconds of an answer's steps by part, and how many `steps` there were."""
+    spent: Counter[str] = Counter()
+    stream = engine.stream([Result(prompt)], sampling)
+    for number in range(sampling.max_new_tokens + 1):
+        clocks.seconds.clear()
+        start = time.perf_counter()
+        step = next(stream, None)
+        whole = time.perf_counter() - start
+        if step is None:
+            break
+        if number > WARM:
+            inside = clocks.seconds
+            spent.update(
+                steps=1,
+                target=inside["target"],
+                head=inside["head"],
+                drafter=inside["draft"] + inside["extend"],
+                tree=step.draft - inside["draft"],
+                verify=step.verify - inside["target"] - inside["head"],
+                commit=step.commit - inside["extend"],
+                deliver=whole - step.draft - step.verify - step.commit,
+            )
+    return spent
+
+
+INSIDE, AROUND = ("target", "head", "drafter"), ("tree", "verify", "commit", "deliver")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", nargs="+", required=True)
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each file (default 4)")
+    parser.add_argument("--trees", nargs="+", type=TreeShape.parse, default=list(map(TreeShape.parse, DEFAULT)))
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    a = parser.parse_args()
+    keep_freed_memory()
+    target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
+    drafter = load_drafter(a.drafter, target)
+    clocks = Clocks(target, drafter)
+    ways = {"plain": Engine(target)}
+    ways |= {str(shape): Engine(target, drafter, shape) for shape in a.trees}
+    spent: dict[str, Counter[str]] = {way: Counter() for way in ways}
+    for prompt in track(prompts, "prompts"):
+        ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        for way, engine in ways.items():
+            spent[way].update(profile(engine, ids, Sampling(a.max_new_tokens), clocks))
+    rows = {}
+    for way, sums in spent.items():
+        ms = {part: 1e3 * sums[part] / sums["steps"] for part in INSIDE + AROUND}
+        rows[way] = {**ms, "step": sum(ms.values()), "around": sum(ms[part] for part in AROUND) / sum(ms.values())}
+    if a.json:
+        write_json({"ms": rows, "machine": machine(target)}, a.json)
+    table = Table("decoding", *INSIDE, *AROUND, "step", "around", title="ms a step")
+    for way, row in rows.items():
+        table.add_row(way, *(f"{row[part]:.2f}" for part in (*INSIDE, *AROUND, "step")), f"{row['around']:.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
