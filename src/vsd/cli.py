@@ -157,7 +157,12 @@ def _load_target(a: argparse.Namespace) -> Any:
     from vsd.targets import load_target
 
     return load_target(
-        a.target, dtype=a.dtype, device=a.device, revision=a.revision, trust_remote_code=a.trust_remote_code
+        a.target,
+        dtype=a.dtype,
+        device=a.device,
+        revision=a.revision,
+        trust_remote_code=a.trust_remote_code,
+        compiled=getattr(a, "compile", False),
     )
 
 
@@ -168,6 +173,9 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nodes", type=int, help="nodes verified in a pass, root included (default 12; chain: all)")
     group.add_argument(
         "--p-min", type=float, default=0.0, help="leave out what the drafter finds less probable (default 0: nothing)"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the target's passes: half a minute for each size of tree"
     )
     group.add_argument(
         "--verification",

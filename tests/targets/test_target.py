@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,43 @@ def test_tree_passes_equal_plain_sequences(target: Target) -> None:
             cache.select(torch.tensor([3, 1]))
             sequences = [sequences[3], sequences[1]]
             assert cache.fill == max(map(len, sequences))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "phi"])
+def test_compiled_passes_equal_plain_ones_and_are_compiled_once(name: str) -> None:
+    """One unbroken graph for each number of nodes, whatever the context, and the same answers from the same cache."""
+    target, compiled, graphs = ARCHITECTURES[name](), ARCHITECTURES[name](), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled.compile(backend=backend, fullgraph=True)
+    rng, caches = random.Random(2), []
+    ids, lengths = padded([tokens(rng, n) for n in (9, 4)])
+    for one in (target, compiled):
+        caches.append(one.new_cache(2, capacity=40))
+        one.prefill(ids, lengths, caches[-1])
+    for count in (5, 5, 3, 5, 3):
+        nodes, parents, depths = random_forest(rng, 2, count)
+        above = ancestors(parents, int(depths.max()))
+        found = [
+            one.forward(nodes, cache.lengths[:, None] + depths, above, cache)
+            for one, cache in zip((target, compiled), caches)
+        ]
+        torch.testing.assert_close(found[1].hidden, found[0].hidden, **CLOSE)
+        torch.testing.assert_close(found[1].aux, found[0].aux, **CLOSE)
+        for cache in caches:
+            cache.commit(torch.tensor([[0, 1], [0, 2]]), torch.tensor([2, 1]))
+    assert len(graphs) == 2
+
+
+def test_packed_weights_are_not_compiled() -> None:
+    target = ARCHITECTURES["llama"]()
+    pack_linears(target.model)
+    with pytest.raises(VSDError, match="pack=False"):
+        target.compile()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])

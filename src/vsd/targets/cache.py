@@ -8,6 +8,8 @@ accepted rows.
 Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension, M layers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class TreeLayer(CacheLayerMixin):
     """What transformers sees of one decoder layer: its row of a store."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: "TreeCache") -> None:
         super().__init__()
@@ -67,14 +71,22 @@ class TreeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, H, N, D] at slots [fill, fill + N); return views of slots [0, fill + N)."""
+        """Write [B, H, N, D] at slots [fill, fill + N); return what attention reads: slots [0, fill + N), or all."""
+        if self.cache.slots is not None:
+            self.keys.index_copy_(2, self.cache.slots, key_states)
+            self.values.index_copy_(2, self.cache.slots, value_states)
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         fill, end = self.cache.fill, self.cache.fill + key_states.shape[2]
         self.cache.reserve(end)
-        keys, values = self.store.keys[self.place], self.store.values[self.place]
-        keys[:, :, fill:end], values[:, :, fill:end] = key_states, value_states
-        return keys[:, :, :end], values[:, :, :end]
+        self.look_up()
+        self.keys[:, :, fill:end], self.values[:, :, fill:end] = key_states, value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def look_up(self) -> None:
+        """Find this layer's keys and values, each [B, H, C, D], in its store, which may have grown or shrunk."""
+        self.keys, self.values = self.store.keys[self.place], self.store.values[self.place]
 
     def get_seq_length(self) -> int:
         """Slots that the next pass comes after."""
@@ -82,7 +94,7 @@ class TreeLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys seen by a pass of `query_length` nodes."""
-        return self.cache.fill + query_length, 0
+        return (self.cache.fill + query_length if self.cache.slots is None else self.cache.capacity), 0
 
     def get_max_length(self) -> int:
         """-1: grows without bound."""
@@ -95,6 +107,7 @@ class TreeCache(Cache):
     Attributes:
         lengths: committed tokens of every row, [B].
         fill: first slot of the next pass.
+        slots: during a pass of static shapes, where it writes, [N]; it reads the whole capacity. Else None.
     """
 
     layers: list[TreeLayer]  # type: ignore[assignment]
@@ -107,6 +120,17 @@ class TreeCache(Cache):
         self.fill = 0
         self.capacity = capacity
         self.stores: list[Store] = []
+        self.slots: Tensor | None = None
+
+    @contextmanager
+    def static(self, nodes: int) -> Iterator[None]:
+        """For one pass of so many nodes every shape depends on their number and the capacity alone."""
+        self.reserve(self.fill + nodes)
+        for layer in self.layers:
+            layer.look_up()
+        self.slots = torch.arange(self.fill, self.fill + nodes, device=self.lengths.device)
+        yield
+        self.slots = None
 
     def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
         """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""

@@ -32,6 +32,7 @@ def load_target(
     revision: str | None = None,
     trust_remote_code: bool = False,
     pack: bool = True,
+    compiled: bool = False,
 ) -> Target:
     """Load a frozen target.
 
@@ -40,6 +41,7 @@ def load_target(
         dtype: "auto" (the faster of bfloat16 and float32 on this device), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1", …
         pack: on a CPU, hold weights in the layout that few-row matmuls like best.
+        compiled: instead of that, compile passes (`Target.compile`).
 
     Raises:
         VSDError: nothing loadable under that name, or an architecture whose head or attention is not understood.
@@ -57,7 +59,9 @@ def load_target(
         raise VSDError(f"cannot load target '{name}': {first_line(error)}") from error
     model.to(where)  # type: ignore[arg-type]
     target = Target(model, tokenizer, name=name)
-    if pack:
+    if compiled:
+        target.compile()
+    elif pack:
         pack_linears(target.model)
     return target
 

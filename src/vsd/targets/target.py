@@ -8,18 +8,22 @@ Legend: B batch, N tokens or nodes of one pass, L keys, h hidden size, V vocabul
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import VSDError
 from vsd.targets import attention
 from vsd.targets.cache import TreeCache, key_positions, visible
+from vsd.targets.packed import PackedLinear
 
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
+_STATIC_CAPACITY = 512  # slots that a cache has at least, once the passes over it are compiled
 
 
 class TargetOutput(NamedTuple):
@@ -66,6 +70,7 @@ class Target:
         self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._sample = self._weights_sample()  # now: packing hides weights later
+        self._compiled: Callable[[Tensor, Tensor, Any, TreeCache], TargetOutput] | None = None
         self.take_features(aux_layers or default_aux_layers(len(self.layers)))
         self._check_head()
 
@@ -108,6 +113,8 @@ class Target:
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         """An empty cache for this model."""
+        if self._compiled is not None:  # every capacity is compiled for: let there be few
+            capacity = max(_STATIC_CAPACITY, 1 << (capacity - 1).bit_length())
         return TreeCache(len(self.layers), batch_size, capacity, self.device)
 
     @torch.no_grad()
@@ -137,7 +144,46 @@ class Target:
         """
         allowed = visible(cache.lengths[:, None] if context is None else context, cache.fill, ancestors)
         keys = key_positions(cache.lengths, cache.fill, positions)
-        return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
+        if self._compiled is None or cache.fill == 0:  # prompts come in all lengths
+            return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
+        with cache.static(ids.shape[1]):
+            unused = (0, cache.capacity - allowed.shape[-1])
+            masks = self._masks(F.pad(allowed, unused), positions, F.pad(keys, unused))
+            return self._compiled(ids, positions, masks, cache)
+
+    @torch.no_grad()
+    def compile(self, **options: Any) -> None:
+        """Compile passes over a cache with `torch.compile`: once for every tree size, batch size and capacity.
+
+        Half a minute each on two cores: worth it for a server, not for one answer. Packed weights cannot be traced;
+        load the target with `pack=False`, the compiler packs them itself.
+
+        Args:
+            options: for `torch.compile`.
+
+        Raises:
+            VSDError: the target's weights are packed.
+        """
+        if any(isinstance(module, PackedLinear) for module in self.model.modules()):
+            raise VSDError("packed weights cannot be compiled: load_target(…, pack=False)")
+        probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.model.base_model(input_ids=probe, output_hidden_states=True)  # what transformers sets up for it, now
+        base = torch.compile(self.model.base_model, dynamic=False, **options)
+
+        def run(ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache) -> TargetOutput:
+            with torch.no_grad(), inductor_config.patch(freezing=self.device.type == "cpu"):
+                output = base(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=masks,
+                    past_key_values=cache,
+                    use_cache=True,
+                    output_hidden_states=True,  # hooks would not be seen by the compiler
+                )
+            taken = [output.hidden_states[i] for i in self.aux_layers]
+            return TargetOutput(output.last_hidden_state, torch.cat(taken, dim=-1))
+
+        self._compiled = run
 
     @torch.no_grad()
     def features(self, ids: Tensor) -> TargetOutput:
