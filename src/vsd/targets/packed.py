@@ -1,4 +1,4 @@
-"""CPU only: linear layers of the frozen target with oneDNN's pre-packed weights.
+"""Linear layers of frozen models: on a CPU with oneDNN's pre-packed weights, and neighbours multiplied at once.
 
 A verification pass has 2-64 rows. For so few rows the plain matmul spends most of its time re-ordering the
 weight; a weight that never changes is re-ordered once. On two AVX2 cores a (1536, 576) layer takes 206 µs
@@ -54,45 +54,57 @@ def _has_bfloat16() -> bool:
 
 
 def pack_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER) -> int:
-    """Replace every packable `nn.Linear` inside `model` in place; returns how many were replaced.
+    """Replace every packable `nn.Linear` inside `model` in place; returns how many there were.
 
     Call it on frozen modules only: a packed weight has no gradient and is absent from `state_dict`.
 
     Args:
-        together: names of layers that are given the same input, and are computed as one.
+        together: as for `join_linears`.
     """
-    found = 0
+    count = sum(isinstance(module, nn.Linear) and can_pack(module) for module in model.modules())
+    if count:
+        join_linears(model, together)
     for parent in list(model.modules()):
-        linears = {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
-        linears = {name: child for name, child in linears.items() if can_pack(child)}
-        found += len(linears)
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and can_pack(child):
+                setattr(parent, name, PackedLinear(child))
+    return count
+
+
+def join_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER) -> None:
+    """Let layers that are given the same input be computed as one: wider products waste less of the memory bus.
+
+    Args:
+        together: names of such layers, wherever one module has all of them.
+    """
+    for parent in list(model.modules()):
         for names in together:
-            if set(names) <= set(linears):
-                joint = _Joint([linears.pop(name) for name in names])
+            linears = [getattr(parent, name, None) for name in names]
+            kinds = {(type(linear), getattr(linear, "bias", None) is None) for linear in linears}
+            if kinds in ({(nn.Linear, True)}, {(nn.Linear, False)}):
+                joint = _Joint(linears)  # type: ignore[arg-type]
                 for i, name in enumerate(names):
                     setattr(parent, name, _Part(joint, i))
-        for name, linear in linears.items():
-            setattr(parent, name, PackedLinear(linear))
-    return found
 
 
-class _Joint:
-    """Linear layers of one input [..., in], multiplied at once: fewer, wider products waste less of the memory bus."""
+class _Joint(nn.Module):
+    """Linear layers of one input: whoever is asked first computes all."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
         self.widths = [linear.out_features for linear in linears]
-        joint = nn.Linear(linears[0].in_features, sum(self.widths), bias=linears[0].bias is not None, device="meta")
-        with torch.no_grad():
-            joint.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-            if linears[0].bias is not None:
-                joint.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
-        self.packed = PackedLinear(joint)
+        biased = linears[0].bias is not None
+        self.linear = nn.Linear(linears[0].in_features, sum(self.widths), bias=biased, device="meta")
+        for name in ("weight", "bias") if biased else ("weight",):
+            joined = torch.cat([getattr(linear, name).detach() for linear in linears])
+            setattr(self.linear, name, nn.Parameter(joined, requires_grad=False))
         self.input: Tensor | None = None
         self.waiting: dict[int, Tensor] = {}  # outputs for `input` that nobody has asked for yet
 
-    def __call__(self, part: int, x: Tensor) -> Tensor:
+    def forward(self, part: int, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out of that part]."""
         if self.input is not x or part not in self.waiting:
-            self.input, self.waiting = x, dict(enumerate(self.packed(x).split(self.widths, -1)))
+            self.input, self.waiting = x, dict(enumerate(self.linear(x).split(self.widths, -1)))
         output = self.waiting.pop(part)
         if not self.waiting:
             self.input = None  # nothing is kept from one pass to the next

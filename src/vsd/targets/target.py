@@ -7,6 +7,7 @@ Legend: B batch, N tokens or nodes of one pass, L keys, h hidden size, V vocabul
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from vsd.errors import VSDError
 from vsd.targets import attention
 from vsd.targets.cache import TreeCache, key_positions, visible
-from vsd.targets.packed import PackedLinear
+from vsd.targets.packed import PackedLinear, join_linears
 
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
 _STATIC_CAPACITY = 512  # slots that a cache has at least, once the passes over it are compiled
@@ -70,6 +71,8 @@ class Target:
         self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._sample = self._weights_sample()  # now: packing hides weights later
+        accepted = inspect.signature(model.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self._compiled: Callable[[Tensor, Tensor, Any, TreeCache], TargetOutput] | None = None
         self.take_features(aux_layers or default_aux_layers(len(self.layers)))
         self._check_head()
@@ -166,20 +169,15 @@ class Target:
         """
         if any(isinstance(module, PackedLinear) for module in self.model.modules()):
             raise VSDError("packed weights cannot be compiled: load_target(…, pack=False)")
+        join_linears(self.model)
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.base_model(input_ids=probe, output_hidden_states=True)  # what transformers sets up for it, now
         base = torch.compile(self.model.base_model, dynamic=False, **options)
 
         def run(ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache) -> TargetOutput:
             with torch.no_grad(), inductor_config.patch(freezing=self.device.type == "cpu"):
-                output = base(
-                    input_ids=ids,
-                    position_ids=positions,
-                    attention_mask=masks,
-                    past_key_values=cache,
-                    use_cache=True,
-                    output_hidden_states=True,  # hooks would not be seen by the compiler
-                )
+                inputs = self._inputs(ids, positions, masks, cache)
+                output = base(**inputs, output_hidden_states=True)  # the compiler would not see hooks
             taken = [output.hidden_states[i] for i in self.aux_layers]
             return TargetOutput(output.last_hidden_state, torch.cat(taken, dim=-1))
 
@@ -235,17 +233,16 @@ class Target:
 
         hooks = [self.layers[i].register_forward_pre_hook(take(i), with_kwargs=True) for i in self.aux_layers]
         try:
-            hidden = self.model.base_model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=masks,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
+            hidden = self.model.base_model(**self._inputs(ids, positions, masks, cache)).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
         return TargetOutput(hidden, torch.cat([taken[i] for i in self.aux_layers], dim=-1))
+
+    def _inputs(self, ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache | None) -> dict[str, Any]:
+        """What the decoder is called with; transformers 5.24 has renamed the cache."""
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": masks, "use_cache": cache is not None}
+        return inputs | {self._cache_name: cache}
 
     def _masks(self, allowed: Tensor, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks [B, 1, N, L] from allowed [B, N, L] and positions of queries [B, N] and keys [B, L]."""
