@@ -175,7 +175,7 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
         "--p-min", type=float, default=0.0, help="leave out what the drafter finds less probable (default 0: nothing)"
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the target's passes: half a minute for each size of tree"
+        "--compile", action="store_true", help="torch.compile the target's passes: takes a minute or two"
     )
     group.add_argument(
         "--verification",

@@ -71,11 +71,12 @@ class TreeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, H, N, D] at slots [fill, fill + N); return what attention reads: slots [0, fill + N), or all."""
+        """Write [B, H, N, D] at slots [fill, fill + N); return what attention reads: slots [0, fill + N)."""
         if self.cache.slots is not None:
             self.keys.index_copy_(2, self.cache.slots, key_states)
             self.values.index_copy_(2, self.cache.slots, value_states)
-            return self.keys, self.values
+            reach = self.cache.reach
+            return self.keys[:, :, :reach], self.values[:, :, :reach]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         fill, end = self.cache.fill, self.cache.fill + key_states.shape[2]
@@ -94,7 +95,7 @@ class TreeLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys seen by a pass of `query_length` nodes."""
-        return (self.cache.fill + query_length if self.cache.slots is None else self.cache.capacity), 0
+        return (self.cache.fill + query_length if self.cache.slots is None else self.cache.reach), 0
 
     def get_max_length(self) -> int:
         """-1: grows without bound."""
@@ -107,7 +108,8 @@ class TreeCache(Cache):
     Attributes:
         lengths: committed tokens of every row, [B].
         fill: first slot of the next pass.
-        slots: during a pass of static shapes, where it writes, [N]; it reads the whole capacity. Else None.
+        slots: where a traced pass writes, [N]; else None.
+        reach: slots that it reads.
     """
 
     layers: list[TreeLayer]  # type: ignore[assignment]
@@ -121,14 +123,16 @@ class TreeCache(Cache):
         self.capacity = capacity
         self.stores: list[Store] = []
         self.slots: Tensor | None = None
+        self.reach = 0
 
     @contextmanager
-    def static(self, nodes: int) -> Iterator[None]:
-        """For one pass of so many nodes every shape depends on their number and the capacity alone."""
+    def traced(self, nodes: int, static: bool) -> Iterator[None]:
+        """For one pass of so many nodes, do what a compiler can trace; static: shapes do not depend on the context."""
         self.reserve(self.fill + nodes)
         for layer in self.layers:
             layer.look_up()
         self.slots = torch.arange(self.fill, self.fill + nodes, device=self.lengths.device)
+        self.reach = self.capacity if static else self.fill + nodes
         yield
         self.slots = None
 

@@ -71,6 +71,7 @@ class Target:
         self.embedding_weight = cast(Tensor, model.get_input_embeddings().weight)  # [V, h]
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self._sample = self._weights_sample()  # now: packing hides weights later
+        self._static = False
         accepted = inspect.signature(model.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
         self._compiled: Callable[[Tensor, Tensor, Any, TreeCache], TargetOutput] | None = None
@@ -116,7 +117,7 @@ class Target:
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         """An empty cache for this model."""
-        if self._compiled is not None:  # every capacity is compiled for: let there be few
+        if self._static:  # every capacity is compiled for: let there be few
             capacity = max(_STATIC_CAPACITY, 1 << (capacity - 1).bit_length())
         return TreeCache(len(self.layers), batch_size, capacity, self.device)
 
@@ -149,19 +150,21 @@ class Target:
         keys = key_positions(cache.lengths, cache.fill, positions)
         if self._compiled is None or cache.fill == 0:  # prompts come in all lengths
             return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
-        with cache.static(ids.shape[1]):
-            unused = (0, cache.capacity - allowed.shape[-1])
+        with cache.traced(ids.shape[1], self._static):
+            unused = (0, cache.reach - allowed.shape[-1])
             masks = self._masks(F.pad(allowed, unused), positions, F.pad(keys, unused))
             return self._compiled(ids, positions, masks, cache)
 
     @torch.no_grad()
-    def compile(self, **options: Any) -> None:
-        """Compile passes over a cache with `torch.compile`: once for every tree size, batch size and capacity.
+    def compile(self, static: bool | None = None, **options: Any) -> None:
+        """Compile passes over a filled cache with `torch.compile`.
 
-        Half a minute each on two cores: worth it for a server, not for one answer. Packed weights cannot be traced;
-        load the target with `pack=False`, the compiler packs them itself.
+        It takes a minute or two: worth it for a server, not for one answer. Packed weights cannot be traced; load the
+        target with `pack=False`, the compiler packs them itself.
 
         Args:
+            static: let no shape depend on the context, as CUDA graphs want it, and compile once for every tree size,
+                batch size and capacity; default on CUDA. Else trees and contexts of all sizes share one compilation.
             options: for `torch.compile`.
 
         Raises:
@@ -172,7 +175,8 @@ class Target:
         join_linears(self.model)
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.base_model(input_ids=probe, output_hidden_states=True)  # what transformers sets up for it, now
-        base = torch.compile(self.model.base_model, dynamic=False, **options)
+        self._static = self.device.type == "cuda" if static is None else static
+        base = torch.compile(self.model.base_model, dynamic=not self._static, **options)
 
         def run(ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache) -> TargetOutput:
             with torch.no_grad(), inductor_config.patch(freezing=self.device.type == "cpu"):
