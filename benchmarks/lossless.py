@@ -2,8 +2,8 @@
 
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
-Each prompt's first turn is answered by plain greedy `generate`, then by the engine with a tree and with a chain, one
-request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical tie: passes
+Each prompt's first turn is answered by plain greedy `generate` in batches, then by the engine with a tree and with a
+chain, one request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical tie: passes
 of different shape, plain or not, round the same logit differently, in bfloat16 visibly, and near-ties are then decided
 either way. How differently is measured: the gap between the two best logits at every step of the plain run, against the
 same gap from one plain pass over the whole text. The greatest such deviation is what the precision does not resolve; an
@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
@@ -33,7 +34,7 @@ from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
-SHAPES = {"tree": TreeShape(5, 4, 16), "chain": TreeShape.chain(4)}
+SHAPES = {"tree": TreeShape(4, 3, 8), "chain": TreeShape.chain(3)}
 WAYS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
 
 
@@ -46,24 +47,36 @@ class Plain(NamedTuple):
 
 
 @torch.inference_mode()
-def plain(target: Target, prompt: list[int], max_new_tokens: int) -> Plain:
-    """Transformers' `generate`, then its text again in one pass."""
-    ids = torch.tensor([prompt], device=target.device)
+def plain(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list[Plain]:
+    """Transformers' `generate` on a left-padded batch, then each text again in one pass."""
+    pad, longest = next(iter(target.eos_ids), 0), max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=target.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=target.device)
     output = target.model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=next(iter(target.eos_ids), 0),
+        pad_token_id=pad,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    best = torch.cat(output.logits).float().topk(2)  # [T, 2]
-    hidden = target.features(output.sequences).hidden[0, len(prompt) - 1 : -1]
-    again = target.logits(hidden).gather(1, best.indices)
-    gaps = best.values[:, 0] - best.values[:, 1]
+    best = torch.stack(output.logits).float().topk(2)  # [T, B, 2]
+    return [
+        _again(target, prompt, row[longest:].tolist(), best.values[:, b], best.indices[:, b])
+        for b, (prompt, row) in enumerate(zip(prompts, output.sequences))
+    ]
+
+
+def _again(target: Target, prompt: list[int], answer: list[int], values: Tensor, indices: Tensor) -> Plain:
+    """An answer up to its end, and the two best logits of its steps compared with those of one pass."""
+    end = next((i + 1 for i, token in enumerate(answer) if token in target.eos_ids), len(answer))
+    answer = answer[:end]
+    hidden = target.features(torch.tensor([prompt + answer], device=target.device)).hidden[0, len(prompt) - 1 : -1]
+    again = target.logits(hidden).gather(1, indices[:end])
+    gaps = values[:end, 0] - values[:end, 1]
     deviations = (gaps - (again[:, 0] - again[:, 1])).abs()
-    return Plain(output.sequences[0, len(prompt) :].tolist(), gaps.tolist(), deviations.tolist())
+    return Plain(answer, gaps.tolist(), deviations.tolist())
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -75,7 +88,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[dict]:
     """A record for every prompt of a batch."""
-    references = [plain(target, prompt, max_new_tokens) for prompt in prompts]
+    references = plain(target, prompts, max_new_tokens)
     sampling, answers = Sampling(max_new_tokens), {}
     for name, shape in SHAPES.items():
         engine = Engine(target, drafter, shape)
