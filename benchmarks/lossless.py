@@ -3,7 +3,8 @@
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
 Each prompt's first turn is answered by plain greedy `generate` in batches, then by the engine with a tree and with a
-chain, one request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical tie: passes
+chain, one request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical
+tie: passes
 of different shape, plain or not, round the same logit differently, in bfloat16 visibly, and near-ties are then decided
 either way. How differently is measured: the gap between the two best logits at every step of the plain run, against the
 same gap from one plain pass over the whole text. The greatest such deviation is what the precision does not resolve; an
