@@ -15,8 +15,11 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     """A token for every row of logits [..., V]: the argmax at temperature 0, else one draw -> [...]."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+    # Its inverse distribution function at one uniform number: `multinomial` draws one for every token of the vocabulary.
+    below = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand(below.shape[:-1], generator=generator, dtype=torch.float64, device=below.device)
+    drawn = torch.searchsorted(below, (uniform * below[..., -1])[..., None], right=True)[..., 0]
+    return drawn.clamp(max=below.shape[-1] - 1)
 
 
 def probabilities(scores: Tensor, generators: Generators) -> Tensor:
