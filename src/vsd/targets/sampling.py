@@ -15,7 +15,7 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     """A token for every row of logits [..., V]: the argmax at temperature 0, else one draw -> [...]."""
     if temperature == 0:
         return logits.argmax(-1)
-    # The inverse distribution function at one uniform number; `multinomial` draws one for every token of the vocabulary.
+    # The inverse distribution function at one uniform number; `multinomial` draws one for every word it knows.
     below = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(below.shape[:-1], generator=generator, dtype=torch.float64, device=below.device)
     drawn = torch.searchsorted(below, (uniform * below[..., -1])[..., None], right=True)[..., 0]
