@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -170,25 +169,6 @@ def test_unlikely_nodes_are_left_out(shape: TreeShape, p_min: float) -> None:
 def test_drafting_ends_below_unlikely_nodes() -> None:
     depths = {p: int(SETTING.tree(TreeShape(5, 3, 39, p)).depths.max()) for p in (0.0, 0.01, 0.9)}
     assert depths[0.0] == 5 > depths[0.01] > depths[0.9] == 0
-
-
-@torch.no_grad()
-def test_a_compiled_drafter_draws_the_same_trees() -> None:
-    """From unbroken graphs that are compiled once."""
-    setting, graphs = Setting(llama(), seed=1), []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    setting.drafter.compile_decoding(backend=backend, fullgraph=True)
-    compiled = []
-    for shape in 2 * (TreeShape(3, 3, 8), TreeShape(4, 2, 9)):
-        for found, expected in zip(setting.tree(shape), SETTING.tree(shape)):
-            torch.testing.assert_close(found, expected)
-        compiled.append(len(graphs))
-    assert 0 < compiled[1] == compiled[3]
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import VSDError
-from vsd.targets.compiled import compiled
 
 
 class Eagle3Config(PreTrainedConfig):
@@ -68,6 +67,12 @@ class DraftCache:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         self.fill = 0
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Write [B, H, A, D] to slots [B, A]."""
+        index = slots[:, None, :, None].expand_as(keys)
+        self.keys.scatter_(2, index, keys)
+        self.values.scatter_(2, index, values)
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` slots."""
@@ -319,17 +324,6 @@ class Eagle3Drafter(PreTrainedModel):
         attended = _attend_with_own(attention.queries(a, rotary), *shared, seen, own)
         return layer.finish(hidden, attended), own
 
-    def compile_decoding(self, **options: Any) -> None:
-        """Compile what decoding runs, with `torch.compile`; trees and contexts of all sizes share one compilation.
-
-        Weights must not be packed: the compiler packs them itself.
-
-        Args:
-            options: for `torch.compile`.
-        """
-        for name in ("_extend", "_expand", "log_probs"):
-            setattr(self, name, compiled(getattr(self, name), self.d2t.device, dynamic=True, **options))
-
     def new_cache(self, batch_size: int, capacity: int) -> DraftCache:
         """An empty cache; `capacity` counts committed entries and the slots of one tree."""
         return DraftCache(self.config, batch_size, capacity, self.norm.weight)
@@ -339,27 +333,18 @@ class Eagle3Drafter(PreTrainedModel):
 
         aux [B, A, 3h], next_embeds [B, A, h], counts [B] -> hidden [B, 1, h], before `norm`.
         """
-        slots = cache.lengths[:, None] + torch.arange(aux.shape[1], device=aux.device)  # [B, A]
-        cache.reserve(int(slots.max()) + 1)
-        cache.lengths = cache.lengths + counts
-        cache.fill = int(cache.lengths.max())
-        seen = torch.arange(cache.fill, device=aux.device) < cache.lengths[:, None]
-        last = (counts - 1)[:, None, None]
-        return self._extend(aux, next_embeds, slots, last, seen[:, None], cache.keys, cache.values)
-
-    def _extend(
-        self, aux: Tensor, next_embeds: Tensor, slots: Tensor, last: Tensor, seen: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """The arithmetic of `extend`: writes slots [B, A] of the cache, drafts from entry last [B, 1, 1]."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         fused = self.fc(aux.to(self.dtype))
+        slots = cache.lengths[:, None] + torch.arange(aux.shape[1], device=aux.device)  # [B, A]
         a, (cos, sin) = layer.join(next_embeds.to(self.dtype), fused), self.rotary_emb(fused, slots)
-        new_keys, new_values = attention.keys_values(a, (cos, sin))
-        index = slots[:, None, :, None].expand_as(new_keys)
-        keys.scatter_(2, index, new_keys)
-        values.scatter_(2, index, new_values)
+        cache.reserve(int(slots.max()) + 1)
+        cache.write(*attention.keys_values(a, (cos, sin)), slots)
+        cache.lengths = cache.lengths + counts
+        cache.fill = int(cache.lengths.max())
+        last = (counts - 1)[:, None, None]
         pick = lambda x: x.gather(1, last.expand(-1, 1, x.shape[-1]))  # noqa: E731
-        attended = _attend(attention.queries(pick(a), (pick(cos), pick(sin))), keys, values, seen)
+        seen = torch.arange(cache.fill, device=aux.device) < cache.lengths[:, None]
+        attended = _attend(attention.queries(pick(a), (pick(cos), pick(sin))), cache, seen[:, None])
         return layer.finish(pick(fused), attended)
 
     def expand(self, hidden: Tensor, embeds: Tensor, depth: int, scratch: Tensor, cache: DraftCache) -> Tensor:
@@ -375,32 +360,17 @@ class Eagle3Drafter(PreTrainedModel):
         Returns:
             Hidden states [B, W, h], before `norm`.
         """
+        layer, attention = self.midlayer, self.midlayer.self_attn
         W, S = scratch.shape[1:]
+        positions = (cache.lengths - 1 + depth)[:, None]  # [B, 1]
+        a, rotary = layer.join(embeds.to(self.dtype), hidden), self.rotary_emb(hidden, positions)
+        keys, values = attention.keys_values(a, rotary)
         end = cache.fill + S
         cache.reserve(end)
-        slots = torch.arange(end - W, end, device=hidden.device)
+        cache.keys[:, :, end - W : end], cache.values[:, :, end - W : end] = keys, values
         committed = torch.arange(cache.fill, device=hidden.device) < cache.lengths[:, None]  # [B, fill]
         seen = torch.cat([committed[:, None].expand(-1, W, -1), scratch], dim=-1)
-        positions = (cache.lengths - 1 + depth)[:, None]  # [B, 1]
-        return self._expand(hidden, embeds, positions, slots, seen, cache.keys, cache.values)
-
-    def _expand(
-        self,
-        hidden: Tensor,
-        embeds: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        seen: Tensor,
-        keys: Tensor,
-        values: Tensor,
-    ) -> Tensor:
-        """The arithmetic of `expand`: writes slots [W] of the cache."""
-        layer, attention = self.midlayer, self.midlayer.self_attn
-        a, rotary = layer.join(embeds.to(self.dtype), hidden), self.rotary_emb(hidden, positions)
-        new_keys, new_values = attention.keys_values(a, rotary)
-        keys.index_copy_(2, slots, new_keys)
-        values.index_copy_(2, slots, new_values)
-        return layer.finish(hidden, _attend(attention.queries(a, rotary), keys, values, seen))
+        return layer.finish(hidden, _attend(attention.queries(a, rotary), cache, seen))
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Draft distribution in float32: hidden [..., h] before `norm` -> log q [..., Vd]."""
@@ -413,9 +383,9 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Queries [B, H, W, D] over the first L slots of keys and values, seen [B, W, L] bool -> [B, H, W, D]."""
-    keys, values = keys[:, :, : seen.shape[-1]], values[:, :, : seen.shape[-1]]
+def _attend(queries: Tensor, cache: DraftCache, seen: Tensor) -> Tensor:
+    """Queries [B, H, W, D] over the first L slots of the cache, seen [B, W, L] bool -> [B, H, W, D]."""
+    keys, values = cache.keys[:, :, : seen.shape[-1]], cache.values[:, :, : seen.shape[-1]]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None], enable_gqa=True)
 
 

@@ -10,8 +10,6 @@ from vsd.targets.packed import pack_linears
 def load_drafter(path: str | Path, target: Target) -> Eagle3Drafter:
     """A saved drafter in the target's precision, on its device, frozen, its weights packed where that helps.
 
-    It is compiled if the target is.
-
     The target is set to yield the features this drafter takes; one that another drafter was loaded for before will
     refuse that one if they differ.
 
@@ -21,9 +19,6 @@ def load_drafter(path: str | Path, target: Target) -> Eagle3Drafter:
     drafter = Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device)
     target.take_features(drafter.config.aux_layers)
     drafter.check_target(target)
-    drafter.eval().requires_grad_(False)
-    if target.compiled:
-        drafter.compile_decoding()
-    else:  # queries are asked of fewer entries than keys and values
-        pack_linears(drafter, together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
+    # Queries are asked of fewer entries than keys and values.
+    pack_linears(drafter.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
     return drafter

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import VSDError
 from vsd.targets import attention
 from vsd.targets.cache import TreeCache, key_positions, visible
-from vsd.targets.compiled import compiled
 from vsd.targets.packed import PackedLinear, join_linears
 
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -82,11 +82,6 @@ class Target:
     def device(self) -> torch.device:
         """Where inputs must be."""
         return self.embedding_weight.device
-
-    @property
-    def compiled(self) -> bool:
-        """Whether passes over a filled cache are compiled."""
-        return self._compiled is not None
 
     @property
     def hidden_size(self) -> int:
@@ -181,11 +176,12 @@ class Target:
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.base_model(input_ids=probe, output_hidden_states=True)  # what transformers sets up for it, now
         self._static = self.device.type == "cuda" if static is None else static
-        base = compiled(self.model.base_model, self.device, dynamic=not self._static, **options)
+        base = torch.compile(self.model.base_model, dynamic=not self._static, **options)
 
         def run(ids: Tensor, positions: Tensor, masks: Any, cache: TreeCache) -> TargetOutput:
-            inputs = self._inputs(ids, positions, masks, cache)
-            output = base(**inputs, output_hidden_states=True)  # the compiler would not see hooks
+            with torch.no_grad(), inductor_config.patch(freezing=self.device.type == "cpu"):
+                inputs = self._inputs(ids, positions, masks, cache)
+                output = base(**inputs, output_hidden_states=True)  # the compiler would not see hooks
             taken = [output.hidden_states[i] for i in self.aux_layers]
             return TargetOutput(output.last_hidden_state, torch.cat(taken, dim=-1))
 
