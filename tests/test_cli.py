@@ -205,7 +205,13 @@ def test_train_then_bench_then_generate(folder: Path, tmp_path: Path, capsys: py
     assert "tokens/s" in capsys.readouterr().out
     plain, drafted = json.loads(numbers.read_text())["runs"]
     assert (plain["drafter"], drafted["drafter"]) == (None, str(out / "drafter"))
-    assert drafted["identical"] == 1.0 and drafted["tree"] == {"depth": 3, "top_k": 2, "nodes": 5, "p_min": 0.0}
+    assert drafted["identical"] == 1.0 and drafted["tree"] == {
+        "depth": 3,
+        "top_k": 2,
+        "nodes": 5,
+        "p_min": 0.0,
+        "lookup": 0,
+    }
 
     assert run(folder, "generate", "hi there", "--drafter", out / "drafter", *tree) == 0
     drafted_text = capsys.readouterr().out

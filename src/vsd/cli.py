@@ -50,7 +50,7 @@ example:
     "tune": """\
 example:
   vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
-Prints --depth, --top-k, --nodes and --p-min for vsd generate and vsd bench.""",
+Prints --depth, --top-k, --nodes, --p-min and --lookup for vsd generate and vsd bench.""",
     "export": """\
 example:
   vsd export --target T --format sglang runs/mine/drafter exported --bench runs/mine/bench.json
@@ -175,6 +175,9 @@ def _tree_options(parser: argparse.ArgumentParser) -> None:
         "--p-min", type=float, default=0.0, help="leave out what the drafter finds less probable (default 0: nothing)"
     )
     group.add_argument(
+        "--lookup", type=int, default=0, help="copy so many tokens from where the newest ones stood before (default 0)"
+    )
+    group.add_argument(
         "--compile", action="store_true", help="torch.compile the target's passes: takes a minute or two"
     )
     group.add_argument(
@@ -189,7 +192,7 @@ def _shape(a: argparse.Namespace) -> Any:
     from vsd.paths import TreeShape
 
     nodes = a.nodes if a.nodes is not None else a.depth + 1 if a.top_k == 1 else 12
-    return TreeShape(a.depth, a.top_k, nodes, a.p_min)
+    return TreeShape(a.depth, a.top_k, nodes, a.p_min, a.lookup)
 
 
 def _sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int, several: bool = False) -> None:

@@ -37,7 +37,11 @@ def check_accounts(result: Result, depth: int) -> None:
     assert all(0 <= a <= depth for a in result.accepted)
 
 
-@pytest.mark.parametrize("shape", [TreeShape(4, 3, 12), TreeShape(4, 3, 12, 0.05), TreeShape.chain(3), None], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [TreeShape(4, 3, 12), TreeShape(4, 3, 12, 0.05), TreeShape(4, 3, 12, 0.05, 6), TreeShape.chain(3), None],
+    ids=str,
+)
 def test_greedy_is_generate(pair: Pair, shape: TreeShape | None) -> None:
     """Ragged prompts in one batch and one by one; the drafter knows these answers, so paths are really accepted."""
     target, drafter = pair
@@ -87,6 +91,20 @@ def test_an_ignorant_drafter_changes_nothing(name: str, shape: TreeShape) -> Non
     target = ARCHITECTURES[name]()
     results = Engine(target, random_drafter(target), shape).generate(PROMPTS, Sampling(12))
     assert [r.tokens for r in results] == [greedy(target, prompt, 12) for prompt in PROMPTS]
+
+
+def test_text_that_repeats_is_looked_up(fluent: Pair) -> None:
+    """With a drafter that knows nothing, and with none: what is accepted then was copied. No token is different."""
+    target = fluent[0]
+    prompt = PROMPTS[0] + greedy(target, PROMPTS[0], 20, endless=True)
+    prompt = prompt + prompt[: len(PROMPTS[0]) + 4]
+    expected = greedy(target, prompt, 24, endless=True)
+    for drafter, shape in ((random_drafter(target), TreeShape(2, 2, 3, lookup=6)), (None, TreeShape(lookup=6))):
+        result = Engine(target, drafter, shape).generate([prompt], Sampling(24, eos_ids=()))[0]
+        assert result.tokens == expected
+        assert sum(result.accepted) > 0
+    with pytest.raises(VSDError, match="lookup"):
+        Engine(*fluent, TreeShape(2, 1, 3, lookup=3), "rejection")
 
 
 def test_rejection_verification_at_temperature_zero_is_greedy(fluent: Pair) -> None:
@@ -227,7 +245,15 @@ def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: 
 
 
 @pytest.mark.parametrize(
-    "shape", [TreeShape(4, 3, 12), TreeShape(2, 4, 6), TreeShape(4, 3, 12, 0.02), TreeShape.chain(3)], ids=str
+    "shape",
+    [
+        TreeShape(4, 3, 12),
+        TreeShape(2, 4, 6),
+        TreeShape(4, 3, 12, 0.02),
+        TreeShape(2, 3, 6, 0.01, 5),
+        TreeShape.chain(3),
+    ],
+    ids=str,
 )
 def test_replayed_answers_deliver_what_decoding_delivers(pair: Pair, shape: TreeShape) -> None:
     """Pass by pass, for answers of any length: cut short, ended by EOS, a single token."""

@@ -75,6 +75,7 @@ ENGINES: dict[str, tuple[TreeShape | None, str]] = {
     "chain": (TreeShape.chain(3), "auto"),
     "sampled chain": (TreeShape.chain(3), "rejection"),
     "early end": (TreeShape(3, 3, 9, 0.2), "auto"),
+    "with lookup": (TreeShape(2, 2, 4, lookup=3), "auto"),
     "early end of a sampled chain": (TreeShape.chain(3, 0.05), "rejection"),
 }
 

@@ -175,7 +175,7 @@ def test_drafting_changes_speed_and_not_one_token(report: dict[str, Any]) -> Non
     tree, chain = report["runs"][1:]
     assert tree["identical"] == chain["identical"] == 1.0
     assert tree["new_tokens"] == chain["new_tokens"] == report["runs"][0]["new_tokens"]
-    assert tree["tree"] == {"depth": 3, "top_k": 2, "nodes": 6, "p_min": 0.0}
+    assert tree["tree"] == {"depth": 3, "top_k": 2, "nodes": 6, "p_min": 0.0, "lookup": 0}
     for run, depth in ((tree, 3), (chain, 2)):
         shares = run["acceptance_per_position"]
         assert len(shares) == depth and shares == sorted(shares, reverse=True)

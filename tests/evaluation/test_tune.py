@@ -33,9 +33,9 @@ COSTS = Costs(reading=(1e-3, 2e-3), plain=0.1, draft={(4, 2): 0.08}, verify={1: 
 
 
 def test_a_step_costs_its_levels_and_its_nodes() -> None:
-    assert COSTS.step(TreeShape(4, 2, 9), 9, 3) == pytest.approx(0.08 + 0.2 + 0.01)
-    assert COSTS.step(TreeShape(4, 2, 9, 0.1), 3, 1) == pytest.approx(0.04 + 0.12 + 0.01)  # two levels were tried
-    assert COSTS.step(TreeShape(4, 2, 9, 0.1), 1, 0) == pytest.approx(0.02 + 0.1 + 0.01)
+    assert COSTS.step(TreeShape(4, 2, 9), 9, 4) == pytest.approx(0.08 + 0.2 + 0.01)
+    assert COSTS.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.04 + 0.12 + 0.01)
+    assert COSTS.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:

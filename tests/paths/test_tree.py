@@ -13,7 +13,7 @@ from torch import Tensor
 from architectures import ARCHITECTURES, llama
 from vsd.drafters import DraftCache, Eagle3Drafter, draft_vocabulary
 from vsd.errors import VSDError
-from vsd.paths import Tree, TreeShape, ancestors, draw_chain, draw_tree
+from vsd.paths import NO_TOKEN, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
 from vsd.targets import Target
 
 Path = tuple[int, ...]
@@ -171,6 +171,28 @@ def test_drafting_ends_below_unlikely_nodes() -> None:
     assert depths[0.0] == 5 > depths[0.01] > depths[0.9] == 0
 
 
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(shapes(), st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=3, max_size=3), st.booleans())
+@torch.no_grad()
+def test_grafted_trees_hold_the_tree_and_the_path(shape: TreeShape, chains: list[list[int]], along: bool) -> None:
+    """Every path once, parents first; a path that begins inside the tree shares its nodes."""
+    tree = SETTING.tree(shape)
+    if along:
+        chains = [[*paths_of(tree, row)[-1], *chain] for row, chain in enumerate(chains)]
+    grown, on_path = graft(tree, chains)
+    N = grown.tokens.shape[1]
+    assert (grown.parents[:, 1:] < torch.arange(1, N)).all()
+    assert torch.equal(grown.depths[:, 1:], 1 + grown.depths.gather(1, grown.parents)[:, 1:])
+    needed = []
+    for row, chain in enumerate(chains):
+        before, after = set(paths_of(tree, row)), paths_of(grown, row)
+        path = {tuple(chain[:k]) for k in range(len(chain) + 1)}
+        needed.append(len(before | path))
+        assert set(after[: needed[-1]]) == before | path and after[needed[-1] :] == [(NO_TOKEN,)] * (N - needed[-1])
+        assert {after[node] for node in on_path[row].nonzero()[:, 0].tolist()} == path
+    assert max(needed) == N
+
+
 @torch.no_grad()
 def test_a_chain_is_a_tree_of_one_branch() -> None:
     shape = TreeShape.chain(4)
@@ -219,6 +241,17 @@ def test_impossible_shapes_are_refused(shape: tuple[int, int, int]) -> None:
 def test_impossible_probabilities_are_refused(p_min: float) -> None:
     with pytest.raises(VSDError, match="p_min"):
         TreeShape(p_min=p_min)
+
+
+def test_shapes_are_read_from_text() -> None:
+    assert TreeShape.parse("3x2x5") == TreeShape(3, 2, 5)
+    assert TreeShape.parse("3x2x5x0.1") == TreeShape(3, 2, 5, 0.1)
+    assert TreeShape.parse("3x2x5x0x8") == TreeShape(3, 2, 5, lookup=8)
+    for text in ("3xtwo", "3x2x5x0x8x1"):
+        with pytest.raises(ValueError):
+            TreeShape.parse(text)
+    with pytest.raises(VSDError, match="lookup"):
+        TreeShape(lookup=-1)
 
 
 def test_largest_possible_shapes_are_not() -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from vsd.data.generate import pad
+from vsd.decoding.lookup import SURE, Lookup
 from vsd.decoding.sampling import Sampling
 from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
-from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
+from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
 from vsd.targets import Target, TargetOutput, TreeCache
 from vsd.verification import Law, Verdict, verify
 
@@ -30,7 +31,7 @@ class Result:
         finish: "stop" (EOS or stop string), "length" (max_new_tokens) or "window" (the target's context is full).
         accepted: drafted tokens accepted by each verification pass.
         delivered: new tokens each pass added to the answer, bonus token included.
-        trees: (nodes, root included; depth) of each pass's tree.
+        trees: of each pass, (nodes of its tree, root included; levels that the drafter was asked for).
     """
 
     prompt: list[int]
@@ -60,6 +61,7 @@ class _State:
     cache: TreeCache
     draft_cache: DraftCache | None
     hidden: Tensor | None  # [B, 1, h] the drafter's last output
+    lookups: list[Lookup]  # [B] the text so far
 
 
 class Engine:
@@ -93,8 +95,15 @@ class Engine:
                 )
         if verification not in ("auto", "rejection"):
             raise VSDError(f"unknown verification '{verification}': choose auto or rejection")
+        if verification == "rejection" and self.shape.lookup:
+            raise VSDError("rejection sampling verifies what a drafter has drawn: use lookup 0")
         if verification == "rejection" and self.shape.top_k != 1:
             raise VSDError("rejection sampling verifies chains: use top_k 1 (for trees, verification 'auto')")
+
+    @property
+    def _depth(self) -> int:
+        """Levels a tree may have below its root."""
+        return self.shape.deepest if self.drafter is not None else self.shape.lookup
 
     def generate(self, prompts: list[list[int]], sampling: Sampling | Sequence[Sampling]) -> list[Result]:
         """Answer a batch of prompts (token ids), all with one `Sampling` or each with its own."""
@@ -129,7 +138,7 @@ class Engine:
         yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
         while self._retire(state, results):
             clock = _Clock(self.target.device)
-            tree, chain = self._draft(state)
+            tree, chain, levels = self._draft(state, results)
             drafted = clock.lap()
             output = self._forward(tree, state)
             verdict = self._verify(tree, chain, output.hidden, state, results)
@@ -137,7 +146,7 @@ class Engine:
             counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
             self._commit(state, verdict, output, path)
-            new, size = {}, (tree.tokens.shape[1], int(tree.depths.max()))
+            new, size = {}, (tree.tokens.shape[1], levels)
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
                 new[i] = deliver[i](results[i], tokens[:count])
@@ -152,34 +161,47 @@ class Engine:
         clock = _Clock(self.target.device)
         ids, lengths = pad([results[i].prompt for i in rows], self.target.device)
         B, longest = ids.shape
-        capacity = longest + max_new_tokens + self.shape.nodes + 1
+        capacity = longest + max_new_tokens + self.shape.largest + 1
         cache = self.target.new_cache(B, capacity)
         output = self.target.prefill(ids, lengths, cache)
         last = (lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
-        state = _State(rows, [laws[i] for i in rows], ids.gather(1, last[..., 0])[:, 0], cache, None, None)
+        state = _State(rows, [laws[i] for i in rows], ids.gather(1, last[..., 0])[:, 0], cache, None, None, [])
         state.root = self._verify(_lone(state.root), None, output.hidden.gather(1, last), state, results).bonus
+        state.lookups = [Lookup() for _ in rows if self.shape.lookup]
         if self.drafter is not None:
             state.draft_cache = self.drafter.new_cache(B, capacity + self.shape.depth * self.shape.top_k)
             following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, state.root[:, None])
             state.hidden = self.drafter.extend(output.aux, self.target.embed(following), lengths, state.draft_cache)
         return state, clock.lap()
 
-    def _draft(self, state: _State) -> tuple[Tree, Chain | None]:
+    def _draft(self, state: _State, results: list[Result]) -> tuple[Tree, Chain | None, int]:
+        """What is proposed, and how many levels of it the drafter was asked for."""
+        if not self.shape.lookup:
+            return self._drafted(state)
+        found = []
+        for lookup, i in zip(state.lookups, state.rows):
+            lookup.extend((results[i].prompt + results[i].tokens)[len(lookup.tokens) :])
+            found.append(lookup.propose(self.shape.lookup))
+        sure = all(n >= SURE for _, n in found)
+        tree, _, levels = (_lone(state.root), None, 0) if sure else self._drafted(state)
+        return graft(tree, [tokens for tokens, _ in found])[0], None, levels
+
+    def _drafted(self, state: _State) -> tuple[Tree, Chain | None, int]:
         if self.drafter is None:
-            return _lone(state.root), None
+            return _lone(state.root), None, 0
         assert state.hidden is not None and state.draft_cache is not None
         given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
-        temperatures = [law.temperature for law in state.laws]
+        temperatures, chain = [law.temperature for law in state.laws], None
         if self.verification == "rejection" and any(temperatures):
             chain = draw_chain(*given, self.shape, temperatures, [law.generator for law in state.laws])
-            return _sound(chain.tree), chain
-        return _sound(draw_tree(*given, self.shape)), None
+        tree = _sound(chain.tree if chain else draw_tree(*given, self.shape))
+        return tree, chain, self.shape.levels(int(tree.depths.max()))
 
     def _forward(self, tree: Tree, state: _State) -> TargetOutput:
         positions = state.cache.lengths[:, None] + tree.depths
         positions.clamp_(max=self.target.config.max_position_embeddings - 1)  # no token from beyond is delivered
-        depth = self.shape.depth if self.drafter is not None else 0
-        return self.target.forward(tree.tokens, positions, ancestors(tree.parents, depth), state.cache)
+        ids = tree.tokens.clamp(min=0)  # of what is no token nothing is used
+        return self.target.forward(ids, positions, ancestors(tree.parents, self._depth), state.cache)
 
     def _verify(self, tree: Tree, chain: Chain | None, hidden: Tensor, state: _State, results: list[Result]) -> Verdict:
         def history(b: int) -> list[int]:
@@ -190,7 +212,7 @@ class Engine:
     @staticmethod
     def _path(tree: Tree, verdict: Verdict) -> Tensor:
         """New tokens of every row [B, A]: what was accepted below the root, then the bonus token."""
-        accepted = tree.tokens.gather(1, verdict.nodes)
+        accepted = tree.tokens.clamp(min=0).gather(1, verdict.nodes)
         shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
         return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
 
@@ -215,6 +237,7 @@ class Engine:
                 state.draft_cache.select(rows)
                 state.hidden = state.hidden[rows]
         state.rows, state.laws = [state.rows[b] for b in keep], [state.laws[b] for b in keep]
+        state.lookups = [state.lookups[b] for b in keep if state.lookups]
         return bool(keep)
 
     def _check_prompts(self, results: list[Result]) -> None:

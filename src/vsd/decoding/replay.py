@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vsd.data.generate import pad
 from vsd.decoding.engine import Result
+from vsd.decoding.lookup import SURE, Lookup
 from vsd.drafters import DraftCache, Eagle3Drafter
-from vsd.paths import TreeShape, draw_tree
+from vsd.paths import NO_TOKEN, Tree, TreeShape, draw_tree, graft
 from vsd.targets import Target
 from vsd.verification import follow
 
-_NOTHING = -1  # a token no drafter proposes
-_LEFT_OUT = -2  # a token no target chooses
+_NOTHING = -2  # a token no drafter proposes
 _BATCH = 32
 
 Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's greedy answer
@@ -68,22 +69,21 @@ class Replay:
     def _walk(self, batch: _Batch, drafter: Eagle3Drafter, shape: TreeShape, results: list[Result]) -> None:
         """Draft, look up what is accepted, go on behind it; rows leave when their answer ends."""
         rows, ids, lengths, at, aux = batch
+        lookups = {i: Lookup() for i in rows}
         cache = drafter.new_cache(len(rows), ids.shape[1] + shape.depth * shape.top_k)
         hidden = self._extend(drafter, ids, aux, torch.zeros_like(at), at, cache)
         while True:
             root = ids.gather(1, at[:, None])[:, 0]
             tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
+            tree, sizes = self._as_alone(tree, shape, [(lookups[i], i, end) for i, end in zip(rows, at.tolist())])
             behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
             choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
-            own = tree.log_q >= shape.floor  # [B, N] a tree of the batch is as big as its biggest
-            tree = tree._replace(tokens=tree.tokens.masked_fill(~own, _LEFT_OUT))
             counts = follow(tree, choice.masked_fill(behind >= lengths[:, None], _NOTHING)).counts
-            left, depths = lengths - 1 - at, tree.depths.masked_fill(~own, 0).amax(1)
-            passes = zip(rows, counts.tolist(), left.tolist(), own.sum(1).tolist(), depths.tolist())
-            for i, count, most, nodes, depth in passes:
+            left = lengths - 1 - at
+            for i, count, most, size in zip(rows, counts.tolist(), left.tolist(), sizes):
                 results[i].accepted.append(count - 1)
                 results[i].delivered.append(min(count, most))
-                results[i].trees.append((nodes, depth))
+                results[i].trees.append(size)
             keep = (counts < left).nonzero()[:, 0]
             if not len(keep):
                 return
@@ -93,6 +93,27 @@ class Replay:
                 cache.select(keep)
             hidden = self._extend(drafter, ids, aux, at, counts, cache)
             at = at + counts
+
+    def _as_alone(
+        self, tree: Tree, shape: TreeShape, places: list[tuple[Lookup, int, int]]
+    ) -> tuple[Tree, list[tuple[int, int]]]:
+        """Each row's tree as decoding it alone would have made it, and its size; the rest of its nodes never match.
+
+        A tree of a batch is as big as its biggest. places: of every row its lookup, its text, where its root stands.
+        """
+        own = tree.log_q >= shape.floor  # [B, N]
+        levels = [shape.levels(reached) for reached in tree.depths.masked_fill(~own, 0).amax(1).tolist()]
+        if shape.lookup:
+            found = []
+            for lookup, i, end in places:
+                lookup.extend((self.texts[i][0] + self.texts[i][1])[len(lookup.tokens) : end + 1])
+                found.append(lookup.propose(shape.lookup))
+            tree, copied = graft(tree, [tokens for tokens, _ in found])
+            sure = torch.tensor([n >= SURE for _, n in found], device=own.device)
+            own = F.pad(own, (0, copied.shape[1] - own.shape[1])) & ~sure[:, None] | copied
+            levels = [0 if n >= SURE else count for (_, n), count in zip(found, levels)]
+        tree = tree._replace(tokens=tree.tokens.masked_fill(~own, NO_TOKEN))
+        return tree, list(zip(own.sum(1).tolist(), levels))
 
     def _extend(
         self, drafter: Eagle3Drafter, ids: Tensor, aux: Tensor, start: Tensor, counts: Tensor, cache: DraftCache

@@ -43,7 +43,12 @@ SHAPES = (
             (7, 10, 60),
         )
     ),
-    *(TreeShape(*sizes, p_min) for sizes in ((3, 3, 8), (4, 4, 12), (6, 4, 16)) for p_min in (0.03, 0.06, 0.12)),
+    *(
+        TreeShape(*sizes, p_min, lookup)
+        for sizes in ((2, 3, 6), (3, 3, 8), (4, 4, 12))
+        for p_min in (0.03, 0.06, 0.12)
+        for lookup in (0, 8)
+    ),
 )
 _STEPS = 12  # timed, of every tree
 
@@ -87,7 +92,7 @@ def tune(
     found, replay = [], Replay(target, texts)
     for shape in track(shapes, "trying trees", disable=not progress):
         results = replay(drafter, shape)
-        steps = [costs.step(shape, nodes, depth) for result in results for nodes, depth in result.trees]
+        steps = [costs.step(shape, *size) for result in results for size in result.trees]
         speedup = plain / (costs.reading[1] * read + sum(steps))
         found.append(Tuned(shape, acceptance_length(results), statistics.mean(steps), speedup))
     return sorted(found, key=lambda tuned: tuned.speedup, reverse=True)
@@ -117,10 +122,9 @@ class Costs:
     verify: dict[int, float]
     rest: float
 
-    def step(self, shape: TreeShape, nodes: int, depth: int) -> float:
-        """Expected of a step of `shape` whose tree came out with so many nodes, the deepest at `depth`."""
-        tried = min(shape.depth, depth + 1) if shape.p_min else shape.depth  # the last level found nothing to keep
-        draft = self.draft[shape.depth, shape.top_k] * tried / shape.depth
+    def step(self, shape: TreeShape, nodes: int, levels: int) -> float:
+        """Expected of a step of `shape` whose tree came out with so many nodes, after so many levels of drafting."""
+        draft = self.draft[shape.depth, shape.top_k] * levels / shape.depth
         return draft + float(np.interp(nodes, list(self.verify), list(self.verify.values()))) + self.rest
 
     @classmethod
@@ -129,7 +133,7 @@ class Costs:
         cls, target: Target, drafter: Eagle3Drafter, context: list[int], shapes: Sequence[TreeShape]
     ) -> "Costs":
         """Time every tree in full, and plain decoding, in turns."""
-        full = list(dict.fromkeys(replace(shape, p_min=0.0) for shape in shapes))
+        full = list(dict.fromkeys(replace(shape, p_min=0.0, lookup=0) for shape in shapes))
         engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
         room = target.config.max_position_embeddings - len(context)
         sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
@@ -180,5 +184,5 @@ def print_trees(found: Sequence[Tuned], console: Console | None = None) -> None:
     shape = best(found).shape
     console = console or Console()
     console.print(table)
-    p_min = f" --p-min {shape.p_min:g}" if shape.p_min else ""
-    console.print(f"--depth {shape.depth} --top-k {shape.top_k} --nodes {shape.nodes}{p_min}")
+    more = (f" --p-min {shape.p_min:g}" if shape.p_min else "") + (f" --lookup {shape.lookup}" if shape.lookup else "")
+    console.print(f"--depth {shape.depth} --top-k {shape.top_k} --nodes {shape.nodes}{more}")

@@ -2,9 +2,10 @@
 
 from vsd.paths.drafted import Scored, draw_paths, score_paths
 from vsd.paths.recorded import Paths, consumed, cut, longest_first, recorded, widths
-from vsd.paths.tree import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree
+from vsd.paths.tree import NO_TOKEN, Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
 
 __all__ = [
+    "NO_TOKEN",
     "Chain",
     "Paths",
     "Scored",
@@ -16,6 +17,7 @@ __all__ = [
     "draw_chain",
     "draw_paths",
     "draw_tree",
+    "graft",
     "longest_first",
     "recorded",
     "score_paths",

@@ -21,6 +21,7 @@ from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.targets.sampling import Generators, draw, probabilities
 
+NO_TOKEN = -1
 Embed = Callable[[Tensor], Tensor]
 
 
@@ -30,16 +31,20 @@ class TreeShape:
 
     Attributes:
         p_min: no node is verified that the drafter reaches with a smaller probability, and nothing is drafted below it.
+        lookup: besides, so many tokens are copied from where the newest ones stood before in the text (`graft`).
     """
 
     depth: int = 5
     top_k: int = 4
     nodes: int = 12
     p_min: float = 0.0
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.p_min < 1:
             raise VSDError(f"p_min is a probability below 1, not {self.p_min}")
+        if self.lookup < 0:
+            raise VSDError(f"lookup is a number of tokens, not {self.lookup}")
         if min(self.depth, self.top_k) < 1 or self.nodes < 2:
             raise VSDError(f"a draft tree needs depth ≥ 1, top_k ≥ 1 and nodes ≥ 2, not {self}")
         if self.nodes > 1 + self.pool:
@@ -51,6 +56,20 @@ class TreeShape:
     def pool(self) -> int:
         """Number of nodes drafted before the best are kept."""
         return self.top_k + (self.depth - 1) * self.top_k**2
+
+    def levels(self, reached: int) -> int:
+        """Levels that were drafted, if the deepest that was kept is `reached`."""
+        return min(self.depth, reached + 1) if self.p_min else self.depth
+
+    @property
+    def deepest(self) -> int:
+        """Levels a tree may have below its root."""
+        return max(self.depth, self.lookup)
+
+    @property
+    def largest(self) -> int:
+        """Nodes a tree may have."""
+        return self.nodes + self.lookup
 
     @property
     def floor(self) -> float:
@@ -64,17 +83,20 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> "TreeShape":
-        """From depth x top_k x nodes [x p_min], such as 5x4x16 or 5x4x16x0.05.
+        """From depth x top_k x nodes [x p_min [x lookup]], such as 5x4x16, 5x4x16x0.05 or 5x4x16x0x8.
 
         Raises:
-            ValueError: these are not three or four numbers.
+            ValueError: these are not three to five numbers.
         """
-        depth, top_k, nodes, *p_min = text.split("x")
-        return cls(int(depth), int(top_k), int(nodes), *map(float, p_min))
+        depth, top_k, nodes, p_min, lookup, *rest = [*text.split("x"), *["0"] * max(0, 4 - text.count("x"))]
+        if rest:
+            raise ValueError(f"five numbers at most, not {text}")
+        return cls(int(depth), int(top_k), int(nodes), float(p_min), int(lookup))
 
     def __str__(self) -> str:
         p_min = f", p ≥ {self.p_min:g}" if self.p_min else ""
-        return f"{self.depth} × {self.top_k}, {self.nodes}{p_min}"
+        lookup = f" + {self.lookup} looked up" if self.lookup else ""
+        return f"{self.depth} × {self.top_k}, {self.nodes}{p_min}{lookup}"
 
 
 class Tree(NamedTuple):
@@ -155,6 +177,49 @@ def _best(pool: Tree, nodes: int) -> Tree:
     )  # pool index -> node index
     tokens, parents, depths, log_q = (field.gather(1, order) for field in pool)
     return Tree(tokens, rank.gather(1, parents), depths, log_q)
+
+
+def graft(tree: Tree, chains: Sequence[Sequence[int]]) -> tuple[Tree, Tensor]:
+    """Add a path of given tokens below the root of every row, where it leaves the tree.
+
+    Rows that need fewer nodes than others are filled up with children of the root that no target chooses (`NO_TOKEN`).
+
+    Args:
+        chains: of every row, the tokens of its path; it may be empty.
+
+    Returns:
+        The tree [B, N + added], and which of its nodes are on a row's path, [B, N + added] bool, the root included.
+    """
+    device = tree.tokens.device
+    rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist(), chains)
+    grown = [_graft(*row) for row in rows]
+    size = max(len(tokens) for tokens, _, _, _ in grown)
+    for tokens, parents, depths, _ in grown:
+        missing = size - len(tokens)
+        tokens += [NO_TOKEN] * missing
+        parents += [0] * missing
+        depths += [1] * missing
+    on_path = torch.zeros(len(grown), size, dtype=torch.bool, device=device)
+    for b, (_, _, _, path) in enumerate(grown):
+        on_path[b, path] = True
+    fields = [torch.tensor(columns, device=device) for columns in list(zip(*grown))[:3]]
+    log_q = torch.nn.functional.pad(tree.log_q, (0, size - tree.log_q.shape[1]), value=-math.inf)
+    return Tree(fields[0], fields[1], fields[2], log_q), on_path
+
+
+def _graft(
+    tokens: list[int], parents: list[int], depths: list[int], chain: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """One row of `graft`: tokens, parents and depths with the chain, and the chain's nodes."""
+    children = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens)) if node}
+    path = [0]
+    for token in chain:
+        node = children.get((path[-1], token))
+        if node is None:
+            node = len(tokens)
+            tokens, parents, depths = [*tokens, token], [*parents, path[-1]], [*depths, depths[path[-1]] + 1]
+        path.append(node)
+    return tokens, parents, depths, path
 
 
 def draw_chain(
