@@ -12,6 +12,7 @@ own first layers under its own head, which is what a user could make of it witho
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Sampling
-from vsd.drafters import load_drafter
+from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bench import machine
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
@@ -93,6 +94,7 @@ class Served:
         script = Path(__file__).with_name("against_vllm.py")
         self.process = subprocess.Popen(
             [python, script, json.dumps(job)],
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
@@ -131,7 +133,7 @@ def everyone(target: Target, a: argparse.Namespace) -> dict[str, Way]:
         job = {"target": source, "dtype": str(target.model.dtype).removeprefix("torch."), "max_new_tokens": length}
         exported = a.out / "exported"
         if not exported.exists():
-            export_drafter(drafter, target, exported, "vllm")
+            export_drafter(Eagle3Drafter.from_pretrained(a.drafter, dtype="auto"), target, exported, "vllm")
         ways["vLLM, plain"] = Served(a.vllm, job, a.out / "vllm-plain.log")
         speculative = job | {"drafter": str(exported), "k": a.k}
         ways[f"vLLM, chain of {a.k}"] = Served(a.vllm, speculative, a.out / "vllm-chain.log")

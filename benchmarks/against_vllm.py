@@ -23,6 +23,7 @@ def main(job: dict) -> None:
         dtype=job["dtype"],
         max_model_len=2048,
         max_num_seqs=1,
+        gpu_memory_utilization=0.3,  # of the CPU's, too: there are two of us
         speculative_config={"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]}
         if drafter
         else None,

@@ -35,7 +35,7 @@ from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
-SHAPES = {"tree": TreeShape(4, 3, 8), "chain": TreeShape.chain(3)}
+SHAPES = {"tree": TreeShape(2, 3, 6, 0.03, lookup=8), "chain": TreeShape.chain(3)}
 WAYS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
 
 
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--limit", type=int, help="prompts of each file; default all")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, required=True, help="JSONL, resumed if it exists")
     parser.add_argument("--json", type=Path, help="write the summary here")
