@@ -37,7 +37,7 @@ def answer(
         console.print(Text(text, style="green" if drafted else ""), end="", soft_wrap=True)
     seconds = time.perf_counter() - start
     summary = f"{len(result.tokens)} tokens, {len(result.tokens) / seconds:.1f}/s"
-    if drafter is not None and result.delivered:
+    if (drafter is not None or shape.lookup) and result.delivered:
         summary += (
             f", τ = {acceptance_length([result]):.2f}: {sum(result.accepted)} drafted tokens accepted "
             f"in {len(result.delivered)} target passes"
