@@ -127,6 +127,8 @@ def everyone(target: Target, a: argparse.Namespace) -> dict[str, Way]:
         ),
         "vsd, plain": decodes(Engine(target), length),
     }
+    for count in {shape.lookup for shape in a.tree} - {0}:
+        ways[f"vsd, {count} looked up, no drafter"] = decodes(Engine(target, None, TreeShape(lookup=count)), length)
     ways |= {f"vsd, {shape}": decodes(Engine(target, drafter, shape), length) for shape in a.tree}
     if a.vllm:
         a.out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from vsd.data import Conversation, Example, encode, prompt_ids, read_conversatio
 from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
+from vsd.evaluation.tune import SHAPES
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.features import affordable
@@ -79,7 +80,8 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
         console.print(f"from there with {name}'s objective:")
         steps[name] = _train(target, drafter, text, way, folders[name].parent, options)
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
-    trees = tune(target, drafters["EAGLE-3"], [texts(target, question) for question in questions[::2]])
+    shapes = [shape for shape in SHAPES if not shape.lookup]  # it is the drafters that are compared
+    trees = tune(target, drafters["EAGLE-3"], [texts(target, question) for question in questions[::2]], shapes)
     print_trees(trees, console)
     prompts = [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions[1::2]]
     contenders = [Contender(name, drafter, best(trees).shape) for name, drafter in drafters.items()]
