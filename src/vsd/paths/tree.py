@@ -242,7 +242,7 @@ def draw_chain(
     ids = drafter.draft_ids()
     path, distributions, log_q = [root], [], [torch.zeros(B, device=root.device)]
     for step in range(shape.depth):
-        if float(log_q[-1].max()) < shape.floor:
+        if shape.p_min and float(log_q[-1].max()) < shape.floor:
             break
         q = probabilities(drafter.log_probs(hidden[:, 0]) / divisor, generators)  # [B, Vd]
         drawn = draw(q, generators)

@@ -133,8 +133,10 @@ class TreeCache(Cache):
             layer.look_up()
         self.slots = torch.arange(self.fill, self.fill + nodes, device=self.lengths.device)
         self.reach = self.capacity if static else self.fill + nodes
-        yield
-        self.slots = None
+        try:
+            yield
+        finally:
+            self.slots = None
 
     def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
         """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""
