@@ -74,8 +74,8 @@ class Run:
     Attributes:
         tau: new tokens per target forward, bonus token included, pooled over all passes after prefill.
         tokens_per_second: wall clock, prefill included.
-        speedup: over plain decoding in this engine; `speedup_generate`: over transformers' `generate` of the same model,
-            packed weights included (benchmarks/against.py has it as users know it).
+        speedup: over plain decoding in this engine; `speedup_generate`: over transformers' `generate` of the same
+            model, packed weights included (benchmarks/against.py has it as users know it).
         acceptance_per_position: share of passes that accepted at least 1, 2, … drafted tokens.
         latency: milliseconds per pass to draft, verify and commit, per prompt to prefill.
         identical: share of answers that equal plain decoding's, at temperature 0.
@@ -83,7 +83,7 @@ class Run:
 
     drafter: str | None
     temperature: float
-    tree: dict[str, int] | None
+    tree: dict[str, Any] | None
     verification: str
     tau: float
     tau_ci: tuple[float, float]
