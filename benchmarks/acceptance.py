@@ -4,7 +4,7 @@
 
 The target answers every turn once, by plain greedy decoding in batches (kept in --answers and not done again). Every
 drafter then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap
-over prompts. Trees are depth x top_k x nodes [x p_min].
+over prompts. Trees are depth x top_k x nodes [x p_min [x lookup]].
 """
 
 import argparse

@@ -167,7 +167,7 @@ class Engine:
         last = (lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
         state = _State(rows, [laws[i] for i in rows], ids.gather(1, last[..., 0])[:, 0], cache, None, None, [])
         state.root = self._verify(_lone(state.root), None, output.hidden.gather(1, last), state, results).bonus
-        state.lookups = [Lookup() for _ in rows if self.shape.lookup]
+        state.lookups = [Lookup(results[i].prompt) for i in rows if self.shape.lookup]
         if self.drafter is not None:
             state.draft_cache = self.drafter.new_cache(B, capacity + self.shape.depth * self.shape.top_k)
             following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, state.root[:, None])
@@ -180,7 +180,7 @@ class Engine:
             return self._drafted(state)
         found = []
         for lookup, i in zip(state.lookups, state.rows):
-            lookup.extend((results[i].prompt + results[i].tokens)[len(lookup.tokens) :])
+            lookup.extend(results[i].tokens[len(lookup.tokens) - len(results[i].prompt) :])
             found.append(lookup.propose(self.shape.lookup))
         sure = all(n >= SURE for _, n in found)
         tree, _, levels = (_lone(state.root), None, 0) if sure else self._drafted(state)

@@ -14,9 +14,10 @@ SURE = 3  # behind so many, a copy is likelier right than what a drafter could a
 class Lookup:
     """Finds the last earlier occurrence of the newest tokens, in constant time a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.follows: dict[tuple[int, ...], int] = {}  # where the token behind an n-gram stands
+        self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Read on."""
