@@ -52,6 +52,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vsd without CAR": ("vsd", {"car": 0.0}),
     "vsd, target": ("vsd", {"rule": "target", **E_STEP}),
     "vsd, rejection": ("vsd", {"rule": "rejection", **E_STEP}),
+    "vsd, target, trees": ("vsd", {"rule": "target", "tree": "5x4x16", "anchors": 4, "every": 2, "weight": 0.5}),
+    "gto": ("gto", {}),
+    "gto, target": ("gto", {"rule": "target"}),
     "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "every": 10**9}),
 }
 DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too

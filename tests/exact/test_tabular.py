@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
 from vsd.objective.elbo import Advantage
+from vsd.objective.gto import Clipped, draft_tree_reward, standardised
 from vsd.objective.rows import PathRows
 from vsd.objective.utility import credit, effective_sample_size, elbo, self_normalised, survival, utility
 from vsd.paths import Chain, Tree
@@ -241,3 +242,60 @@ def test_em_climbs_to_the_longest_accepted_path(rule: str, seed: int) -> None:
     assert lengths[0] < 0.75 * K
     assert lengths[-1] > 0.97 * K
     assert sum(lengths[150:200]) > sum(lengths[50:100]) > sum(lengths[:50])
+
+
+# ---- trees
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draft_tree_reward_is_the_expected_accepted_length(seed: int) -> None:
+    """A tree of six nodes, as its leaves' paths, against all 27 continuations of the target."""
+    log_p = table(seed)
+    p = along(log_p)
+    leaves = [(0, 1), (0, 2, 1), (2, 0, 0), (2, 0, 1)]
+    nodes = {leaf[:k] for leaf in leaves for k in range(1, len(leaf) + 1)}
+    law = p.sum(0).exp()
+    kept = torch.tensor(
+        [sum(all(tuple(path[: j + 1]) in nodes for j in range(k + 1)) for k in range(K)) for path in PATHS.T.tolist()]
+    )
+    acceptance_of = torch.zeros(K, len(leaves), dtype=torch.float64)
+    fresh, seen = torch.zeros(K, len(leaves), dtype=torch.bool), set()
+    for s, leaf in enumerate(leaves):
+        for k in range(len(leaf)):
+            acceptance_of[k, s] = log_p[INDEX[leaf[:k]], leaf[k]].exp()
+            fresh[k, s] = leaf[: k + 1] not in seen
+            seen.add(leaf[: k + 1])
+    torch.testing.assert_close(draft_tree_reward(acceptance_of, fresh), (law * kept).sum())
+
+
+def test_the_clipped_surrogate_has_ppos_gradient() -> None:
+    """min(r A, clip(r) A) by autograd, for ratios on both sides of the trust region and both signs of A."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(K, 40, V, generator=g, dtype=torch.float64).requires_grad_()
+    tokens = torch.randint(0, V, (K, 40), generator=g)
+    valid = torch.arange(K)[:, None] < torch.randint(1, K + 1, (40,), generator=g)
+    advantage = torch.randn(40, generator=g, dtype=torch.float64)
+    log_q = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    old = (log_q + 0.6 * torch.randn(K, 40, generator=g, dtype=torch.float64)).detach()
+    ratio = (((log_q - old) * valid).sum(0) / valid.sum(0)).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+    (wanted,) = torch.autograd.grad(-surrogate, logits)
+    rows = PathRows(
+        logits.detach().clone(),
+        torch.full((K, 40, V), 1 / V, dtype=torch.float64),
+        tokens,
+        valid,
+        share=advantage.expand(K, -1),
+        old_log_q=old,
+    )
+    weights = rows.share * Clipped(0.2)(rows)
+    assert ((weights == 0) & valid).any() and (weights > 0).any() and (weights < 0).any()
+    again = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    (found,) = torch.autograd.grad((weights * -again).sum(), logits)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_advantages_are_standardised_within_their_group() -> None:
+    found = standardised(torch.tensor([[1.0, 2.0, 6.0], [2.0, 2.0, 2.0]]))
+    torch.testing.assert_close(found.mean(-1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.std(-1), torch.tensor([1.0, 0.0]))

@@ -20,13 +20,14 @@ from vsd.objective import (
     Objective,
     Part,
     PathTarget,
+    Proposed,
     Recorded,
     Term,
     fused_loss,
     objective,
 )
 from vsd.objective.distillspec import distillspec
-from vsd.objective.divergence import negative_log_likelihood
+from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.dpace import Credit
 from vsd.objective.eagle3 import Decay
 from vsd.objective.elbo import Advantage
@@ -368,6 +369,16 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
         (lambda: objective("vsd", {"rule": "rejection", "cut": -3.0}), "verify trees"),
         (lambda: objective("vsd", {"rule": "luck"}), "unknown verification rule"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "unknown divergence"),
+        (lambda: objective("vsd", {"tree": "5x4x16"}), "for rule target, not greedy"),
+        (lambda: objective("gto", {"tree": "wide"}), "such as 5x4x16"),
+        (lambda: objective("gto", {"tree": "5x4x16x0.1"}), "no p_min"),
+        (lambda: objective("gto", {"anchors": 1}), "at least 2"),
+        (lambda: objective("gto", {"likelihood": 0}), "must be positive"),
+        (lambda: objective("gto", {"rule": "rejection"}), "not trees"),
+        (
+            lambda: Objective((Part(Recorded(), EAGLE3), Part(Proposed(), (Term(Decay(), cross_entropy),))), "greedy"),
+            "stays on the text",
+        ),
         (lambda: Drafted(samples=0), "at least 1"),
         (lambda: Recorded(smoothing=0.0), "never be learnt"),
         (lambda: Part(Drafted(), (Term(Credit(), negative_log_likelihood),)), "no meaning on drafted"),

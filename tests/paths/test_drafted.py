@@ -11,8 +11,8 @@ from torch import Tensor
 import tiny
 from architectures import ARCHITECTURES
 from vsd.drafters import Eagle3Drafter, draft_vocabulary
-from vsd.paths import draw_paths, score_paths
-from vsd.paths.drafted import merge
+from vsd.paths import NO_TOKEN, Tree, TreeShape, draw_paths, draw_tree, draw_trees, score_paths
+from vsd.paths.drafted import leaf_paths, merge
 from vsd.targets import Target
 
 
@@ -51,6 +51,50 @@ def test_packed_scores_are_those_of_one_path_at_a_time(target: Target, steps: in
         (b, int(roots[b, s]), *tokens[b, s, :k].tolist()) for b in range(2) for s in range(12) for k in range(steps)
     }
     assert len(found.hidden) == len(prefixes)
+
+
+def test_paths_may_end_early(target: Target) -> None:
+    """Short and empty paths among long ones: the same scores, and no node for what does not exist."""
+    ids, lengths, roots, tokens = some_paths()
+    ends = torch.arange(12).expand(2, 12) % 5  # 0 … 4 tokens
+    short = tokens.masked_fill(torch.arange(4) >= ends[..., None], NO_TOKEN)
+    whole, found = (score_paths(target, ids, lengths, roots, some) for some in (tokens, short))
+    exists = short >= 0
+    torch.testing.assert_close(found.log_p[exists], whole.log_p[exists], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.hidden[found.rows[exists]], whole.hidden[whole.rows[exists]], rtol=1e-4, atol=1e-5)
+    prefixes = {
+        (b, int(roots[b, s]), *short[b, s, :k].tolist())
+        for b, s in itertools.product(range(2), range(12))
+        for k in range(max(1, int(ends[b, s])))
+    }
+    assert len(found.hidden) == len(prefixes)
+    nothing = score_paths(target, ids, lengths, roots, torch.full_like(tokens, NO_TOKEN))
+    assert len(nothing.hidden) == 6
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 10**6), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_leaf_paths_are_what_brute_force_finds(draws: list[list[int]]) -> None:
+    """Every leaf's path once, and every node fresh in exactly one of them."""
+    parents = [[0] + [draw % i for i, draw in enumerate(row, start=1)] for row in draws]
+    depths = [[0] * 8 for _ in parents]
+    for row, depth in zip(parents, depths):
+        for node in range(1, 8):
+            depth[node] = depth[row[node]] + 1
+    tokens = torch.arange(100, 108).expand(len(parents), -1)  # a token names its node
+    tree = Tree(tokens, torch.tensor(parents), torch.tensor(depths), torch.zeros(len(parents), 8))
+    found, fresh = leaf_paths(tree, 7)
+    for b, row in enumerate(parents):
+        expected = set()
+        for leaf in set(range(1, 8)) - set(row):
+            path, node = (), leaf
+            while node:
+                path, node = (100 + node, *path), row[node]
+            expected.add(path)
+        paths = [tuple(t for t in path if t != NO_TOKEN) for path in found[b].tolist()]
+        assert sorted(filter(None, paths)) == sorted(expected)
+        assert all(path[: len(p)] == list(p) for path, p in zip(found[b].tolist(), paths))  # no gaps
+        assert sorted(found[b][fresh[b]].tolist()) == list(range(101, 108))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -115,3 +159,22 @@ def test_paths_are_drawn_from_q_at_the_temperature(tiny_target: Target, drafter:
         laws[temperature] = law / law.sum()
         assert (found - laws[temperature]).abs().sum() / 2 < 0.06
     assert (laws[1.0] - laws[0.5]).abs().sum() / 2 > 0.1
+
+
+def test_trees_at_roots_are_decodings_trees(tiny_target: Target, drafter: Eagle3Drafter) -> None:
+    """Against the cache that decoding would have filled by then, root by root."""
+    ids, shape = some_paths()[0], TreeShape(4, 3, 12)
+    aux, roots = tiny_target.features(ids).aux, torch.tensor([[2, 17, 9], [0, 5, 11]])
+    tokens, fresh = draw_trees(drafter, tiny_target, aux, ids, roots, shape)
+    for b, a in itertools.product(range(2), range(3)):
+        n = int(roots[b, a]) + 1
+        cache = drafter.new_cache(1, n + 12)
+        with torch.no_grad():
+            hidden = drafter.extend(
+                aux[b : b + 1, :n], tiny_target.embed(ids[b : b + 1, 1 : n + 1]), torch.tensor([n]), cache
+            )
+            tree = draw_tree(drafter, tiny_target.embed, hidden, ids[b, n : n + 1], cache, shape)
+        wanted = leaf_paths(tree, 4)[0][0].tolist()
+        found = tokens[b, a].tolist()
+        assert sorted(path for path in found if path[0] >= 0) == sorted(wanted)
+        assert int(fresh[b, a].sum()) == 11

@@ -17,9 +17,10 @@ from vsd.data import Example
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
-from vsd.paths import TreeShape
+from vsd.paths import TreeShape, draw_trees
 from vsd.targets import Target
-from vsd.training import FeatureStore, VSDConfig
+from vsd.training import FeatureStore, VSDConfig, VSDTrainer
+from vsd.training.e_step import Batch
 from vsd.training.job import prompt_of
 
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
@@ -43,6 +44,14 @@ def weights_after(target: Target, examples: list[Example], folder: Path, **optio
     trainer = tiny_run.tiny_trainer(target, examples, folder, **{**ONE_STEP, **options})
     trainer.train()
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def batch_of(trainer: VSDTrainer, inputs: dict[str, Tensor]) -> Batch:
+    """What `compute_loss` makes of its inputs."""
+    ids, drafted = inputs["input_ids"], inputs["drafted"]
+    real = inputs["labels"].gather(1, drafted) >= 0
+    real[:, 1:] &= drafted[:, 1:] > drafted[:, :-1]
+    return Batch(ids, drafted, real, trainer._features(inputs), trainer.args.draft_steps)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -144,7 +153,7 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, logging_steps=1, **options)
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert rates[0] < 2e-3 and len(rates) > 10
+    assert rates[0] < 2e-3 and len(rates) > 3
     assert set(rates[len(rates) // 2 :]) == {3e-3}
 
 
@@ -163,6 +172,9 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
         ("vsd", {"cut": -3.0}),
         ("vsd", {"rule": "target", "samples": 4, "smoothing": 0.3, "arw": False}),
         ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
+        ("vsd", {"rule": "target", "tree": "4x3x9", "every": 2}),
+        ("gto", {"tree": "4x3x9", "anchors": 4}),
+        ("gto", {"tree": "2x3x6", "anchors": 4, "rule": "target"}),
     ],
 )
 def test_every_objective_trains(
@@ -181,6 +193,7 @@ def test_every_objective_trains(
     assert ("effective_sample_size" in logged) == ("samples" in options)
     if "samples" in options:
         assert 1 <= logged["effective_sample_size"] <= 4
+    if "samples" in options or "tree" in options:
         assert 0 <= logged["drafted_utility"] <= 3
 
 
@@ -193,7 +206,7 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
     trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))
     drafter, ids = trainer.model, inputs["input_ids"]
-    drawn = trainer._e_step(inputs, trainer._features(inputs))
+    drawn = trainer._e_step(batch_of(trainer, inputs))
     trainer._batch = (0, 0)  # the same chance again
     loss = trainer.compute_loss(drafter, inputs, num_items_in_batch=torch.tensor(1.0))
     loss.backward()
@@ -222,6 +235,65 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
     total.backward()
     for name, weight in drafter.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, rtol=2e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "target"])
+def test_gto_prefers_the_tree_that_is_accepted_further(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, rule: str
+) -> None:
+    """Against loops: reward of every anchor's two trees, its best path, and shares that add up to nothing."""
+    options = {"tree": "3x3x9", "anchors": 4, "rule": rule}
+    choice = {"objective": "gto", "objective_options": options}
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
+    assert trainer._beginning is not None
+    torch.manual_seed(1)
+    for weight in trainer.model.parameters():  # as if training had gone on
+        weight.data += 0.05 * torch.randn_like(weight)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    batch = batch_of(trainer, inputs)
+    found = trainer._e_step(batch)[1]
+    drafters, shape = (trainer.model, trainer._beginning), TreeShape(3, 3, 9)
+    ended = torch.tensor(tiny_target.eos_ids)
+    better = torch.zeros(8, 4)
+    for b, a in itertools.product(range(8), range(4)):
+        root = int(found.paths.roots[b, a])
+        text = batch.ids[b, : root + 2].tolist()
+        rewards, best = [], None
+        for drafter in drafters:
+            tokens, fresh = draw_trees(
+                drafter, tiny_target, batch.features.aux[b : b + 1], batch.ids[b : b + 1], torch.tensor([[root]]), shape
+            )
+            reward, worths = 0.0, []
+            for path, new in zip(tokens[0, 0].tolist(), fresh[0, 0].tolist()):
+                kappa, worth = 1.0, 0.0
+                for k, token in enumerate(path):
+                    if token < 0 or (k and path[k - 1] in ended):
+                        break
+                    place = root + 2 + k
+                    if rule == "greedy":
+                        answered = place < batch.ids.shape[1] and int(inputs["labels"][b, place]) == token
+                        kappa *= float(answered)
+                    else:
+                        so_far = torch.tensor([text + path[:k]])
+                        law = tiny_target.logits(tiny_target.features(so_far).hidden[0, -1]).softmax(-1)
+                        kappa *= float(law[token])
+                    worth += kappa
+                    reward += kappa * new[k]
+                worths.append(worth)
+            rewards.append(reward)
+            if best is None:
+                best = max(worths)
+                taken = tokens[0, 0, worths.index(best)].tolist()
+        better[b, a] = rewards[0] - rewards[1]
+        assert float(found.utility[b, a]) == pytest.approx(rewards[0], abs=1e-3)
+        path = found.paths.tokens[b, a][found.paths.valid[b, a]].tolist()
+        assert (
+            len(path) == best if rule == "greedy" else best == pytest.approx(0, abs=1e-3) or path == taken[: len(path)]
+        )
+    wanted = (better - better.mean(1, keepdim=True)) / better.std(1, keepdim=True).clamp(min=1e-4)
+    scale = batch.real.sum() / 32
+    torch.testing.assert_close(found.share[..., 0], wanted * scale, rtol=2e-2, atol=2e-2)
+    assert better.abs().sum() > 0.1
 
 
 def test_cut_paths_train_on_fewer_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:

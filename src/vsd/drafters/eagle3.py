@@ -297,6 +297,24 @@ class Eagle3Drafter(PreTrainedModel):
             hidden, own = self._step(hidden, embeds, roots + k, shared, seen, own, k > 0)
             embeds = choose(self.log_probs(hidden))
 
+    @torch.no_grad()
+    def stand(self, aux: Tensor, next_embeds: Tensor, roots: Tensor, slots: int) -> tuple["DraftCache", Tensor]:
+        """As decoding stands at roots [B, Q] of a text: a cache of B Q rows, and hidden [B Q, 1, h] drafted from.
+
+        Args:
+            aux, next_embeds: as in `forward`.
+            slots: room for so many drafted nodes.
+        """
+        hidden, (keys, values), seen = self._roots(aux, next_embeds, roots)
+        first = next_embeds.gather(1, roots[..., None].expand(-1, -1, next_embeds.shape[-1]))
+        hidden, _ = self._step(hidden, first, roots, (keys, values), seen, [], False)
+        (B, Q), T = roots.shape, aux.shape[1]
+        cache = self.new_cache(B * Q, T + slots)
+        cache.keys[:, :, :T], cache.values[:, :, :T] = keys.repeat_interleave(Q, 0), values.repeat_interleave(Q, 0)
+        cache.lengths = roots.flatten() + 1
+        cache.fill = int(cache.lengths.max())
+        return cache, hidden.flatten(0, 1)[:, None]
+
     def _roots(self, aux: Tensor, next_embeds: Tensor, roots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """Fused features of the roots [B, Q, h]; step-0 keys and values of all entries; who sees which, [B, Q, T]."""
         layer = self.midlayer

@@ -1,12 +1,13 @@
 """Training objectives as pure tensor mathematics: paths × weights × divergence."""
 
-from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term
+from vsd.objective.algebra import Contrasted, Drafted, Objective, Part, Proposed, Recorded, Term
 from vsd.objective.fused import FusedLoss, HeadTarget, PathTarget, fused_loss
 from vsd.objective.rows import PathRows
 from vsd.objective.table import OBJECTIVES, objective
 
 __all__ = [
     "OBJECTIVES",
+    "Contrasted",
     "Drafted",
     "FusedLoss",
     "HeadTarget",
@@ -14,6 +15,7 @@ __all__ = [
     "Part",
     "PathRows",
     "PathTarget",
+    "Proposed",
     "Recorded",
     "Term",
     "fused_loss",

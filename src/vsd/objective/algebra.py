@@ -14,6 +14,7 @@ from torch import Tensor
 from vsd.errors import VSDError
 from vsd.objective.divergence import Divergence, negative_log_likelihood
 from vsd.objective.rows import PathRows
+from vsd.paths import TreeShape
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,54 @@ class Drafted:
             raise VSDError(f"weight and temperature must be positive and tempering not negative, not {self}")
 
 
+@dataclass(frozen=True)
+class Proposed:
+    """The trees that decoding would propose, as the drafter is now, scored by the target: every node once.
+
+    Attributes:
+        shape: of the trees.
+        anchors: roots drawn from every sequence.
+        every: they are drawn at every so many steps only.
+        weight: of all of them together, where the text's own paths weigh 1.
+    """
+
+    shape: TreeShape = TreeShape(5, 4, 16)
+    anchors: int = 4
+    every: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.anchors, self.every) < 1 or self.weight <= 0:
+            raise VSDError(f"anchors and every must be at least 1 and weight positive, not {self}")
+        if self.shape.p_min or self.shape.lookup:
+            raise VSDError("trees to train on have a fixed number of drafted nodes: no p_min, no lookup")
+
+
+def tree_named(text: str) -> TreeShape:
+    """Depth x top_k x nodes, as options of objectives give it.
+
+    Raises:
+        VSDError: it is something else.
+    """
+    try:
+        return TreeShape.parse(text)
+    except ValueError as error:
+        raise VSDError(f"tree is depth x top_k x nodes such as 5x4x16, not '{text}'") from error
+
+
+@dataclass(frozen=True)
+class Contrasted(Proposed):
+    """The longest accepted path of every such tree, its share how much better the tree is than a frozen drafter's.
+
+    The frozen drafter is the one training began with. Shares are standardised within a sequence: half are negative.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchors < 2:
+            raise VSDError("advantages are standardised among the anchors of a sequence: anchors must be at least 2")
+
+
 class Weights:
     """How much every step of every path counts.
 
@@ -70,7 +119,7 @@ class Weights:
         filters: whether drafted tokens count by what the verifier makes of them.
     """
 
-    on: ClassVar[tuple[type, ...]] = (Recorded, Drafted)
+    on: ClassVar[tuple[type, ...]] = (Recorded, Drafted, Proposed)
     filters: ClassVar[bool] = False
 
     def __call__(self, rows: PathRows) -> Tensor:
@@ -80,7 +129,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Term:
-    """scale · Σ share · weights · divergence; a path's share is 1 if it is recorded, else the E-step's."""
+    """scale · Σ share · weights · divergence; the share of a path, or a step, is 1 if recorded, else the E-step's."""
 
     weights: Weights
     divergence: Divergence
@@ -95,16 +144,16 @@ class Part:
         VSDError: weights that mean nothing on such paths, or likelihood of the drafter's own unfiltered words.
     """
 
-    paths: Recorded | Drafted
+    paths: Recorded | Drafted | Proposed
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
         kind = type(self.paths)
         for term in self.terms:
             name = type(term.weights).__name__
-            if kind not in term.weights.on:
+            if not issubclass(kind, term.weights.on):
                 raise VSDError(f"weights {name} have no meaning on {kind.__name__.lower()} paths")
-            if kind is Drafted and not term.weights.filters and term.divergence is negative_log_likelihood:
+            if kind is not Recorded and not term.weights.filters and term.divergence is negative_log_likelihood:
                 raise VSDError(f"{name} × likelihood on drafted paths would teach the drafter to repeat itself")
 
 
@@ -118,5 +167,9 @@ class Objective:
     def __post_init__(self) -> None:
         if self.rule not in ("greedy", "target", "rejection"):
             raise VSDError(f"unknown verification rule '{self.rule}': choose greedy, target or rejection")
-        if all(isinstance(part.paths, Drafted) and part.paths.every > 1 for part in self.parts):
+        if all(not isinstance(part.paths, Recorded) and part.paths.every > 1 for part in self.parts):
             raise VSDError("an objective on drafted paths alone must draw them at every step: every=1")
+        if self.rule == "greedy" and any(type(part.paths) is Proposed for part in self.parts):
+            raise VSDError("at temperature 0 decoding stays on the text: of a tree only recorded tokens are visited")
+        if self.rule == "rejection" and any(isinstance(part.paths, Proposed) for part in self.parts):
+            raise VSDError("rejection sampling verifies chains drawn from the drafter, not trees: use rule target")

@@ -43,8 +43,9 @@ class PathTarget(NamedTuple):
         labels: draft id of every token, [K, R]; -1 where the draft vocabulary lacks it.
         rows: which of the target's rows predicts it, [K, R].
         valid: which steps exist, [K, R] bool; no step after one that does not.
-        share: the E-step's weight of every path, [R]; None for recorded paths, which weigh 1.
+        share: the E-step's weight of every path, [R], or step, [K, R]; None for recorded paths, which weigh 1.
         group: paths of one anchor follow each other, `group` at a time.
+        old_log_q: log-probability of every token for the drafter that training began with, [K, R], if it matters.
     """
 
     labels: Tensor
@@ -52,6 +53,7 @@ class PathTarget(NamedTuple):
     valid: Tensor
     share: Tensor | None = None
     group: int = 1
+    old_log_q: Tensor | None = None
 
 
 class FusedLoss(NamedTuple):
@@ -87,7 +89,8 @@ def fused_loss(
         labels=paths.labels[:, alive],
         rows=paths.rows[:, alive],
         valid=paths.valid[:, alive],
-        share=None if paths.share is None else paths.share[alive],
+        share=None if paths.share is None else paths.share.expand_as(paths.labels)[:, alive],
+        old_log_q=None if paths.old_log_q is None else paths.old_log_q[:, alive],
     )
     return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, kept, steps, terms, acceptance, chunk_rows))
 
@@ -127,9 +130,10 @@ class _Fused(torch.autograd.Function):
                     _probabilities(target, target_head, paths.rows[chunk], wide),
                     paths.labels[chunk],
                     paths.valid[chunk],
-                    share=None if paths.share is None else paths.share[start:end].to(wide),
+                    share=None if paths.share is None else paths.share[chunk].to(wide),
                     group=paths.group,
                     acceptance=acceptance,
+                    old_log_q=None if paths.old_log_q is None else paths.old_log_q[chunk].to(wide),
                 )
                 correct[:steps] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
                 value, grad_logits = _sum(terms, rows)

@@ -10,6 +10,7 @@ from vsd.objective.dpace import dpace
 from vsd.objective.eagle3 import eagle3
 from vsd.objective.elbo import elbo
 from vsd.objective.griffin import griffin
+from vsd.objective.gto import gto
 from vsd.objective.lk import lk_alpha, lk_lambda
 from vsd.objective.vat import vat
 from vsd.objective.vsd import vsd
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "vat": vat,
     "griffin": griffin,
     "distillspec": distillspec,
+    "gto": gto,
     "elbo": elbo,
     "vsd": vsd,
 }

@@ -32,6 +32,8 @@ Its formulas for ω, c and the oracle are not public. Ours:
 - *Tree utility*: EAGLE-2's tree keeps the token of step k if its cumulative log q is among the best N - 1. Then
   κ_k = σ((Σ_{i≤k} log q(x_i) - cut) / width), with `cut` the score that just gets in: credit goes where the tree's
   edge is, not to tokens that are in anyway.
+- *Trees in place of samples* (`tree`, for rule target): the E-step's paths are the tree decoding would propose, each
+  node weighed by the exact probability that verification comes there.
 - *CAR*: c_t = max p_t · (probability of reaching step t).
 """
 
@@ -40,7 +42,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vsd.errors import VSDError
-from vsd.objective.algebra import Drafted, Objective, Part, Recorded, Term, Weights
+from vsd.objective.algebra import Drafted, Objective, Part, Proposed, Recorded, Term, Weights, tree_named
 from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
 from vsd.objective.lk import Hybrid
@@ -156,12 +158,16 @@ def vsd(
     weight: float = 0.1,
     tempering: float = 0.5,
     eta: float = 3.0,
+    tree: str | None = None,
 ) -> Objective:
-    """The whole objective; `arw=False` and `car=0` leave those parts out.
+    """The whole objective; `arw=False` and `car=0` leave those parts out, `every` beyond the training's end the E-step.
 
     Raises:
-        VSDError: tree survival (`cut`) for a rule that verifies chains, or paths that are cut and weighed by survival.
+        VSDError: tree survival (`cut`) for a rule that verifies chains, paths that are cut and weighed by survival, or
+            trees as paths where decoding visits none but the text (greedy) or draws chains (rejection).
     """
+    if tree is not None and rule != "target":
+        raise VSDError(f"the E-step draws trees for rule target, not {rule}: see vsd.objective.algebra.Proposed")
     if cut is not None and (rule == "rejection" or smoothing is not None):
         raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
     if smoothing is not None and rule == "rejection":
@@ -177,5 +183,7 @@ def vsd(
     if rule == "rejection":
         slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
         text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
-    paths = Drafted(samples, anchors, every, weight, tempering)
+    paths: Drafted | Proposed = Drafted(samples, anchors, every, weight, tempering)
+    if tree is not None:
+        paths, drawn = Proposed(tree_named(tree), anchors, every, weight), (Term(Reached(rule, 0.0), cross_entropy),)
     return Objective((Part(Recorded(smoothing), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)

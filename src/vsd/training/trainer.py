@@ -1,18 +1,18 @@
 """The trainer: a `transformers.Trainer` that alternates E-step and M-step, and measures τ in the real decoder.
 
-Read `compute_loss`, `_e_step`, `_m_step` downwards. The E-step says which paths are trained, and what the target makes
-of them; the M-step maximises their weighted likelihood.
+Read `compute_loss`, `_e_step`, `_m_step` downwards. The E-step (`vsd.training.e_step`) says which paths are trained,
+and what the target makes of them; the M-step maximises their weighted likelihood.
 
-Legend: B batch, T tokens, Q drafted tokens of a sequence, P paths, S paths of an anchor, K steps, h hidden, V target
-and Vd draft vocabulary.
+Legend: B batch, T tokens, Q drafted tokens of a sequence, P paths, K steps, h hidden, Vd draft vocabulary.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +22,17 @@ from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
-from vsd.objective import Drafted, FusedLoss, HeadTarget, Part, PathTarget, Recorded, fused_loss
+from vsd.objective import Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
 from vsd.objective import objective as objective_named
-from vsd.objective.utility import effective_sample_size, self_normalised, utility
-from vsd.paths import Paths, TreeShape, consumed, cut, draw_paths, longest_first, recorded, score_paths, widths
+from vsd.paths import TreeShape, consumed, widths
 from vsd.targets import Target
 from vsd.training.batch import ByLength, Collator, DraftDataset
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
+from vsd.training.e_step import Batch, EStep, Posterior
 from vsd.training.features import Features, FeatureStore, compute_features
-from vsd.verification.rejection import acceptance
 
 _REMEMBERED = 0.99  # of the running acceptance, a batch
-
-
-class Posterior(NamedTuple):
-    """The E-step's outcome for one part of the objective: paths, the target's side of them, weights within anchors.
-
-    `share` [B, P] is every path's weight, `group` paths of an anchor side by side; None for recorded paths: 1 each.
-    """
-
-    part: Part
-    paths: Paths
-    target: HeadTarget
-    share: Tensor | None = None
-    group: int = 1
 
 
 class VSDTrainer(Trainer):
@@ -81,17 +67,15 @@ class VSDTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole batch's drafted tokens
         self.target = target
-        ids = drafter.draft_ids()
-        self._head = target.head_weight[ids].detach()  # [Vd, h]
-        self._bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
-        self._draft_of = torch.full((target.vocab_size,), -1, device=ids.device)
-        self._draft_of[ids] = torch.arange(len(ids), device=ids.device)
         self._counts = _Counts(args.draft_steps)
         self._objective = objective_named(args.objective, args.objective_options)
+        self._posterior_of = EStep(target, drafter, self._objective.rule, self.accelerator.autocast)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._batch = (0, 0)  # step, and how often chance was asked in it
-        if self.is_fsdp_enabled and any(isinstance(part.paths, Drafted) for part in self._objective.parts):
+        kinds = [type(part.paths) for part in self._objective.parts]
+        if self.is_fsdp_enabled and any(kind is not Recorded for kind in kinds):
             raise VSDError("drawing paths from a drafter sharded by FSDP is not supported: use DDP, a drafter is small")
+        self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if Contrasted in kinds else None
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -125,91 +109,55 @@ class VSDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """E-step, then M-step, on one batch; see `vsd.objective` for what is minimised."""
-        features = self._features(inputs)
-        posteriors = self._e_step(inputs, features)
-        output = self._m_step(model, inputs, features, posteriors)
-        if not isinstance(posteriors[0].part.paths, Drafted):
+        ids, drafted = inputs["input_ids"], inputs["drafted"]
+        batch = Batch(ids, drafted, _real(inputs), self._features(inputs), self._steps())
+        posteriors = self._e_step(batch)
+        output = self._m_step(model, batch, posteriors)
+        self._counts.add_drawn(posteriors)
+        if isinstance(posteriors[0].part.paths, Recorded):
             self._remember(output)
-        items = num_items_in_batch if num_items_in_batch is not None else _real(inputs).sum()
+        items = num_items_in_batch if num_items_in_batch is not None else batch.real.sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients that are sums here
         return (loss, output) if return_outputs else loss
 
-    def _e_step(self, inputs: dict[str, Tensor], features: Features) -> list[Posterior]:
-        """Which paths are trained now: the text's own, and those the drafter draws."""
-        steps, posteriors = self._steps(), []
+    def _e_step(self, batch: Batch) -> list[Posterior]:
+        """Which paths are trained now: the text's own, and those the drafter proposes."""
+        posteriors, find = [], self._posterior_of
+        drafter = self.accelerator.unwrap_model(self.model)
         for part in self._objective.parts:
-            if not isinstance(part.paths, Drafted):
-                posteriors.append(self._recorded(part, part.paths, inputs, features, steps))
-            elif self.state.global_step % part.paths.every == 0:
-                posteriors.append(self._drafted(part, part.paths, inputs, features, steps))
+            match part.paths:
+                case Recorded() as text:
+                    posteriors.append(find.recorded(part, text, batch, self._generator("cut")))
+                case draw if self.state.global_step % draw.every:
+                    continue
+                case Drafted() as draw:
+                    posteriors.append(find.drafted(part, draw, batch, drafter, self._generator("draw")))
+                case Contrasted() as draw:
+                    assert self._beginning is not None
+                    both = (drafter, self._beginning)
+                    posteriors.append(find.contrasted(part, draw, batch, *both, self._generator("draw")))
+                case Proposed() as draw:
+                    posteriors.append(find.proposed(part, draw, batch, drafter, self._generator("draw")))
         return posteriors
 
-    def _recorded(
-        self, part: Part, text: Recorded, inputs: dict[str, Tensor], features: Features, steps: int
-    ) -> Posterior:
-        """The text's own continuations, whole or cut where the target itself is unsure.
-
-        At temperature 0 they are the posterior: the target's pass is spared.
-        """
-        drafted = inputs["drafted"]  # [B, Q]
-        paths = recorded(inputs["input_ids"], drafted, _real(inputs), steps)
-        if text.smoothing is not None:
-            words = paths.tokens[..., 0]
-            p = (self.target.logit(features.hidden, words) - features.log_normaliser).exp() * (
-                self._draft_of[words] >= 0
-            )
-            go_on = text.smoothing + (1 - text.smoothing) * p.flatten()[paths.rows]
-            paths = longest_first(cut(paths, go_on, self._generator("cut")))
-        return Posterior(part, paths, self._head_target(features.hidden.flatten(0, 1), features.log_normaliser))
-
-    @torch.no_grad()
-    def _drafted(
-        self, part: Part, draw: Drafted, inputs: dict[str, Tensor], features: Features, steps: int
-    ) -> Posterior:
-        """S paths below some roots of every sequence, drawn from the drafter and scored by the target in one pass.
-
-        A path ends with the answer, at an EOS. Its share among those of its anchor grows with the number of its tokens
-        that the verifier keeps; all anchors of the batch together weigh as much as the batch's drafted tokens.
-        """
-        ids, S, generator = inputs["input_ids"], draw.samples, self._generator("draw")
-        real = _real(inputs)
-        roots = _anchors(inputs["drafted"], real, draw.anchors, generator).repeat_interleave(S, 1)
-        with self.accelerator.autocast():
-            drafter = self.accelerator.unwrap_model(self.model)
-            tokens, log_q = draw_paths(
-                drafter, self.target, features.aux, ids, roots, steps, draw.temperature, generator
-            )
-        scored = score_paths(self.target, ids, inputs["drafted"].amax(1) + 1, roots, tokens)
-        ends = torch.isin(tokens, torch.tensor(self.target.eos_ids, device=ids.device)).long()
-        paths = Paths(roots, tokens, ends.cumsum(-1) == ends, scored.rows)  # up to the first EOS
-        kept = scored.log_p.exp() if self._objective.rule == "target" else acceptance(scored.log_p, log_q)
-        kept = (kept * paths.valid).movedim(-1, 0)  # [K, B, P]
-        share = self_normalised(draw.tempering * utility(kept).unflatten(1, (-1, S)))  # [B, A, S]
-        self._counts.add_drafted(utility(kept), effective_sample_size(share))
-        share = draw.weight * real.sum() / share[..., 0].numel() * share.flatten(1)
-        return Posterior(part, paths, self._head_target(scored.hidden, scored.log_normaliser), share, S)
-
-    def _m_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], features: Features, posteriors: list[Posterior]
-    ) -> FusedLoss:
+    def _m_step(self, model: nn.Module, batch: Batch, posteriors: list[Posterior]) -> FusedLoss:
         """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
-        ids = inputs["input_ids"]
+        ids = batch.ids
         return model(
-            aux=features.aux,
+            aux=batch.features.aux,
             next_embeds=self.target.embed(ids.roll(-1, dims=1)),
             roots=torch.cat([posterior.paths.roots for posterior in posteriors], dim=1),
             path_embeds=self.target.embed(torch.cat([consumed(ids, p.paths) for p in posteriors], dim=2)),
             widths=widths(torch.cat([posterior.paths.valid for posterior in posteriors], dim=1)),
             objective=partial(
-                _weighted_loss, posteriors=posteriors, draft_of=self._draft_of, acceptance=self._acceptance or 0.0
+                _weighted_loss,
+                posteriors=posteriors,
+                draft_of=self._posterior_of.draft_of,
+                acceptance=self._acceptance or 0.0,
             ),
         )
-
-    def _head_target(self, hidden: Tensor, log_normaliser: Tensor) -> HeadTarget:
-        """The target's side of rows hidden [U, h] with logsumexps of any shape [U]."""
-        return HeadTarget(hidden, self._head, self._bias, log_normaliser.flatten(), self.target.cap)
 
     def _remember(self, output: FusedLoss) -> None:
         self._counts.add(output)
@@ -288,20 +236,21 @@ class _Counts:
         self.rows[: len(output.rows)] += output.rows.cpu()
         self.correct[: len(output.rows)] += output.correct.cpu()
 
-    def add_drafted(self, utility: Tensor, effective: Tensor) -> None:
-        """Expected accepted tokens of every path [B, P]; effective sample size of every anchor [B, A]."""
-        self.draws += 1
-        self.utility += float(utility.mean())
-        self.effective += float(effective.mean())
+    def add_drawn(self, posteriors: list[Posterior]) -> None:
+        for posterior in posteriors:
+            if posterior.utility is not None:
+                self.draws += 1
+                self.utility += float(posterior.utility.mean())
+            if posterior.effective is not None:
+                self.effective += float(posterior.effective.mean())
 
     def report(self) -> dict[str, float]:
         shares = (self.correct / self.rows).tolist()
         found = {f"accuracy_{k + 1}": round(share, 4) for k, share in enumerate(shares) if self.rows[k] > 0}
         if self.draws:
-            found |= {
-                "drafted_utility": self.utility / self.draws,
-                "effective_sample_size": self.effective / self.draws,
-            }
+            found["drafted_utility"] = self.utility / self.draws
+        if self.effective:
+            found["effective_sample_size"] = self.effective / self.draws
         return found
 
 
@@ -312,8 +261,8 @@ def _weighted_loss(
     outputs = []
     for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
         tokens, valid, rows = (field.flatten(0, 1).T for field in posterior.paths[1:])  # [K, R]
-        share = None if posterior.share is None else posterior.share.flatten()
-        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group)
+        share, old = (x if x is None else x.flatten(0, 1).T for x in (posterior.share, posterior.old_log_q))
+        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old)
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
@@ -329,8 +278,3 @@ def _first_occurrence(drafted: Tensor) -> Tensor:
 def _real(inputs: dict[str, Tensor]) -> Tensor:
     """Which of the drafted positions [B, Q] are not padding."""
     return (inputs["labels"].gather(1, inputs["drafted"]) >= 0) & _first_occurrence(inputs["drafted"])
-
-
-def _anchors(drafted: Tensor, real: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` roots of every sequence, [B, A], drawn evenly from those drafted from, with replacement."""
-    return drafted.gather(1, torch.multinomial(real.float(), count, replacement=True, generator=generator)) - 2

@@ -1,0 +1,239 @@
+"""The E-step: which paths are trained, what the target makes of them, and how much each counts.
+
+One method for each kind of paths (`vsd.objective.algebra`), from cheap to dear: the text's own, which at temperature 0
+are the posterior; those drawn from the drafter; the trees decoding would propose; those against a frozen drafter's.
+
+Legend: B batch, T tokens, Q drafted tokens of a sequence, A anchors, P paths, S paths of an anchor, L leaves of its
+tree, K steps, h hidden, V target and Vd draft vocabulary.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vsd.drafters import Eagle3Drafter
+from vsd.objective import Contrasted, Drafted, HeadTarget, Part, Proposed, Recorded
+from vsd.objective.gto import draft_tree_reward, standardised
+from vsd.objective.utility import effective_sample_size, self_normalised, utility
+from vsd.paths import (
+    NO_TOKEN,
+    Paths,
+    Scored,
+    TreeShape,
+    consumed,
+    cut,
+    draw_paths,
+    draw_trees,
+    longest_first,
+    recorded,
+    score_paths,
+)
+from vsd.targets import Target
+from vsd.training.features import Features
+from vsd.verification.rejection import acceptance
+
+
+class Batch(NamedTuple):
+    """ids [B, T]; positions of drafted tokens, drafted [B, Q], and which are not padding, real [B, Q]; K steps."""
+
+    ids: Tensor
+    drafted: Tensor
+    real: Tensor
+    features: Features
+    steps: int
+
+
+class Posterior(NamedTuple):
+    """The E-step's outcome for one part of the objective.
+
+    Attributes:
+        share: weight of every token, [B, P, K]; None for recorded paths: 1 each.
+        group: so many paths of an anchor stand side by side.
+        old_log_q: what the drafter that training began with says of every token, [B, P, K], if it was asked.
+        utility: expected accepted tokens of every drawn path, or tree, for the log.
+        effective: effective sample size of every anchor's paths, for the log.
+    """
+
+    part: Part
+    paths: Paths
+    target: HeadTarget
+    share: Tensor | None = None
+    group: int = 1
+    old_log_q: Tensor | None = None
+    utility: Tensor | None = None
+    effective: Tensor | None = None
+
+
+class EStep:
+    """What the target knows and the drafter can say: all that the E-step needs and no training changes.
+
+    Args:
+        rule: of verification.
+        autocast: the precision in which a drafter is run; the target has its own.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Eagle3Drafter,
+        rule: str,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.target, self.rule, self.autocast = target, rule, autocast
+        ids = drafter.draft_ids()
+        self.head = target.head_weight[ids].detach()  # [Vd, h]
+        self.bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
+        self.draft_of = torch.full((target.vocab_size,), -1, device=ids.device)  # [V]
+        self.draft_of[ids] = torch.arange(len(ids), device=ids.device)
+
+    def recorded(self, part: Part, text: Recorded, batch: Batch, generator: torch.Generator) -> Posterior:
+        """The text's own continuations, whole or cut where the target itself is unsure.
+
+        At temperature 0 they are the posterior: the target's pass is spared.
+        """
+        paths, features = recorded(*batch[:3], batch.steps), batch.features
+        if text.smoothing is not None:
+            words = paths.tokens[..., 0]
+            p = (self.target.logit(features.hidden, words) - features.log_normaliser).exp() * (
+                self.draft_of[words] >= 0
+            )
+            go_on = text.smoothing + (1 - text.smoothing) * p.flatten()[paths.rows]
+            paths = longest_first(cut(paths, go_on, generator))
+        return Posterior(part, paths, self._said(features))
+
+    @torch.no_grad()
+    def drafted(
+        self, part: Part, draw: Drafted, batch: Batch, drafter: Eagle3Drafter, generator: torch.Generator
+    ) -> Posterior:
+        """S paths below some roots of every sequence, drawn from the drafter and scored by the target in one pass.
+
+        A path ends with the answer, at an EOS. Its share among those of its anchor grows with the number of its tokens
+        that the verifier keeps; all anchors of the batch together weigh as much as the batch's drafted tokens.
+        """
+        S, A = draw.samples, draw.anchors
+        roots = _anchors(batch, A, generator).roots.repeat_interleave(S, 1)
+        with self.autocast():
+            tokens, log_q = draw_paths(
+                drafter, self.target, batch.features.aux, batch.ids, roots, batch.steps, draw.temperature, generator
+            )
+        paths, scored = self._score(batch, roots, tokens)
+        kept = scored.log_p.exp() if self.rule == "target" else acceptance(scored.log_p, log_q)
+        worth = utility((kept * paths.valid).movedim(-1, 0)).unflatten(1, (A, S))
+        share = self_normalised(draw.tempering * worth)  # [B, A, S]
+        weight = draw.weight * batch.real.sum() / share[..., 0].numel() * share.flatten(1)
+        weight = weight[..., None].expand_as(paths.valid)
+        effective = effective_sample_size(share)
+        return Posterior(part, paths, self._says(scored), weight, S, utility=worth, effective=effective)
+
+    @torch.no_grad()
+    def proposed(
+        self, part: Part, draw: Proposed, batch: Batch, drafter: Eagle3Drafter, generator: torch.Generator
+    ) -> Posterior:
+        """The trees decoding would propose below some roots of every sequence; every node of them counts once."""
+        roots = _anchors(batch, draw.anchors, generator).roots
+        tokens, fresh = self._trees(drafter, draw.shape, batch, roots)
+        L = tokens.shape[2]
+        paths, scored = self._score(batch, roots.repeat_interleave(L, 1), tokens.flatten(1, 2))
+        once = fresh.flatten(1, 2) & paths.valid  # [B, A L, K]
+        kept = scored.log_p.exp() * paths.valid
+        reward = draft_tree_reward(*(x.unflatten(1, (-1, L)).movedim(-1, 0) for x in (kept, once)))  # [B, A]
+        share = draw.weight * batch.real.sum() / roots.numel() * once
+        return Posterior(part, paths, self._says(scored), share, L, utility=reward)
+
+    @torch.no_grad()
+    def contrasted(
+        self,
+        part: Part,
+        draw: Contrasted,
+        batch: Batch,
+        drafter: Eagle3Drafter,
+        beginning: Eagle3Drafter,
+        generator: torch.Generator,
+    ) -> Posterior:
+        """The longest accepted path of each tree; its share is how much better the tree is than `beginning`'s."""
+        anchors = _anchors(batch, draw.anchors, generator)
+        mine, theirs = (self._trees(d, draw.shape, batch, anchors.roots) for d in (drafter, beginning))
+        tokens, fresh = (torch.cat(pair, dim=2) for pair in zip(mine, theirs))  # [B, A, L + L', K]
+        says, kept, valid, rows = (self._compare if self.rule == "greedy" else self._judge)(batch, anchors, tokens)
+        own, kept, fresh = mine[0].shape[2], kept.movedim(-1, 0), fresh.movedim(-1, 0)  # [K, B, A, L + L']
+        reward = draft_tree_reward(kept[..., :own], fresh[..., :own])  # [B, A]
+        advantage = standardised(reward - draft_tree_reward(kept[..., own:], fresh[..., own:]))
+        best = utility(kept)[..., :own].argmax(-1)[..., None, None].expand(-1, -1, 1, batch.steps)
+        path = Paths(anchors.roots, *(x.gather(2, best)[:, :, 0] for x in (tokens.clamp(min=0), valid, rows)))
+        share = (batch.real.sum() / reward.numel() * advantage)[..., None].expand_as(path.valid)
+        old_log_q = self._log_q(beginning, batch, path)
+        return Posterior(part, path, says, share, old_log_q=old_log_q, utility=reward)
+
+    def _compare(self, batch: Batch, anchors: "_Anchors", tokens: Tensor) -> tuple[HeadTarget, Tensor, Tensor, Tensor]:
+        """What the target thinks of tokens [B, A, P, K] at temperature 0: the text says it.
+
+        Returns its side, then [B, A, P, K] each: acceptance, which steps are to be trained, the target's rows.
+        """
+        _, *text = recorded(*batch[:3], batch.steps)
+        deep = anchors.chosen[..., None].expand(-1, -1, batch.steps)
+        truth, exists, rows = (x.gather(1, deep)[:, :, None] for x in text)  # [B, A, 1, K]
+        kept = (tokens == truth) & exists
+        return self._said(batch.features), kept.float(), kept.long().cumprod(-1).bool(), rows.expand_as(tokens)
+
+    def _judge(self, batch: Batch, anchors: "_Anchors", tokens: Tensor) -> tuple[HeadTarget, Tensor, Tensor, Tensor]:
+        """The same above temperature 0: the target is asked."""
+        P = tokens.shape[2]
+        paths, scored = self._score(batch, anchors.roots.repeat_interleave(P, 1), tokens.flatten(1, 2))
+        kept = scored.log_p.exp() * paths.valid
+        return self._says(scored), *(x.unflatten(1, (-1, P)) for x in (kept, paths.valid, scored.rows))
+
+    def _trees(self, drafter: Eagle3Drafter, shape: TreeShape, batch: Batch, roots: Tensor) -> tuple[Tensor, Tensor]:
+        """`draw_trees`, cut or filled up to K steps."""
+        with self.autocast():
+            tokens, fresh = draw_trees(drafter, self.target, batch.features.aux, batch.ids, roots, shape)
+        more = (0, batch.steps - shape.depth)
+        return F.pad(tokens, more, value=NO_TOKEN), F.pad(fresh, more)
+
+    def _score(self, batch: Batch, roots: Tensor, tokens: Tensor) -> tuple[Paths, Scored]:
+        """Drawn paths [B, P, K], each up to its first EOS, and the target's opinion of them."""
+        scored = score_paths(self.target, batch.ids, batch.drafted.amax(1) + 1, roots, tokens)
+        ends = torch.isin(tokens, torch.tensor(self.target.eos_ids, device=tokens.device)).long()
+        valid = (ends.cumsum(-1) == ends) & (tokens >= 0)
+        return Paths(roots, tokens.clamp(min=0), valid, scored.rows), scored
+
+    def _log_q(self, drafter: Eagle3Drafter, batch: Batch, paths: Paths) -> Tensor:
+        """A drafter's log-probability of every token of some paths, [B, P, K]; -inf where it cannot be drafted."""
+        with self.autocast():
+            hidden = drafter(
+                batch.features.aux,
+                self.target.embed(batch.ids.roll(-1, dims=1)),
+                paths.roots,
+                self.target.embed(consumed(batch.ids, paths)),
+            )
+            log_q = drafter.lm_head(hidden).float().log_softmax(-1)  # [K, B, P, Vd]
+        labels = self.draft_of[paths.tokens].movedim(-1, 0)
+        found = log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return found.masked_fill(labels < 0, float("-inf")).movedim(0, -1)
+
+    def _said(self, features: Features) -> HeadTarget:
+        """The target's side of the text's own tokens."""
+        return self._head_target(features.hidden.flatten(0, 1), features.log_normaliser)
+
+    def _says(self, scored: Scored) -> HeadTarget:
+        """The target's side of tokens it has scored."""
+        return self._head_target(scored.hidden, scored.log_normaliser)
+
+    def _head_target(self, hidden: Tensor, log_normaliser: Tensor) -> HeadTarget:
+        return HeadTarget(hidden, self.head, self.bias, log_normaliser.flatten(), self.target.cap)
+
+
+class _Anchors(NamedTuple):
+    """Where paths hang: roots [B, A], and which of the batch's drafted positions that is, chosen [B, A]."""
+
+    roots: Tensor
+    chosen: Tensor
+
+
+def _anchors(batch: Batch, count: int, generator: torch.Generator) -> _Anchors:
+    """`count` roots of every sequence, evenly among those drafted from, with replacement."""
+    chosen = torch.multinomial(batch.real.float(), count, replacement=True, generator=generator)
+    return _Anchors(batch.drafted.gather(1, chosen) - 2, chosen)
