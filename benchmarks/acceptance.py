@@ -1,10 +1,10 @@
-"""τ at temperature 0 of drafters and draft trees on whole prompt files, by replay: minutes instead of hours.
+"""τ of drafters and draft trees on whole prompt files, by replay: minutes instead of hours.
 
-    python benchmarks/acceptance.py --drafter D [D2 …] --prompts FILE … [--trees 5x4x16 …] [--json OUT]
+    python benchmarks/acceptance.py --drafter D [D2 …] --prompts FILE … [--trees 5x4x16 …] [--temperature T]
 
-The target answers every turn once, by plain greedy decoding in batches (kept in --answers and not done again). Every
-drafter then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap
-over prompts. Trees are depth x top_k x nodes [x p_min [x lookup]].
+The target answers every turn once, by plain decoding in batches (kept in --answers and not done again). Every drafter
+then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap over
+prompts. Trees are depth x top_k x nodes [x p_min [x lookup]]; above temperature 0 they are verified by rule `target`.
 """
 
 import argparse
@@ -31,18 +31,22 @@ from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
 DEFAULT = ("3x3x8", "5x4x16", "7x10x60")
-Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its greedy answer
+Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its answer
 
 
-def greedy_answers(target: Target, prompts: Sequence[Prompt], max_new_tokens: int, path: Path) -> list[Turn]:
+def plain_answers(
+    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, path: Path, temperature: float = 0.0
+) -> list[Turn]:
     """Every turn's request and answer; the target's own answers are the history of later turns."""
     request = {"prompts": [list(p.turns) for p in prompts], "max_new_tokens": max_new_tokens}
     request["target"] = target.fingerprint()
+    if temperature:
+        request["temperature"] = temperature
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["request"] == request:
             return [tuple(turn) for turn in kept["turns"]]
-    engine, sampling = Engine(target), Sampling(max_new_tokens)
+    engine = Engine(target)
     histories = [[{"role": "system", "content": p.system}] if p.system else [] for p in prompts]
     turns: list[Turn] = []
     for number in range(max(len(p.turns) for p in prompts)):
@@ -53,7 +57,8 @@ def greedy_answers(target: Target, prompts: Sequence[Prompt], max_new_tokens: in
         asked.sort(key=lambda i: len(ids[i]))
         for start in track(range(0, len(asked), 32), f"answers, turn {number + 1}"):
             batch = asked[start : start + 32]
-            for i, result in zip(batch, engine.generate([ids[i] for i in batch], sampling)):
+            samplings = [Sampling(max_new_tokens, temperature, seed=i) for i in batch]
+            for i, result in zip(batch, engine.generate([ids[i] for i in batch], samplings)):
                 turns.append((i, ids[i], result.tokens))
                 text = str(target.tokenizer.decode(result.tokens, skip_special_tokens=True)).strip()
                 histories[i].append({"role": "assistant", "content": text or "…"})
@@ -93,14 +98,15 @@ def main() -> None:
     parser.add_argument("--trees", nargs="+", type=TreeShape.parse, default=list(map(TreeShape.parse, DEFAULT)))
     parser.add_argument("--limit", type=int, help="prompts of each file; default all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
-    turns = greedy_answers(target, prompts, a.max_new_tokens, a.answers)
-    replay = Replay(target, [turn[1:] for turn in turns])
-    title = f"τ at T = 0, {len(prompts)} prompts, {len(turns)} turns, ≤ {a.max_new_tokens} new tokens, replayed"
+    turns = plain_answers(target, prompts, a.max_new_tokens, a.answers, a.temperature)
+    replay = Replay(target, [turn[1:] for turn in turns], a.temperature)
+    title = f"τ at T = {a.temperature:g}, {len(turns)} turns, ≤ {a.max_new_tokens} new tokens, replayed"
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)

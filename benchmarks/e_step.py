@@ -3,11 +3,13 @@
     python benchmarks/e_step.py --drafter D --text FILE [--samples 16] [--anchors 4] [--every 4] [--steps 6]
 
 Steps of `eagle3` and of `vsd` for rule rejection are timed alternately on the same batches, forward and backward, the
-E-step apart. A round is `every` batches, one of which draws; medians over rounds.
+E-step apart. A round is `every` batches, one of which draws; medians over rounds. Peak memory is beyond what target,
+drafter and features take.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -22,7 +24,7 @@ from vsd.drafters import Eagle3Drafter
 from vsd.evaluation import write_json
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
-from vsd.training.features import Features, compute_features
+from vsd.training.e_step import Batch
 
 
 def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **objective: Any) -> VSDTrainer:
@@ -33,16 +35,21 @@ def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **ob
     return VSDTrainer(target, Eagle3Drafter.from_pretrained(a.drafter), config, DraftDataset(examples))
 
 
-def one_step(trained: VSDTrainer, inputs: dict[str, torch.Tensor], features: Features) -> tuple[float, float]:
+def one_step(trained: VSDTrainer, batch: Batch) -> tuple[float, float]:
     """(seconds of the E-step, seconds of all), stored features given."""
     start = time.perf_counter()
+    posteriors = trained._e_step(batch)
+    middle = time.perf_counter()
     with torch.autocast(trained.args.device.type, torch.bfloat16, enabled=trained.args.bf16):
-        posteriors = trained._e_step(inputs, features)
-        middle = time.perf_counter()
-        loss = trained._m_step(trained.model, inputs, features, posteriors).loss
+        loss = trained._m_step(trained.model, batch, posteriors).loss
     loss.backward()
     trained.model.zero_grad()
     return middle - start, time.perf_counter() - start
+
+
+def peak() -> int:
+    """Most MiB this process has ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def main() -> None:
@@ -59,22 +66,28 @@ def main() -> None:
     options = {"rule": "rejection", "samples": a.samples, "anchors": a.anchors, "every": a.every}
     eagle3 = trainer(target, a, examples)
     vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
-    batches = list(vsd.get_train_dataloader())
-    features = [compute_features(target, batch["input_ids"], batch["drafted"]) for batch in batches]
+    batches = [vsd.batch(inputs) for inputs in vsd.get_train_dataloader()]
+    loaded = peak()
+    memory = {}
+    for name, trained in (("eagle3", eagle3), ("vsd", vsd)):  # a peak never falls: the smaller one first
+        for batch in batches:
+            one_step(trained, batch)
+        memory[name] = peak() - loaded
     shares, ratios = [], []
     for _ in range(a.rounds):
         seconds = {"E-step": 0.0, "vsd": 0.0, "eagle3": 0.0}
-        for number, (batch, known) in enumerate(zip(batches, features)):
+        for number, batch in enumerate(batches):
             vsd.state.global_step = number
-            e_step, whole = one_step(vsd, batch, known)
+            e_step, whole = one_step(vsd, batch)
             seconds["E-step"] += e_step
             seconds["vsd"] += whole
-            seconds["eagle3"] += one_step(eagle3, batch, known)[1]
+            seconds["eagle3"] += one_step(eagle3, batch)[1]
         shares.append(seconds["E-step"] / seconds["vsd"])
         ratios.append(seconds["vsd"] / seconds["eagle3"])
     report = {
         "e_step_share": statistics.median(shares),
         "step_over_eagle3": statistics.median(ratios),
+        "peak_mib": memory,
         "rounds": {"shares": shares, "ratios": ratios},
         "settings": {**options, "steps": a.steps},
     }

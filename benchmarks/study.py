@@ -1,19 +1,21 @@
 """Does the objective matter? One drafter, continued with every objective for the same wall-clock time, then decoded.
 
     python benchmarks/study.py --text TEXT … --start DRAFTER --prompts FILE … --out runs/study \\
-        [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1]
+        [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1] [--speed 8]
 
 Every (objective, seed) is a `vsd train` of its own from the same drafter, text and features; the E-step's time is part
-of the budget. Then every drafter answers the same prompts with a tree, a chain and, above temperature 0, a
-rejection-sampled chain: in the real decoder, batched; at temperature 0 by replay, which accepts the same. Reported: τ,
-and its ratio to `eagle3` continued with the same seeds, 95 % paired bootstrap over prompts (seeds pooled). What is done
-is kept in --out and not done again: interrupt and repeat the command freely.
+of the budget. Then every drafter drafts along the same answers of the target with trees, a chain and, above temperature
+0, a rejection-sampled chain: by replay, which accepts what decoding accepts (`vsd.decoding.replay`). Reported: τ, and
+its ratio to `eagle3` continued with the same seeds, 95 % paired bootstrap over prompts (seeds pooled). --speed lets the
+drafters of the first seed also answer so many prompts of each file in the decoder, alternately, with the first tree.
+What is done is kept in --out and not done again: interrupt and repeat the command freely.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from acceptance import Turn, greedy_answers, per_prompt
+from acceptance import Turn, per_prompt, plain_answers
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Replay, Sampling
@@ -46,7 +48,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "griffin": ("griffin", {}),
     "elbo": ("elbo", {"rule": "rejection"}),
     "vsd": ("vsd", {}),
+    "vsd, sharpened p": ("vsd", {"sharpness": 2.0, "car": 0.0}),
+    "vsd, beyond lookup": ("vsd", {"lookup": True}),
     "vsd, cut paths": ("vsd", {"smoothing": 0.3}),
+    "vsd, soft labels, cut paths": ("vsd", {"smoothing": 0.05, "sharpness": 1.0, "car": 0.0}),
+    "vsd, target, cut paths": ("vsd", {"rule": "target", "smoothing": 0.05, "car": 0.0, "every": 10**9}),
     "vsd, tree": ("vsd", {"cut": -3.0}),
     "vsd without ARW": ("vsd", {"arw": False}),
     "vsd without CAR": ("vsd", {"car": 0.0}),
@@ -59,9 +65,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
     "tree": (TreeShape(5, 4, 16), "auto", True),
+    "lookup": (TreeShape(4, 4, 12, 0.03, 8), "auto", True),
     "chain": (TreeShape.chain(4), "auto", True),
     "rejection": (TreeShape.chain(4), "rejection", False),
 }
+COIN_SEEDS = 2  # replays of a rejection-sampled chain
 
 
 def check_settings(a: argparse.Namespace) -> None:
@@ -99,9 +107,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     return folder
 
 
-def decode(
-    folder: Path, target: Target, prompts: list[Prompt], read: Callable[[], Read], a: argparse.Namespace
-) -> None:
+def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argparse.Namespace) -> None:
     """`folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
     drafter = None
     for temperature in a.temperatures:
@@ -110,17 +116,43 @@ def decode(
             if path.exists() or name not in a.decodings or (temperature == 0 and not greedy_too):
                 continue
             drafter = drafter or load_drafter(folder / "drafter", target)
-            if temperature == 0:
-                turns, replay = read()
-                found = per_prompt(turns, replay(drafter, shape))
-            else:
-                ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
-                engine, results = Engine(target, drafter, shape, verification), []
-                samplings = [Sampling(a.max_new_tokens, temperature, seed=i) for i in range(len(ids))]
-                for start in range(0, len(ids), 16):
-                    results += engine.generate(ids[start : start + 16], samplings[start : start + 16])
-                found = per_prompt([(i, [], []) for i in range(len(ids))], results)
-            path.write_text(json.dumps(np.stack(found, 1).tolist()))
+            turns, replay = read(temperature)
+            seeds = range(COIN_SEEDS if verification == "rejection" else 1)
+            found = [per_prompt(turns, replay(drafter, shape, verification, seed)) for seed in seeds]
+            path.write_text(json.dumps(np.sum(found, 0).T.tolist()))
+
+
+def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt], a: argparse.Namespace) -> None:
+    """`OUT`/speed.json: by temperature and objective, new tokens and seconds of every prompt, one request at a time."""
+    path, shape = a.out / "speed.json", DECODINGS[a.decodings[0]][0]
+    if path.exists():
+        return
+    drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
+    engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
+    found = {}
+    for temperature in a.temperatures:
+        spent = np.zeros((len(engines), len(prompts), 2))
+        for n, prompt in enumerate(prompts):
+            ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+            for i in [(i + n) % len(engines) for i in range(len(engines))]:
+                start = time.perf_counter()
+                (result,) = engines[i].generate([ids], Sampling(a.max_new_tokens, temperature, seed=n))
+                spent[i, n] = len(result.tokens), time.perf_counter() - start
+        found[f"{temperature:g}"] = {name: spent[i].tolist() for i, name in enumerate(drafters)}
+    path.write_text(json.dumps(found))
+
+
+def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens a second of every objective, and its ratio to the control's."""
+    rows = []
+    for temperature, found in json.loads((a.out / "speed.json").read_text()).items():
+        base = np.array(found[CONTROL]).T
+        for name, spent in found.items():
+            mine = np.array(spent).T
+            rate, ratio = pooled_rate(*mine), ratio_interval(*mine, *base)
+            row = {"objective": name, "temperature": temperature, "tokens_per_second": rate, "ratio_ci": ratio}
+            rows.append({**row, "ratio": rate / pooled_rate(*base)})
+    return rows
 
 
 def counts(folders: Sequence[Path], name: str) -> np.ndarray:
@@ -170,6 +202,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
+def show_speed(rows: list[dict[str, Any]]) -> None:
+    table = Table("objective", "T", "tokens/s", "× eagle3 continued", title="one request at a time, alternately")
+    for row in rows:
+        low, high = row["ratio_ci"]
+        ratio = f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", ratio)
+    Console(width=120).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", required=True, help="training text, written by the target")
@@ -185,6 +226,7 @@ def main() -> None:
     parser.add_argument("--draft-steps", type=int, default=5)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, help="prompts of each file")
+    parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time; default none")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     a = parser.parse_args()
     if CONTROL not in a.objectives:
@@ -196,16 +238,21 @@ def main() -> None:
     prompts = load_prompts(a.prompts, a.limit)
 
     @cache
-    def read() -> Read:
-        turns = greedy_answers(target, prompts, a.max_new_tokens, a.out / "answers.json")
-        return turns, Replay(target, [turn[1:] for turn in turns])
+    def read(temperature: float) -> Read:
+        path = a.out / f"answers-{temperature:g}.json"
+        turns = plain_answers(target, prompts, a.max_new_tokens, path, temperature)
+        return turns, Replay(target, [turn[1:] for turn in turns], temperature)
 
     for folders in runs.values():
         for folder in folders:
-            decode(folder, target, prompts, read, a)
-    rows = report(runs, a)
-    write_json({"rows": rows, "settings": {k: str(v) for k, v in vars(a).items()}}, a.out / "study.json")
-    show(rows)
+            decode(folder, target, read, a)
+    found = {"rows": report(runs, a), "settings": {k: str(v) for k, v in vars(a).items()}}
+    show(found["rows"])
+    if a.speed:
+        speed(runs, target, load_prompts(a.prompts, a.speed), a)
+        found["speed"] = speed_rows(a)
+        show_speed(found["speed"])
+    write_json(found, a.out / "study.json")
 
 
 if __name__ == "__main__":

@@ -274,3 +274,45 @@ def test_replayed_answers_deliver_what_decoding_delivers(pair: Pair, shape: Tree
     assert [r.accepted[:-1] for r in found] == [r.accepted[:-1] for r in results]
     assert max(d for r in found for d in r.delivered) > 2
     assert Replay(target, [])(drafter, shape) == []
+
+
+def test_drawn_answers_are_replayed_too(fluent: Pair) -> None:
+    """By rule target, pass by pass: what the target draws does not depend on what is drafted."""
+    target, drafter = fluent
+    shape, samplings = TreeShape(4, 3, 12), [Sampling(LENGTH, 1.0, seed=i) for i in range(len(PROMPTS))]
+    results = Engine(target, drafter, shape).generate(PROMPTS, samplings)
+    found = Replay(target, [(r.prompt, r.tokens) for r in results], 1.0)(drafter, shape)
+    assert [r.delivered for r in found] == [r.delivered for r in results]
+    assert max(d for r in found for d in r.delivered) > 1
+
+
+def test_rejection_is_replayed_in_law(fluent: Pair) -> None:
+    """Plain decoding's answers, replayed, against decoding by rejection: accepted tokens of the first pass.
+
+    Difference of two means of some 400 each, within 4.5 standard errors: a false alarm in 150,000 runs.
+    """
+    target, drafter = fluent
+    shape, temperature = TreeShape.chain(3), 1.3
+    prompts = PROMPTS * (400 // len(PROMPTS))
+    samplings = [Sampling(6, temperature, (), seed=i) for i in range(len(prompts))]
+    decoded = Engine(target, drafter, shape, "rejection").generate(prompts, samplings)
+    plain = Engine(target).generate(prompts, samplings)
+    replay = Replay(target, [(r.prompt, r.tokens) for r in plain], temperature)
+    found = replay(drafter, shape, "rejection", seed=1)
+    for number in range(2):
+        theirs, mine = (
+            torch.tensor([r.accepted[number] for r in results if len(r.accepted) > number], dtype=torch.float64)
+            for results in (decoded, found)
+        )
+        error = (theirs.var() / len(theirs) + mine.var() / len(mine)).sqrt()
+        assert abs(theirs.mean() - mine.mean()) < 4.5 * error
+        assert 0.2 < float(mine.mean()) < 2.8
+    assert [r.accepted for r in replay(drafter, shape, "rejection", seed=1)] == [r.accepted for r in found]
+    assert [r.accepted for r in replay(drafter, shape, "rejection", seed=2)] != [r.accepted for r in found]
+
+
+def test_what_cannot_be_replayed_is_refused(fluent: Pair) -> None:
+    target, drafter = fluent
+    for temperature, shape in [(0.0, TreeShape.chain(3)), (1.0, TreeShape(3, 2, 5)), (1.0, TreeShape.chain(3, 0.1))]:
+        with pytest.raises(VSDError, match="plain chains"):
+            Replay(target, [], temperature)(drafter, shape, "rejection")

@@ -19,6 +19,7 @@ from vsd.objective import (
     HeadTarget,
     Objective,
     Part,
+    PathRows,
     PathTarget,
     Proposed,
     Recorded,
@@ -27,7 +28,7 @@ from vsd.objective import (
     objective,
 )
 from vsd.objective.distillspec import distillspec
-from vsd.objective.divergence import cross_entropy, negative_log_likelihood
+from vsd.objective.divergence import Sharpened, cross_entropy, negative_log_likelihood
 from vsd.objective.dpace import Credit
 from vsd.objective.eagle3 import Decay
 from vsd.objective.elbo import Advantage
@@ -173,6 +174,16 @@ def plain_vsd_tree(path: Path) -> Tensor:
     return loss
 
 
+def plain_vsd_sharpened(path: Path) -> Tensor:
+    """Labels ∝ p², what cannot be drafted being one token; the running acceptance is 0.6, no CAR."""
+    a = [0.4 + 0.6 * q_of(log_q, label) for log_q, _, label in path]
+    loss = torch.zeros(())
+    for w, (log_q, p, _) in zip(credits(a), path):
+        square = torch.cat([p, 1 - p.sum().view(1)]) ** 2
+        loss = loss + w * ce(log_q, (square / square.sum())[:-1])
+    return loss
+
+
 PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("eagle3", {}, plain_eagle3),
     ("lk_alpha", {}, plain_lk_alpha),
@@ -181,6 +192,7 @@ PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("vat", {}, plain_vat),
     ("griffin", {}, plain_griffin),
     ("vsd", {}, plain_vsd),
+    ("vsd", {"sharpness": 2.0, "car": 0}, plain_vsd_sharpened),
     ("vsd", {"cut": -3.0, "width": 1.5, "alpha": 0.2, "car": 0}, plain_vsd_tree),
 ]
 
@@ -292,6 +304,17 @@ def test_a_pruned_vocabulary_keeps_the_true_mass() -> None:
     assert mass.min() < 0.5
     renormalised = summed(c._replace(log_p=c.log_p - mass.log()[:, None]), plain_eagle3)
     assert abs(fused_loss(*c[:4], EAGLE3).loss - renormalised) > 0.1 * renormalised
+
+
+def test_sharpened_labels_lie_between_p_and_its_best_token() -> None:
+    c = case(2, 9)
+    rows = PathRows((c.hidden @ c.head.T).detach(), c.log_p[c.paths.rows].exp(), c.paths.labels, c.paths.valid)
+    for mine, theirs in zip(Sharpened(1.0)(rows), cross_entropy(rows)):
+        torch.testing.assert_close(mine, theirs)
+    outside = 1 - rows.p.sum(-1)
+    best = torch.where(rows.p.amax(-1) > outside, -rows.log_q.gather(-1, rows.p.argmax(-1)[..., None])[..., 0], 0.0)
+    torch.testing.assert_close(Sharpened(1e-4)(rows)[0], best)
+    assert (best == 0).any() and (best > 0).any()
 
 
 def test_gradcheck() -> None:

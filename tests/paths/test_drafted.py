@@ -30,22 +30,22 @@ def some_paths(steps: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ids, lengths, roots, torch.randint(5, 8, (2, 12, steps), generator=g)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_packed_scores_are_those_of_one_path_at_a_time(target: Target, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "temperature"), [(1, 1.0), (4, 1.0), (4, 0.6)])
+def test_packed_scores_are_those_of_one_path_at_a_time(target: Target, steps: int, temperature: float) -> None:
     ids, lengths, roots, tokens = some_paths(steps)
-    found = score_paths(target, ids, lengths, roots, tokens)
+    found = score_paths(target, ids, lengths, roots, tokens, temperature)
     for b, s in itertools.product(range(2), range(12)):
         root = int(roots[b, s])
         text = torch.cat([ids[b, : root + 2], tokens[b, s]])[None]
         hidden = target.features(text).hidden[0, root + 1 : -1]  # [K, h]
-        log_p = target.logits(hidden).log_softmax(-1)
+        log_p = (target.logits(hidden) / temperature).log_softmax(-1)
         rows = found.rows[b, s]
         torch.testing.assert_close(found.hidden[rows], hidden, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(
             found.log_p[b, s], log_p.gather(1, tokens[b, s][:, None])[:, 0], rtol=1e-3, atol=1e-4
         )
         torch.testing.assert_close(
-            found.log_normaliser[rows], target.logits(hidden).logsumexp(-1), rtol=1e-4, atol=1e-4
+            found.log_normaliser[rows], (target.logits(hidden) / temperature).logsumexp(-1), rtol=1e-4, atol=1e-4
         )
     prefixes = {
         (b, int(roots[b, s]), *tokens[b, s, :k].tolist()) for b in range(2) for s in range(12) for k in range(steps)
@@ -142,6 +142,10 @@ def test_drawn_paths_carry_the_drafters_probabilities(tiny_target: Target, draft
     index = torch.searchsorted(drafter.draft_ids(), tokens)
     assert torch.equal(drafter.draft_ids()[index], tokens)
     torch.testing.assert_close(log_q, wanted.gather(-1, index[..., None])[..., 0], rtol=1e-4, atol=1e-5)
+    cooler, cool = draw_paths(drafter, tiny_target, aux, ids, roots, 1, 1.0, g, served=0.5)
+    index = torch.searchsorted(drafter.draft_ids(), cooler)
+    wanted = (wanted[:, :, :1] / 0.5).log_softmax(-1)
+    torch.testing.assert_close(cool, wanted.gather(-1, index[..., None])[..., 0], rtol=1e-4, atol=1e-5)
 
 
 def test_paths_are_drawn_from_q_at_the_temperature(tiny_target: Target, drafter: Eagle3Drafter) -> None:

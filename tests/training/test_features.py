@@ -90,7 +90,7 @@ def test_an_interrupted_build_computes_only_what_is_missing(
     (tmp_path / f"{shards[1].name}.part").write_bytes(before[shards[1]][:100])
     computed = []
     real = features._shard
-    monkeypatch.setattr(features, "_shard", lambda target, some: computed.append(some) or real(target, some))
+    monkeypatch.setattr(features, "_shard", lambda target, some, t: computed.append(some) or real(target, some, t))
     FeatureStore.build(tmp_path, tiny_target, examples)
     assert len(computed) == 1
     assert {path: path.read_bytes() for path in sorted(tmp_path.glob("*.safetensors"))} == before

@@ -19,8 +19,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
 from vsd.paths import TreeShape, draw_trees
 from vsd.targets import Target
-from vsd.training import FeatureStore, VSDConfig, VSDTrainer
-from vsd.training.e_step import Batch
+from vsd.training import FeatureStore, VSDConfig
 from vsd.training.job import prompt_of
 
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
@@ -44,14 +43,6 @@ def weights_after(target: Target, examples: list[Example], folder: Path, **optio
     trainer = tiny_run.tiny_trainer(target, examples, folder, **{**ONE_STEP, **options})
     trainer.train()
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def batch_of(trainer: VSDTrainer, inputs: dict[str, Tensor]) -> Batch:
-    """What `compute_loss` makes of its inputs."""
-    ids, drafted = inputs["input_ids"], inputs["drafted"]
-    real = inputs["labels"].gather(1, drafted) >= 0
-    real[:, 1:] &= drafted[:, 1:] > drafted[:, :-1]
-    return Batch(ids, drafted, real, trainer._features(inputs), trainer.args.draft_steps)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -90,6 +81,33 @@ def test_mixed_precision_steps_go_the_same_way(tiny_target: Target, examples: li
         assert not torch.equal(moved, other), "bfloat16 was not used"
         assert torch.cosine_similarity(moved, other, dim=0) > 0.98, name
         assert 0.9 < other.norm() / moved.norm() < 1.1, name
+
+
+def test_the_served_temperature_is_the_targets_law(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    """By rule target, recorded states: CE to p at that temperature, the drafter's q as it is."""
+    options = {"rule": "target", "arw": False, "car": 0.0, "every": 10**9}
+    choice = {"objective": "vsd", "objective_options": options, "draft_steps": 1, "temperature": 0.5}
+    store = FeatureStore.build(tmp_path / "features", tiny_target, examples, 0.5)
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, store=store, **choice)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.state.global_step = 1  # nothing is drawn
+    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1.0))
+    total, drafter = torch.zeros(()), trainer.model
+    for ids, drafted in examples:
+        text = torch.tensor([ids])
+        features = tiny_target.features(text)
+        roots = torch.tensor(drafted).nonzero()[:, 0] - 2
+        law = (tiny_target.logits(features.hidden[0, roots + 1]) / 0.5).softmax(-1)[:, drafter.draft_ids()]
+        words = tiny_target.embed(text[0, roots + 1])[None, None]
+        hidden = drafter(features.aux, tiny_target.embed(text.roll(-1, 1)), roots[None], words)[0, 0]
+        total = total - (law * drafter.lm_head(hidden).log_softmax(-1)).sum()
+    torch.testing.assert_close(loss, total, rtol=2e-2, atol=0)  # features are kept in bfloat16
+    with pytest.raises(VSDError, match="another temperature"):
+        FeatureStore.build(tmp_path / "features", tiny_target, examples)
+    with pytest.raises(VSDError, match="must be positive"):
+        VSDConfig(output_dir=str(tmp_path), temperature=0.0)
 
 
 def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
@@ -170,6 +188,7 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
         ("vsd", {}),
         ("vsd", {"smoothing": 0.3}),
         ("vsd", {"cut": -3.0}),
+        ("vsd", {"lookup": True, "sharpness": 2.0}),
         ("vsd", {"rule": "target", "samples": 4, "smoothing": 0.3, "arw": False}),
         ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
         ("vsd", {"rule": "target", "tree": "4x3x9", "every": 2}),
@@ -197,16 +216,17 @@ def test_every_objective_trains(
         assert 0 <= logged["drafted_utility"] <= 3
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_drawn_paths_are_trained_as_they_should_one_by_one(
-    tiny_target: Target, examples: list[Example], tmp_path: Path
+    tiny_target: Target, examples: list[Example], tmp_path: Path, temperature: float
 ) -> None:
     """The whole way from E-step to loss, against a target pass and a drafter pass for every single path."""
     options = {"divergence": "fkl", "samples": 3, "anchors": 2}
-    choice = {"objective": "distillspec", "objective_options": options, "draft_steps": 4}
+    choice = {"objective": "distillspec", "objective_options": options, "draft_steps": 4, "temperature": temperature}
     trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))
     drafter, ids = trainer.model, inputs["input_ids"]
-    drawn = trainer._e_step(batch_of(trainer, inputs))
+    drawn = trainer._e_step(trainer.batch(inputs))
     trainer._batch = (0, 0)  # the same chance again
     loss = trainer.compute_loss(drafter, inputs, num_items_in_batch=torch.tensor(1.0))
     loss.backward()
@@ -220,11 +240,12 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
         root, tokens = int(paths.roots[b, p]), paths.tokens[b, p]
         text = torch.cat([ids[b, : root + 2], tokens])[None]
         features = tiny_target.features(text)
-        law = tiny_target.logits(features.hidden[0, root + 1 : -1]).softmax(-1)[:, drafter.draft_ids()]  # [K, Vd]
+        logits = tiny_target.logits(features.hidden[0, root + 1 : -1])
+        law = (logits / temperature).softmax(-1)[:, drafter.draft_ids()]  # [K, Vd]
         words = tiny_target.embed(text[0, root + 1 : -1])[:, None, None]
         aux = features.aux[:, : root + 1]
         hidden = drafter(aux, tiny_target.embed(text[:, 1 : root + 2]), torch.tensor([[root]]), words)[:, 0, 0]
-        log_q = drafter.lm_head(hidden).log_softmax(-1)
+        log_q = (drafter.lm_head(hidden) / temperature).log_softmax(-1)
         for k in range(4):
             total = total - (law[k] * log_q[k]).sum() / 3 * real / (2 * len(ids))
             if int(tokens[k]) in tiny_target.eos_ids:
@@ -235,6 +256,24 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
     total.backward()
     for name, weight in drafter.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, rtol=2e-3, atol=1e-3, msg=name)
+
+
+def test_beyond_lookup_only_other_roots_are_trained(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    choice = {"objective": "vsd", "objective_options": {"lookup": True}}
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
+    batch = trainer.batch(next(iter(trainer.get_train_dataloader())))
+    paths = trainer._e_step(batch)[0].paths
+    trained = {(b, int(root)) for b in range(8) for root in paths.roots[b][paths.valid[b, :, 0]]}
+    wanted = set()
+    for b, ids in enumerate(batch.ids.tolist()):
+        for root in (batch.drafted[b][batch.real[b]] - 2).tolist():
+            newest = ids[root - 1 : root + 2]
+            if not any(ids[t : t + 3] == newest for t in range(root - 1)):
+                wanted.add((b, root))
+    assert trained == wanted
+    assert len(wanted) < int(batch.real.sum())
 
 
 @pytest.mark.parametrize("rule", ["greedy", "target"])
@@ -250,7 +289,7 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
     for weight in trainer.model.parameters():  # as if training had gone on
         weight.data += 0.05 * torch.randn_like(weight)
     inputs = next(iter(trainer.get_train_dataloader()))
-    batch = batch_of(trainer, inputs)
+    batch = trainer.batch(inputs)
     found = trainer._e_step(batch)[1]
     drafters, shape = (trainer.model, trainer._beginning), TreeShape(3, 3, 9)
     ended = torch.tensor(tiny_target.eos_ids)

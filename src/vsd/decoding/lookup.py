@@ -7,6 +7,8 @@ complement each other in one tree.
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 _LONGEST, _SHORTEST = 4, 2  # tokens that must be the same
 SURE = 3  # behind so many, a copy is likelier right than what a drafter could add to it is worth
 
@@ -34,3 +36,14 @@ class Lookup:
             if start is not None:
                 return self.tokens[start : start + count], n
         return [], 0
+
+
+def looked_up(ids: Tensor) -> Tensor:
+    """Where in texts ids [B, T] decoding would copy and not ask a drafter: `SURE` tokens up to here stood before."""
+    same = ids[:, :, None] == ids[:, None]  # [B, T, T]
+    alike = same.clone()
+    for back in range(1, SURE):
+        alike[:, back:, back:] &= same[:, :-back, :-back]
+        alike[:, :back] = False
+        alike[:, :, :back] = False
+    return alike.tril(-1).any(-1)

@@ -1,10 +1,16 @@
-"""τ at temperature 0 without verification: the target's answers are known, so drafting is replayed along them.
+"""τ without verification: the target's answers are known, so drafting is replayed along them.
 
 A greedy answer is what speculative decoding would decode, token for token. Which drafted tokens it accepts can
 therefore be read off the answer, and the features it would draft from come from one pass over the whole text. What is
 left is the drafter's work: an order of magnitude less than decoding, for exactly decoding's τ.
 
-Legend: B active rows, T tokens of the longest text, N nodes of a tree, A accepted nodes of the luckiest row, h hidden.
+Above temperature 0 the same holds for answers the target has drawn: by rule `target` what it draws does not depend on
+what is drafted. By `rejection` kept and drawn tokens are coupled, so that a token x of the answer was a kept draft with
+probability min(1, q(x) / p(x)), given that those before were: one coin a token replays decoding in law. All drafters,
+all trees and both rules are thus compared on the same answers.
+
+Legend: B active rows, T tokens of the longest text, N nodes of a tree, A accepted nodes of the luckiest row, h hidden,
+V target vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,85 +24,168 @@ from vsd.data.generate import pad
 from vsd.decoding.engine import Result
 from vsd.decoding.lookup import SURE, Lookup
 from vsd.drafters import DraftCache, Eagle3Drafter
+from vsd.errors import VSDError
 from vsd.paths import NO_TOKEN, Tree, TreeShape, draw_tree, graft
 from vsd.targets import Target
 from vsd.verification import follow
+from vsd.verification.rejection import acceptance
 
 _NOTHING = -2  # a token no drafter proposes
 _BATCH = 32
+_HEAD_ROWS = 512  # logits of so many tokens at once
+
+Sizes = list[tuple[int, int]]  # of every row's tree: nodes, levels drafted
 
 Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's greedy answer
 
 
 class _Batch(NamedTuple):
-    """Texts by number, read: ids [B, T], lengths [B], where the first roots stand [B], features [B, T, 3h]."""
+    """Texts by number, read: ids [B, T], lengths [B], where the first roots stand [B], features [B, T, 3h].
+
+    log_p [B, T]: the target's log-probability of every token; None at temperature 0.
+    """
 
     texts: list[int]
     ids: Tensor
     lengths: Tensor
     start: Tensor
     aux: Tensor
+    log_p: Tensor | None
 
 
 class Replay:
     """Answers the target has given, read once, to replay any number of drafters and trees along.
 
     Args:
-        texts: (prompt, answer) token ids. Answers must be the target's own at temperature 0; they may end anywhere.
+        texts: (prompt, answer) token ids. Answers must be the target's own; they may end anywhere.
+        temperature: at which it gave them.
     """
 
     @torch.inference_mode()
-    def __init__(self, target: Target, texts: Sequence[Text]) -> None:
-        self.target, self.texts = target, list(texts)
+    def __init__(self, target: Target, texts: Sequence[Text], temperature: float = 0.0) -> None:
+        self.target, self.texts, self.temperature = target, list(texts), temperature
         drafted = [i for i, (_, answer) in enumerate(self.texts) if len(answer) > 1]
         drafted.sort(key=lambda i: sum(map(len, self.texts[i])))
         self.batches = [self._read(drafted[i : i + _BATCH]) for i in range(0, len(drafted), _BATCH)]
 
     @torch.inference_mode()
-    def __call__(self, drafter: Eagle3Drafter, shape: TreeShape) -> list[Result]:
-        """What `Engine(target, drafter, shape)` would accept and deliver, in the order of the texts."""
+    def __call__(
+        self, drafter: Eagle3Drafter, shape: TreeShape, verification: str = "auto", seed: int = 0
+    ) -> list[Result]:
+        """What `Engine(target, drafter, shape, verification)` would accept and deliver, in the order of the texts.
+
+        Args:
+            seed: of the coins that "rejection" tosses.
+
+        Raises:
+            VSDError: rejection at temperature 0, or for anything but a chain without p_min and lookup.
+        """
+        if verification == "rejection" and (not self.temperature or shape != TreeShape.chain(shape.depth)):
+            raise VSDError("rejection is replayed for plain chains above temperature 0")
         results = [Result(prompt, list(answer), "replay") for prompt, answer in self.texts]
+        coins = torch.Generator(self.target.device).manual_seed(seed) if verification == "rejection" else None
         for batch in self.batches:
-            self._walk(batch, drafter, shape, results)
+            self._walk(batch, drafter, shape, results, coins)
         return results
 
     def _read(self, index: list[int]) -> _Batch:
         device = self.target.device
         ids, lengths = pad([self.texts[i][0] + self.texts[i][1] for i in index], device)
         start = torch.tensor([len(self.texts[i][0]) for i in index], device=device)
-        return _Batch(index, ids, lengths, start, self.target.features(ids).aux)
+        read = self.target.features(ids)
+        log_p = self._log_p(read.hidden, ids) if self.temperature else None
+        return _Batch(index, ids, lengths, start, read.aux, log_p)
 
-    def _walk(self, batch: _Batch, drafter: Eagle3Drafter, shape: TreeShape, results: list[Result]) -> None:
+    def _log_p(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[B, T]; of the first tokens, which nothing predicts, 0."""
+        before, tokens = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        found = [
+            (self.target.logits(some) / self.temperature).log_softmax(-1).gather(1, words[:, None])[:, 0]
+            for some, words in zip(before.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS))
+        ]
+        return F.pad(torch.cat(found).view(len(ids), -1), (1, 0))
+
+    def _walk(
+        self,
+        batch: _Batch,
+        drafter: Eagle3Drafter,
+        shape: TreeShape,
+        results: list[Result],
+        coins: torch.Generator | None,
+    ) -> None:
         """Draft, look up what is accepted, go on behind it; rows leave when their answer ends."""
-        rows, ids, lengths, at, aux = batch
-        lookups = {i: Lookup() for i in rows}
-        cache = drafter.new_cache(len(rows), ids.shape[1] + shape.depth * shape.top_k)
-        hidden = self._extend(drafter, ids, aux, torch.zeros_like(at), at, cache)
+        lookups = {i: Lookup() for i in batch.texts}
+        cache = drafter.new_cache(len(batch.texts), batch.ids.shape[1] + shape.depth * shape.top_k)
+        hidden = self._extend(drafter, batch, torch.zeros_like(batch.start), batch.start, cache)
         while True:
-            root = ids.gather(1, at[:, None])[:, 0]
-            tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
-            tree, sizes = self._as_alone(tree, shape, [(lookups[i], i, end) for i, end in zip(rows, at.tolist())])
-            behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
-            choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
-            counts = follow(tree, choice.masked_fill(behind >= lengths[:, None], _NOTHING)).counts
-            left = lengths - 1 - at
-            for i, count, most, size in zip(rows, counts.tolist(), left.tolist(), sizes):
+            if coins is None:
+                counts, sizes = self._propose(batch, drafter, shape, hidden, cache, lookups)
+            else:
+                counts, sizes = self._couple(batch, drafter, shape, hidden, cache, coins)
+            left = batch.lengths - 1 - batch.start
+            for i, count, most, size in zip(batch.texts, counts.tolist(), left.tolist(), sizes):
                 results[i].accepted.append(count - 1)
                 results[i].delivered.append(min(count, most))
                 results[i].trees.append(size)
             keep = (counts < left).nonzero()[:, 0]
             if not len(keep):
                 return
-            if len(keep) < len(rows):
-                rows = [rows[b] for b in keep.tolist()]
-                ids, aux, lengths, at, counts = (field[keep] for field in (ids, aux, lengths, at, counts))
+            if len(keep) < len(counts):
+                texts, counts = [batch.texts[b] for b in keep.tolist()], counts[keep]
+                batch = _Batch(texts, *(x if x is None else x[keep] for x in batch[1:]))  # type: ignore[arg-type]
                 cache.select(keep)
-            hidden = self._extend(drafter, ids, aux, at, counts, cache)
-            at = at + counts
+            hidden = self._extend(drafter, batch, batch.start, counts, cache)
+            batch = batch._replace(start=batch.start + counts)
 
-    def _as_alone(
-        self, tree: Tree, shape: TreeShape, places: list[tuple[Lookup, int, int]]
-    ) -> tuple[Tree, list[tuple[int, int]]]:
+    def _propose(
+        self,
+        batch: _Batch,
+        drafter: Eagle3Drafter,
+        shape: TreeShape,
+        hidden: Tensor,
+        cache: DraftCache,
+        lookups: dict[int, Lookup],
+    ) -> tuple[Tensor, Sizes]:
+        """New tokens of a pass over a tree below every root, [B], and the trees' sizes."""
+        ids, at = batch.ids, batch.start
+        root = ids.gather(1, at[:, None])[:, 0]
+        tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
+        places = [(lookups[i], i, end) for i, end in zip(batch.texts, at.tolist())]
+        tree, sizes = self._as_alone(tree, shape, places)
+        behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
+        choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
+        return follow(tree, choice.masked_fill(behind >= batch.lengths[:, None], _NOTHING)).counts, sizes
+
+    def _couple(
+        self,
+        batch: _Batch,
+        drafter: Eagle3Drafter,
+        shape: TreeShape,
+        hidden: Tensor,
+        cache: DraftCache,
+        coins: torch.Generator,
+    ) -> tuple[Tensor, Sizes]:
+        """New tokens of a pass over a chain drawn below every root, [B], if it is verified by rejection."""
+        assert batch.log_p is not None
+        ids, draft_of = batch.ids, drafter.draft_of()
+        kept = torch.ones_like(batch.start, dtype=torch.bool)
+        counts = torch.ones_like(batch.start)
+        for k in range(shape.depth):
+            place = batch.start + 1 + k
+            index = place.clamp(max=ids.shape[1] - 1)[:, None]
+            token, log_p = ids.gather(1, index), batch.log_p.gather(1, index)[:, 0]
+            label = draft_of[token]  # [B, 1]
+            law = (drafter.log_probs(hidden[:, 0]) / self.temperature).log_softmax(-1)
+            log_q = law.gather(1, label.clamp(min=0)).masked_fill(label < 0, float("-inf"))[:, 0]
+            coin = torch.rand(len(counts), device=ids.device, generator=coins)
+            kept = kept & (coin < acceptance(log_q, log_p)) & (place < batch.lengths)
+            counts = counts + kept.long()
+            if k + 1 < shape.depth:
+                scratch = torch.ones(len(counts), 1, k + 1, dtype=torch.bool, device=ids.device)
+                hidden = drafter.expand(hidden, self.target.embed(token), k + 1, scratch, cache)
+        return counts, [(shape.nodes, shape.depth)] * len(counts)
+
+    def _as_alone(self, tree: Tree, shape: TreeShape, places: list[tuple[Lookup, int, int]]) -> tuple[Tree, Sizes]:
         """Each row's tree as decoding it alone would have made it, and its size; the rest of its nodes never match.
 
         A tree of a batch is as big as its biggest. places: of every row its lookup, its text, where its root stands.
@@ -116,9 +205,10 @@ class Replay:
         return tree, list(zip(own.sum(1).tolist(), levels))
 
     def _extend(
-        self, drafter: Eagle3Drafter, ids: Tensor, aux: Tensor, start: Tensor, counts: Tensor, cache: DraftCache
+        self, drafter: Eagle3Drafter, batch: _Batch, start: Tensor, counts: Tensor, cache: DraftCache
     ) -> Tensor:
         """Commit entries start … start + counts - 1 of every row to the drafter's cache -> hidden [B, 1, h]."""
+        ids, aux = batch.ids, batch.aux
         last = ids.shape[1] - 1
         places = start[:, None] + torch.arange(int(counts.max()), device=ids.device)
         features = aux.gather(1, places.clamp(max=last)[..., None].expand(-1, -1, aux.shape[-1]))

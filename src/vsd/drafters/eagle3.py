@@ -235,6 +235,12 @@ class Eagle3Drafter(PreTrainedModel):
         """Target token of every draft row, [Vd]."""
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
+    def draft_of(self) -> Tensor:
+        """Draft row of every target token, [V]; -1 where it cannot be drafted."""
+        rows = torch.full((len(self.t2d),), -1, device=self.d2t.device)
+        rows[self.draft_ids()] = torch.arange(len(self.d2t), device=self.d2t.device)
+        return rows
+
     def forward(
         self,
         aux: Tensor,

@@ -25,9 +25,11 @@ class Recorded:
         smoothing: α, cut the paths where drafts are likely to be rejected, which is where the target itself is unsure:
             behind a token x a path goes on with probability α + (1 - α) p(x), p being 0 outside the draft vocabulary.
             What is cut is not computed. None: never cut.
+        lookup: leave out the states where decoding with lookup copies from the text and does not ask the drafter.
     """
 
     smoothing: float | None = None
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         if self.smoothing is not None and not 0 < self.smoothing <= 1:

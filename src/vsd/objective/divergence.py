@@ -9,6 +9,7 @@ Legend: K steps, C paths, Vd draft vocabulary.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,25 @@ def negative_log_likelihood(rows: PathRows) -> tuple[Tensor, Tensor]:
     gradient = rows.q * known[..., None]
     gradient.scatter_add_(-1, rows.labels.clamp(min=0)[..., None], -known[..., None].to(gradient.dtype))
     return -rows.label_log_q.masked_fill(~known, 0.0), gradient
+
+
+@dataclass(frozen=True)
+class Sharpened:
+    """CE to p at a lower temperature, ∝ p^(1/temperature): between cross-entropy (1) and the greedy label (towards 0).
+
+    What lies outside the draft vocabulary counts as one token.
+    """
+
+    temperature: float
+
+    def __call__(self, rows: PathRows) -> tuple[Tensor, Tensor]:
+        """Loss [K, C] and gradient [K, C, Vd]."""
+        outside = (1 - rows.p.sum(-1, keepdim=True)).clamp(min=0)
+        best = torch.maximum(rows.p.amax(-1, keepdim=True), outside)  # of sharpened numbers the others may vanish
+        p = (rows.p / best) ** (1 / self.temperature)
+        p = p / (p.sum(-1, keepdim=True) + (outside / best) ** (1 / self.temperature))
+        loss = -torch.einsum("kcv,kcv->kc", rows.log_q, p)
+        return loss, (rows.q * p.sum(-1, keepdim=True)).sub_(p)
 
 
 def total_variation(rows: PathRows) -> tuple[Tensor, Tensor]:

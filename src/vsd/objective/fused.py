@@ -25,8 +25,9 @@ class HeadTarget(NamedTuple):
     Attributes:
         hidden: its final hidden states, [U, h].
         head, bias: the rows of its LM head that the draft vocabulary has, [Vd, h] and [Vd] or None.
-        log_normaliser: logsumexp of its logits over the *whole* vocabulary, [U].
+        log_normaliser: logsumexp of its logits over the *whole* vocabulary, at the temperature, [U].
         cap: what it does to logits after the head.
+        temperature: at which it is served.
     """
 
     hidden: Tensor
@@ -34,6 +35,7 @@ class HeadTarget(NamedTuple):
     bias: Tensor | None
     log_normaliser: Tensor
     cap: Callable[[Tensor], Tensor]
+    temperature: float = 1.0
 
 
 class PathTarget(NamedTuple):
@@ -46,6 +48,7 @@ class PathTarget(NamedTuple):
         share: the E-step's weight of every path, [R], or step, [K, R]; None for recorded paths, which weigh 1.
         group: paths of one anchor follow each other, `group` at a time.
         old_log_q: log-probability of every token for the drafter that training began with, [K, R], if it matters.
+        temperature: at which the drafter draws.
     """
 
     labels: Tensor
@@ -54,6 +57,7 @@ class PathTarget(NamedTuple):
     share: Tensor | None = None
     group: int = 1
     old_log_q: Tensor | None = None
+    temperature: float = 1.0
 
 
 class FusedLoss(NamedTuple):
@@ -126,7 +130,7 @@ class _Fused(torch.autograd.Function):
                 states = hidden[chunk].reshape(-1, h).to(compute)  # [k C, h]
                 logits = (states @ head_c.T).to(wide).view(steps, -1, len(head))  # [k, C, Vd]
                 rows = PathRows(
-                    logits,
+                    _tempered(logits, paths.temperature),
                     _probabilities(target, target_head, paths.rows[chunk], wide),
                     paths.labels[chunk],
                     paths.valid[chunk],
@@ -138,7 +142,7 @@ class _Fused(torch.autograd.Function):
                 correct[:steps] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
                 value, grad_logits = _sum(terms, rows)
                 loss += value
-                grad_logits = grad_logits.view(-1, len(head)).to(compute)
+                grad_logits = _tempered(grad_logits.view(-1, len(head)), paths.temperature).to(compute)
                 grad_hidden[chunk] = (grad_logits @ head_c).view(steps, -1, h).to(hidden.dtype)
                 if compute == wide:
                     grad_head.addmm_(grad_logits.T, states)
@@ -173,9 +177,14 @@ def _sum(terms: Sequence[Term], rows: PathRows) -> tuple[Tensor, Tensor]:
     return loss, gradient
 
 
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Divided in place."""
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 def _probabilities(target: HeadTarget, head: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The target's p over the draft vocabulary with its true mass, [K, C, Vd], at rows [K, C]."""
     wanted, where = rows.unique(return_inverse=True)
     logits = (target.hidden[wanted].to(head.dtype) @ head.T).to(dtype)
     logits = target.cap(logits if target.bias is None else logits + target.bias.to(dtype))
-    return logits.sub_(target.log_normaliser[wanted, None].to(dtype)).exp_()[where]
+    return _tempered(logits, target.temperature).sub_(target.log_normaliser[wanted, None].to(dtype)).exp_()[where]

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from vsd.errors import VSDError
 from vsd.objective.algebra import Drafted, Objective, Part, Proposed, Recorded, Term, Weights, tree_named
-from vsd.objective.divergence import cross_entropy, negative_log_likelihood
+from vsd.objective.divergence import Divergence, Sharpened, cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
 from vsd.objective.lk import Hybrid
 from vsd.objective.rows import PathRows
@@ -159,6 +159,8 @@ def vsd(
     tempering: float = 0.5,
     eta: float = 3.0,
     tree: str | None = None,
+    sharpness: float | None = None,
+    lookup: bool = False,
 ) -> Objective:
     """The whole objective; `arw=False` and `car=0` leave those parts out, `every` beyond the training's end the E-step.
 
@@ -177,7 +179,8 @@ def vsd(
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     whole: Weights = TokensLeft() if arw and smoothing is not None else weights
     if rule == "greedy":
-        return Objective((Part(Recorded(smoothing), (Term(whole, negative_log_likelihood), *regular)),), rule)
+        label: Divergence = negative_log_likelihood if sharpness is None else Sharpened(1 / sharpness)
+        return Objective((Part(Recorded(smoothing, lookup), (Term(whole, label), *regular)),), rule)
     text: tuple[Term, ...] = (Term(whole, cross_entropy),)
     drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)
     if rule == "rejection":
@@ -186,4 +189,4 @@ def vsd(
     paths: Drafted | Proposed = Drafted(samples, anchors, every, weight, tempering)
     if tree is not None:
         paths, drawn = Proposed(tree_named(tree), anchors, every, weight), (Term(Reached(rule, 0.0), cross_entropy),)
-    return Objective((Part(Recorded(smoothing), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)
+    return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)

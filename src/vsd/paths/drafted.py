@@ -56,19 +56,22 @@ def draw_paths(
     steps: int,
     temperature: float,
     generator: torch.Generator | None,
+    served: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """A path below every root by ancestral sampling: tokens [B, P, K] and their log q at temperature 1, [B, P, K].
+    """A path below every root by ancestral sampling: tokens [B, P, K] and their log q as served, [B, P, K].
 
     Args:
         aux: target features, [B, T, 3h].
         ids: the text, [B, T].
         roots: entries to draw from, [B, P]; repeat one for several paths.
-        temperature: > 0, of the sampling.
+        temperature: > 0, of the sampling from q as served.
+        served: temperature at which the drafter is served, > 0.
     """
     tokens, log_q = [], []
     draft_ids = drafter.draft_ids()
 
     def choose(log_probs: Tensor) -> Tensor:
+        log_probs = log_probs if served == 1 else (log_probs / served).log_softmax(-1)
         law = (log_probs / temperature).softmax(-1)
         drawn = torch.multinomial(law.flatten(0, 1), 1, generator=generator).view(*roots.shape, 1)
         tokens.append(draft_ids[drawn[..., 0]])
@@ -154,10 +157,13 @@ def merge(roots: Tensor, tokens: Tensor) -> Trie:
 
 
 @torch.no_grad()
-def score_paths(target: Target, ids: Tensor, lengths: Tensor, roots: Tensor, tokens: Tensor) -> Scored:
+def score_paths(
+    target: Target, ids: Tensor, lengths: Tensor, roots: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> Scored:
     """The target's opinion of paths [B, P, K] below roots [B, P] of right-padded sequences ids [B, T].
 
-    Paths may end early, in `NO_TOKEN`; what is said of steps that do not exist has no meaning.
+    Its law is taken at `temperature`. Paths may end early, in `NO_TOKEN`; what is said of steps that do not exist has
+    no meaning.
     """
     B, P, K = tokens.shape
     trie = merge(roots, tokens[..., :-1]) if K > 1 else None
@@ -175,6 +181,6 @@ def score_paths(target: Target, ids: Tensor, lengths: Tensor, roots: Tensor, tok
     hidden = hidden.flatten(0, 1)
     used, where = rows.unique(return_inverse=True)
     hidden = hidden[used]
-    normaliser = torch.cat([target.logits(some).logsumexp(-1) for some in hidden.split(256)])
-    log_p = target.logit(hidden[where], tokens.clamp(min=0)) - normaliser[where]
+    normaliser = torch.cat([(target.logits(some) / temperature).logsumexp(-1) for some in hidden.split(256)])
+    log_p = target.logit(hidden[where], tokens.clamp(min=0)) / temperature - normaliser[where]
     return Scored(hidden, normaliser, where, log_p)

@@ -32,6 +32,10 @@ class VSDConfig(TrainingArguments):
     ramp: float = field(
         default=0.0, metadata={"help": "share of the training over which K grows from 1 to draft_steps"}
     )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "temperature the drafter is served at, by rules target and rejection; leave 1 for greedy"},
+    )
     eval_max_new_tokens: int = field(default=64, metadata={"help": "answer length when τ is measured"})
     eval_batch: int = field(default=32, metadata={"help": "prompts decoded at once when τ is measured"})
     depth: int = field(default=5, metadata={"help": "draft tree of the τ measurement: tokens drafted ahead"})
@@ -64,6 +68,8 @@ class VSDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.draft_steps < 1:
             raise VSDError("draft_steps must be at least 1")
+        if self.temperature <= 0:
+            raise VSDError(f"temperature must be positive, not {self.temperature:g}: for greedy serving leave it 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise VSDError(f"max_minutes must be positive, not {self.max_minutes:g}")
         objective(self.objective, self.objective_options)  # complain now, not after the features are computed

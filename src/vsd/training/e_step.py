@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsd.decoding.lookup import looked_up
 from vsd.drafters import Eagle3Drafter
 from vsd.objective import Contrasted, Drafted, HeadTarget, Part, Proposed, Recorded
 from vsd.objective.gto import draft_tree_reward, standardised
@@ -73,6 +74,8 @@ class EStep:
 
     Args:
         rule: of verification.
+        temperature: at which the target is served: its p is taken there. By `rejection` the drafter draws at it, too;
+            trees are grown by its log-probabilities as they are.
         autocast: the precision in which a drafter is run; the target has its own.
     """
 
@@ -81,28 +84,32 @@ class EStep:
         target: Target,
         drafter: Eagle3Drafter,
         rule: str,
+        temperature: float,
         autocast: Callable[[], AbstractContextManager],
     ) -> None:
         self.target, self.rule, self.autocast = target, rule, autocast
+        self.temperature, self.draft_temperature = temperature, temperature if rule == "rejection" else 1.0
         ids = drafter.draft_ids()
         self.head = target.head_weight[ids].detach()  # [Vd, h]
         self.bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
-        self.draft_of = torch.full((target.vocab_size,), -1, device=ids.device)  # [V]
-        self.draft_of[ids] = torch.arange(len(ids), device=ids.device)
+        self.draft_of = drafter.draft_of()  # [V]
 
     def recorded(self, part: Part, text: Recorded, batch: Batch, generator: torch.Generator) -> Posterior:
-        """The text's own continuations, whole or cut where the target itself is unsure.
+        """The text's own continuations, whole or cut where the target itself is unsure, everywhere or beyond lookup.
 
         At temperature 0 they are the posterior: the target's pass is spared.
         """
         paths, features = recorded(*batch[:3], batch.steps), batch.features
         if text.smoothing is not None:
             words = paths.tokens[..., 0]
-            p = (self.target.logit(features.hidden, words) - features.log_normaliser).exp() * (
-                self.draft_of[words] >= 0
-            )
-            go_on = text.smoothing + (1 - text.smoothing) * p.flatten()[paths.rows]
-            paths = longest_first(cut(paths, go_on, generator))
+            p = (self.target.logit(features.hidden, words) / self.temperature - features.log_normaliser).exp()
+            p = p.masked_fill(self.draft_of[words] < 0, 0.0).flatten()
+            paths = cut(paths, text.smoothing + (1 - text.smoothing) * p[paths.rows], generator)
+        if text.lookup:
+            copied = looked_up(batch.ids).gather(1, paths.roots + 1)  # [B, Q]
+            paths = paths._replace(valid=paths.valid & ~copied[..., None])
+        if text != Recorded():
+            paths = longest_first(paths)
         return Posterior(part, paths, self._said(features))
 
     @torch.no_grad()
@@ -118,7 +125,15 @@ class EStep:
         roots = _anchors(batch, A, generator).roots.repeat_interleave(S, 1)
         with self.autocast():
             tokens, log_q = draw_paths(
-                drafter, self.target, batch.features.aux, batch.ids, roots, batch.steps, draw.temperature, generator
+                drafter,
+                self.target,
+                batch.features.aux,
+                batch.ids,
+                roots,
+                batch.steps,
+                draw.temperature,
+                generator,
+                self.draft_temperature,
             )
         paths, scored = self._score(batch, roots, tokens)
         kept = scored.log_p.exp() if self.rule == "target" else acceptance(scored.log_p, log_q)
@@ -195,7 +210,7 @@ class EStep:
 
     def _score(self, batch: Batch, roots: Tensor, tokens: Tensor) -> tuple[Paths, Scored]:
         """Drawn paths [B, P, K], each up to its first EOS, and the target's opinion of them."""
-        scored = score_paths(self.target, batch.ids, batch.drafted.amax(1) + 1, roots, tokens)
+        scored = score_paths(self.target, batch.ids, batch.drafted.amax(1) + 1, roots, tokens, self.temperature)
         ends = torch.isin(tokens, torch.tensor(self.target.eos_ids, device=tokens.device)).long()
         valid = (ends.cumsum(-1) == ends) & (tokens >= 0)
         return Paths(roots, tokens.clamp(min=0), valid, scored.rows), scored
@@ -223,7 +238,7 @@ class EStep:
         return self._head_target(scored.hidden, scored.log_normaliser)
 
     def _head_target(self, hidden: Tensor, log_normaliser: Tensor) -> HeadTarget:
-        return HeadTarget(hidden, self.head, self.bias, log_normaliser.flatten(), self.target.cap)
+        return HeadTarget(hidden, self.head, self.bias, log_normaliser.flatten(), self.target.cap, self.temperature)
 
 
 class _Anchors(NamedTuple):

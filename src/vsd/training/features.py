@@ -31,7 +31,8 @@ _BATCH_TOKENS = 2048
 
 class Features(NamedTuple):
     """What training needs from the target: aux [B, T, 3h]; hidden [B, Q, h] and log_normaliser [B, Q] of the
-    positions just before the drafted ones, where the target predicts them."""
+    positions just before the drafted ones, where the target predicts them: logsumexp of its logits at the temperature
+    it is served at."""
 
     aux: Tensor
     hidden: Tensor
@@ -39,12 +40,13 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def compute_features(target: Target, input_ids: Tensor, drafted: Tensor) -> Features:
+def compute_features(target: Target, input_ids: Tensor, drafted: Tensor, temperature: float = 1.0) -> Features:
     """One target pass over right-padded input_ids [B, T] with drafted positions [B, Q]."""
     output = target.features(input_ids)
     before = (drafted - 1)[..., None].expand(-1, -1, output.hidden.shape[-1])
     hidden = output.hidden.gather(1, before)
-    normaliser = torch.cat([target.logits(rows).logsumexp(-1) for rows in hidden.flatten(0, 1).split(256)])
+    logits = (target.logits(rows) / temperature for rows in hidden.flatten(0, 1).split(256))
+    normaliser = torch.cat([some.logsumexp(-1) for some in logits])
     return Features(output.aux, hidden, normaliser.view(drafted.shape))
 
 
@@ -52,12 +54,12 @@ class FeatureStore:
     """Features of a list of examples, by index; `build` computes what is missing, the constructor reads.
 
     Raises:
-        VSDError: the folder holds features of another target, template or text.
+        VSDError: the folder holds features of another target, template or text, or for another temperature.
     """
 
-    def __init__(self, folder: Path, target: Target, examples: Sequence[Example]) -> None:
+    def __init__(self, folder: Path, target: Target, examples: Sequence[Example], temperature: float = 1.0) -> None:
         self.folder = folder
-        manifest = _manifest(target, examples)
+        manifest = _manifest(target, examples, temperature)
         try:
             found = json.loads((folder / "manifest.json").read_text())
         except FileNotFoundError:
@@ -67,11 +69,13 @@ class FeatureStore:
         self._shards: dict[int, Any] = {}
 
     @classmethod
-    def build(cls, folder: str | Path, target: Target, examples: Sequence[Example]) -> "FeatureStore":
+    def build(
+        cls, folder: str | Path, target: Target, examples: Sequence[Example], temperature: float = 1.0
+    ) -> "FeatureStore":
         """Compute the shards that `folder` lacks (all, after a kill only the rest) and open the store."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        manifest, path = _manifest(target, examples), folder / "manifest.json"
+        manifest, path = _manifest(target, examples, temperature), folder / "manifest.json"
         if path.exists():
             _compare(folder, json.loads(path.read_text()), manifest)
         path.write_text(json.dumps(manifest, indent=1))
@@ -79,9 +83,9 @@ class FeatureStore:
         missing = [s for s in range(len(shards)) if not (folder / _name(s)).exists()]
         for s in track(missing, "target features", disable=not missing):
             half = folder / f"{_name(s)}.part"
-            save_file(_shard(target, [examples[i] for i in shards[s]]), half)
+            save_file(_shard(target, [examples[i] for i in shards[s]], temperature), half)
             os.replace(half, folder / _name(s))
-        return cls(folder, target, examples)
+        return cls(folder, target, examples, temperature)
 
     def batch(self, indices: list[int], T: int, Q: int) -> dict[str, Tensor]:
         """Padded features of some examples, as `Features` fields by name, in float32."""
@@ -113,7 +117,7 @@ def affordable(target: Target, examples: Sequence[Example], seconds: float) -> i
     return max(len(probe), sum(length * cost <= seconds for length in lengths))
 
 
-def _shard(target: Target, examples: list[Example]) -> dict[str, Tensor]:
+def _shard(target: Target, examples: list[Example], temperature: float = 1.0) -> dict[str, Tensor]:
     """Features of some examples, concatenated in their order."""
     done: dict[int, tuple[Tensor, ...]] = {}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -122,7 +126,7 @@ def _shard(target: Target, examples: list[Example]) -> dict[str, Tensor]:
         drafted = [torch.tensor(examples[i].drafted).nonzero()[:, 0] for i in group]
         pad = torch.nn.utils.rnn.pad_sequence
         features = compute_features(
-            target, pad(ids, batch_first=True).to(target.device), pad(drafted, True, 2).to(target.device)
+            target, pad(ids, batch_first=True).to(target.device), pad(drafted, True, 2).to(target.device), temperature
         )
         for b, i in enumerate(group):
             aux, hidden, normaliser = (f[b].cpu() for f in features)
@@ -169,7 +173,7 @@ def _places(
             token, row = token + tokens, row + rows
 
 
-def _manifest(target: Target, examples: Sequence[Example]) -> dict[str, str]:
+def _manifest(target: Target, examples: Sequence[Example], temperature: float) -> dict[str, str]:
     text = hashlib.sha256()
     for ids, drafted in examples:
         text.update(json.dumps([ids, [int(d) for d in drafted]]).encode())
@@ -178,11 +182,12 @@ def _manifest(target: Target, examples: Sequence[Example]) -> dict[str, str]:
         "target": target.fingerprint(),
         "template": hashlib.sha256(template).hexdigest()[:16],
         "text": text.hexdigest()[:16],
+        "temperature": f"{temperature:g}",
     }
 
 
 def _compare(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    other = [what for what in wanted if found.get(what) != wanted[what]]
+    other = [what for what in wanted if found.get(what, "1") != wanted[what]]
     if other:
         raise VSDError(
             f"the feature store at '{folder}' was made with another {' and '.join(other)}: "

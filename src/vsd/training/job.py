@@ -137,7 +137,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
     with PartialState().main_process_first():  # one process computes the features, the others find them done
-        store = FeatureStore.build(job.store, target, kept) if job.store else None
+        store = FeatureStore.build(job.store, target, kept, config.temperature) if job.store else None
     trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))

@@ -69,7 +69,7 @@ class VSDTrainer(Trainer):
         self.target = target
         self._counts = _Counts(args.draft_steps)
         self._objective = objective_named(args.objective, args.objective_options)
-        self._posterior_of = EStep(target, drafter, self._objective.rule, self.accelerator.autocast)
+        self._posterior_of = EStep(target, drafter, self._objective.rule, args.temperature, self.accelerator.autocast)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._batch = (0, 0)  # step, and how often chance was asked in it
         kinds = [type(part.paths) for part in self._objective.parts]
@@ -109,8 +109,7 @@ class VSDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """E-step, then M-step, on one batch; see `vsd.objective` for what is minimised."""
-        ids, drafted = inputs["input_ids"], inputs["drafted"]
-        batch = Batch(ids, drafted, _real(inputs), self._features(inputs), self._steps())
+        batch = self.batch(inputs)
         posteriors = self._e_step(batch)
         output = self._m_step(model, batch, posteriors)
         self._counts.add_drawn(posteriors)
@@ -121,6 +120,11 @@ class VSDTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients that are sums here
         return (loss, output) if return_outputs else loss
+
+    def batch(self, inputs: dict[str, Tensor]) -> Batch:
+        """The collator's tensors with features, as the E-step takes them."""
+        real = _real(inputs)
+        return Batch(inputs["input_ids"], inputs["drafted"], real, self._features(inputs), self._steps())
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Which paths are trained now: the text's own, and those the drafter proposes."""
@@ -155,6 +159,7 @@ class VSDTrainer(Trainer):
                 _weighted_loss,
                 posteriors=posteriors,
                 draft_of=self._posterior_of.draft_of,
+                temperature=self._posterior_of.draft_temperature,
                 acceptance=self._acceptance or 0.0,
             ),
         )
@@ -221,7 +226,7 @@ class VSDTrainer(Trainer):
         """From the store, by way of the collator, or from the target, now."""
         if "aux" in inputs:
             return Features(*(inputs[name] for name in Features._fields))
-        found = compute_features(self.target, inputs["input_ids"], inputs["drafted"])
+        found = compute_features(self.target, inputs["input_ids"], inputs["drafted"], self.args.temperature)
         return Features(*(field.float() for field in found))
 
 
@@ -255,14 +260,20 @@ class _Counts:
 
 
 def _weighted_loss(
-    hidden: Tensor, head: Tensor, *, posteriors: list[Posterior], draft_of: Tensor, acceptance: float
+    hidden: Tensor,
+    head: Tensor,
+    *,
+    posteriors: list[Posterior],
+    draft_of: Tensor,
+    temperature: float,
+    acceptance: float,
 ) -> FusedLoss:
     """hidden [K, B, P, h] of all posteriors' paths, side by side. Counts are those of the first."""
     outputs = []
     for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
         tokens, valid, rows = (field.flatten(0, 1).T for field in posterior.paths[1:])  # [K, R]
         share, old = (x if x is None else x.flatten(0, 1).T for x in (posterior.share, posterior.old_log_q))
-        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old)
+        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old, temperature)
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
