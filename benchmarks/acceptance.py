@@ -5,9 +5,11 @@
 The target answers every turn once, by plain decoding in batches (kept in --answers and not done again). Every drafter
 then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap over
 prompts. Trees are depth x top_k x nodes [x p_min [x lookup]]; above temperature 0 they are verified by rule `target`.
+--sharpen multiplies the drafter's logits: a calibrated drafter only loses by it.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="prompts of each file; default all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--sharpen", nargs="+", type=float, default=[1.0])
     parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
@@ -110,15 +113,17 @@ def main() -> None:
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)
-        for shape in track(a.trees, path):
-            row = {"drafter": path, **measure(replay, drafter, shape, prompts, turns)}
+        weight = drafter.norm.weight.data.clone()  # scales what enters the head
+        for sharpness, shape in track(list(itertools.product(a.sharpen, a.trees)), path):
+            drafter.norm.weight.data = sharpness * weight
+            row = {"drafter": path, "sharpen": sharpness, **measure(replay, drafter, shape, prompts, turns)}
             rows.append(row)
             if a.json:
                 write_json({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, a.json)
             low, high = row["tau_ci"]
             table.add_row(
                 path,
-                str(shape),
+                str(shape) + (f", logits × {sharpness:g}" if sharpness != 1 else ""),
                 f"{row['tau']:.3f} [{low:.3f}, {high:.3f}]",
                 ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau_by_suite"].items()),
                 ", ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),

@@ -246,7 +246,7 @@ t.regenerate_by_server(server, t.LEXICON, t.chats(30), Path(sys.argv[2]), max_ne
 def test_a_killed_client_goes_on_where_it_was(fake: Any, tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    server, out = fake(delay=0.05), tmp_path / "out.jsonl"
+    server, out = fake(delay=0.2), tmp_path / "out.jsonl"
     command = [sys.executable, "-c", CHILD, server.url, str(out)]
     for how, count in ((signal.SIGKILL, 5), (signal.SIGINT, 15)):
         child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
