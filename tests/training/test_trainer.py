@@ -167,11 +167,11 @@ def test_the_clock_ends_training_and_anneals_the_rate(
 
 
 def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    options = {"max_minutes": 1 / 60, "learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup"}
+    options = {"max_minutes": 2.5 / 60, "learning_rate": 3e-3, "lr_scheduler_type": "constant_with_warmup"}
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, logging_steps=1, **options)
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert rates[0] < 2e-3 and len(rates) > 3
+    assert rates[0] < 2e-3 and len(rates) > 10
     assert set(rates[len(rates) // 2 :]) == {3e-3}
 
 
@@ -326,9 +326,7 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
         better[b, a] = rewards[0] - rewards[1]
         assert float(found.utility[b, a]) == pytest.approx(rewards[0], abs=1e-3)
         path = found.paths.tokens[b, a][found.paths.valid[b, a]].tolist()
-        assert (
-            len(path) == best if rule == "greedy" else best == pytest.approx(0, abs=1e-3) or path == taken[: len(path)]
-        )
+        assert len(path) == best if rule == "greedy" else path == taken[: len(path)]
     wanted = (better - better.mean(1, keepdim=True)) / better.std(1, keepdim=True).clamp(min=1e-4)
     scale = batch.real.sum() / 32
     torch.testing.assert_close(found.share[..., 0], wanted * scale, rtol=2e-2, atol=2e-2)
