@@ -9,7 +9,6 @@ drafter and features take.
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from training_step import peak_mib
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
 from vsd.drafters import Eagle3Drafter
@@ -47,11 +47,6 @@ def one_step(trained: VSDTrainer, batch: Batch) -> tuple[float, float]:
     return middle - start, time.perf_counter() - start
 
 
-def peak() -> int:
-    """Most MiB this process has ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", required=True)
@@ -67,12 +62,12 @@ def main() -> None:
     eagle3 = trainer(target, a, examples)
     vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
     batches = [vsd.batch(inputs) for inputs in vsd.get_train_dataloader()]
-    loaded = peak()
+    loaded = peak_mib()
     memory = {}
     for name, trained in (("eagle3", eagle3), ("vsd", vsd)):  # a peak never falls: the smaller one first
         for batch in batches:
             one_step(trained, batch)
-        memory[name] = peak() - loaded
+        memory[name] = peak_mib() - loaded
     shares, ratios = [], []
     for _ in range(a.rounds):
         seconds = {"E-step": 0.0, "vsd": 0.0, "eagle3": 0.0}

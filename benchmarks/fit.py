@@ -22,7 +22,7 @@ from vsd.drafters import Eagle3Drafter
 from vsd.evaluation import load_prompts
 from vsd.paths import consumed, recorded
 from vsd.targets import Target, load_target
-from vsd.training.batch import Collator, DraftDataset
+from vsd.training.batch import Collator, DraftDataset, real
 from vsd.training.features import compute_features
 
 _BATCH = 16
@@ -42,8 +42,7 @@ def hits(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps:
     for start in range(0, len(examples), _BATCH):
         batch = Collator()([dataset[i] for i in range(start, min(start + _BATCH, len(examples)))])
         ids, drafted = batch["input_ids"], batch["drafted"]
-        real = (batch["labels"].gather(1, drafted) >= 0) & (drafted.diff(dim=1, prepend=drafted[:, :1] - 1) > 0)
-        paths = recorded(ids, drafted, real, steps)
+        paths = recorded(ids, drafted, real(batch), steps)
         words = target.embed(consumed(ids, paths)).float()
         aux = compute_features(target, ids, drafted).aux.float()
         hidden = drafter(aux, target.embed(ids.roll(-1, dims=1)).float(), paths.roots, words)  # [K, B, Q, h]

@@ -149,10 +149,20 @@ def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
         base = np.array(found[CONTROL]).T
         for name, spent in found.items():
             mine = np.array(spent).T
-            rate, ratio = pooled_rate(*mine), ratio_interval(*mine, *base)
-            row = {"objective": name, "temperature": temperature, "tokens_per_second": rate, "ratio_ci": ratio}
-            rows.append({**row, "ratio": rate / pooled_rate(*base)})
+            row = {"objective": name, "temperature": temperature, "tokens_per_second": pooled_rate(*mine)}
+            rows.append(row | ratio(mine, base))
     return rows
+
+
+def ratio(mine: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Of two rates, each [2, prompts]; as a row has it."""
+    return {"ratio": pooled_rate(*mine) / pooled_rate(*base), "ratio_ci": ratio_interval(*mine, *base)}
+
+
+def written(row: dict[str, Any]) -> str:
+    """A row's ratio with its interval."""
+    low, high = row["ratio_ci"]
+    return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def counts(folders: Sequence[Path], name: str) -> np.ndarray:
@@ -178,10 +188,9 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
                         "decoding": name,
                         "temperature": temperature,
                         "tau": pooled_rate(*mine),
-                        "ratio": pooled_rate(*mine) / pooled_rate(*base),
-                        "ratio_ci": ratio_interval(*mine, *base),
                         "seeds": len(folders),
                     }
+                    | ratio(mine, base)
                 )
     return rows
 
@@ -191,23 +200,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     for column in ("objective", "decoding", "T", "τ", "× eagle3 continued"):
         table.add_column(column)
     for row in rows:
-        low, high = row["ratio_ci"]
-        table.add_row(
-            row["objective"],
-            row["decoding"],
-            f"{row['temperature']:g}",
-            f"{row['tau']:.3f}",
-            f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
-        )
+        temperature, tau = f"{row['temperature']:g}", f"{row['tau']:.3f}"
+        table.add_row(row["objective"], row["decoding"], temperature, tau, written(row))
     Console(width=120).print(table)
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:
     table = Table("objective", "T", "tokens/s", "× eagle3 continued", title="one request at a time, alternately")
     for row in rows:
-        low, high = row["ratio_ci"]
-        ratio = f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-        table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", ratio)
+        table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", written(row))
     Console(width=120).print(table)
 
 

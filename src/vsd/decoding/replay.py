@@ -14,6 +14,7 @@ V target vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from vsd.data.generate import pad
 from vsd.decoding.engine import Result
 from vsd.decoding.lookup import SURE, Lookup
-from vsd.drafters import DraftCache, Eagle3Drafter
+from vsd.drafters import DraftCache, Eagle3Drafter, of_label
 from vsd.errors import VSDError
 from vsd.paths import NO_TOKEN, Tree, TreeShape, draw_tree, graft
 from vsd.targets import Target
@@ -36,13 +37,13 @@ _HEAD_ROWS = 512  # logits of so many tokens at once
 
 Sizes = list[tuple[int, int]]  # of every row's tree: nodes, levels drafted
 
-Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's greedy answer
+Text = tuple[list[int], list[int]]  # token ids of a prompt and of the target's answer
 
 
 class _Batch(NamedTuple):
     """Texts by number, read: ids [B, T], lengths [B], where the first roots stand [B], features [B, T, 3h].
 
-    log_p [B, T]: the target's log-probability of every token; None at temperature 0.
+    log_p [B, T]: the target's log-probability of the answers' tokens; None where nobody asks.
     """
 
     texts: list[int]
@@ -50,7 +51,21 @@ class _Batch(NamedTuple):
     lengths: Tensor
     start: Tensor
     aux: Tensor
-    log_p: Tensor | None
+    log_p: Tensor | None = None
+
+
+class _Walk(NamedTuple):
+    """What drafts along a batch, how far, and what it has read: its cache, and lookups by number of the text.
+
+    coins: tossed for rejection; None verifies trees. draft_of [V]: the drafter's row of every token, -1 for none.
+    """
+
+    drafter: Eagle3Drafter
+    shape: TreeShape
+    cache: DraftCache
+    lookups: dict[int, Lookup]
+    coins: torch.Generator | None
+    draft_of: Tensor
 
 
 class Replay:
@@ -84,28 +99,35 @@ class Replay:
             raise VSDError("rejection is replayed for plain chains above temperature 0")
         results = [Result(prompt, list(answer), "replay") for prompt, answer in self.texts]
         coins = torch.Generator(self.target.device).manual_seed(seed) if verification == "rejection" else None
-        for batch in self.batches:
-            self._walk(batch, drafter, shape, results, coins)
+        for batch in self.batches if coins is None else self._judged:
+            self._replay(batch, drafter, shape, results, coins)
         return results
+
+    @cached_property
+    def _judged(self) -> list[_Batch]:
+        """The batches with the target's log-probability of every token of the answers: rejection needs them."""
+        return [batch._replace(log_p=self._log_p(batch)) for batch in self.batches]
 
     def _read(self, index: list[int]) -> _Batch:
         device = self.target.device
         ids, lengths = pad([self.texts[i][0] + self.texts[i][1] for i in index], device)
         start = torch.tensor([len(self.texts[i][0]) for i in index], device=device)
-        read = self.target.features(ids)
-        log_p = self._log_p(read.hidden, ids) if self.temperature else None
-        return _Batch(index, ids, lengths, start, read.aux, log_p)
+        return _Batch(index, ids, lengths, start, self.target.features(ids).aux)
 
-    def _log_p(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """[B, T]; of the first tokens, which nothing predicts, 0."""
-        before, tokens = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    def _log_p(self, batch: _Batch) -> Tensor:
+        """[B, T]; 0 where no draft can be accepted."""
+        ids, places = batch.ids, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        row, place = ((places > batch.start[:, None]) & (places < batch.lengths[:, None])).nonzero(as_tuple=True)
+        hidden, tokens = self.target.features(ids).hidden[row, place - 1], ids[row, place]
         found = [
             (self.target.logits(some) / self.temperature).log_softmax(-1).gather(1, words[:, None])[:, 0]
-            for some, words in zip(before.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS))
+            for some, words in zip(hidden.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS))
         ]
-        return F.pad(torch.cat(found).view(len(ids), -1), (1, 0))
+        log_p = torch.zeros(ids.shape, device=ids.device)
+        log_p[row, place] = torch.cat(found)
+        return log_p
 
-    def _walk(
+    def _replay(
         self,
         batch: _Batch,
         drafter: Eagle3Drafter,
@@ -114,14 +136,12 @@ class Replay:
         coins: torch.Generator | None,
     ) -> None:
         """Draft, look up what is accepted, go on behind it; rows leave when their answer ends."""
-        lookups = {i: Lookup() for i in batch.texts}
         cache = drafter.new_cache(len(batch.texts), batch.ids.shape[1] + shape.depth * shape.top_k)
-        hidden = self._extend(drafter, batch, torch.zeros_like(batch.start), batch.start, cache)
+        walk = _Walk(drafter, shape, cache, {i: Lookup() for i in batch.texts}, coins, drafter.draft_of())
+        draft = self._propose if coins is None else self._couple
+        hidden = self._extend(walk, batch, torch.zeros_like(batch.start), batch.start)
         while True:
-            if coins is None:
-                counts, sizes = self._propose(batch, drafter, shape, hidden, cache, lookups)
-            else:
-                counts, sizes = self._couple(batch, drafter, shape, hidden, cache, coins)
+            counts, sizes = draft(walk, batch, hidden)
             left = batch.lengths - 1 - batch.start
             for i, count, most, size in zip(batch.texts, counts.tolist(), left.tolist(), sizes):
                 results[i].accepted.append(count - 1)
@@ -134,56 +154,39 @@ class Replay:
                 texts, counts = [batch.texts[b] for b in keep.tolist()], counts[keep]
                 batch = _Batch(texts, *(x if x is None else x[keep] for x in batch[1:]))  # type: ignore[arg-type]
                 cache.select(keep)
-            hidden = self._extend(drafter, batch, batch.start, counts, cache)
+            hidden = self._extend(walk, batch, batch.start, counts)
             batch = batch._replace(start=batch.start + counts)
 
-    def _propose(
-        self,
-        batch: _Batch,
-        drafter: Eagle3Drafter,
-        shape: TreeShape,
-        hidden: Tensor,
-        cache: DraftCache,
-        lookups: dict[int, Lookup],
-    ) -> tuple[Tensor, Sizes]:
+    def _propose(self, walk: _Walk, batch: _Batch, hidden: Tensor) -> tuple[Tensor, Sizes]:
         """New tokens of a pass over a tree below every root, [B], and the trees' sizes."""
         ids, at = batch.ids, batch.start
         root = ids.gather(1, at[:, None])[:, 0]
-        tree = draw_tree(drafter, self.target.embed, hidden, root, cache, shape)
-        places = [(lookups[i], i, end) for i, end in zip(batch.texts, at.tolist())]
-        tree, sizes = self._as_alone(tree, shape, places)
+        tree = draw_tree(walk.drafter, self.target.embed, hidden, root, walk.cache, walk.shape)
+        places = [(walk.lookups[i], i, end) for i, end in zip(batch.texts, at.tolist())]
+        tree, sizes = self._as_alone(tree, walk.shape, places)
         behind = at[:, None] + tree.depths + 1  # [B, N] where the token that follows each node stands
         choice = ids.gather(1, behind.clamp(max=ids.shape[1] - 1))
         return follow(tree, choice.masked_fill(behind >= batch.lengths[:, None], _NOTHING)).counts, sizes
 
-    def _couple(
-        self,
-        batch: _Batch,
-        drafter: Eagle3Drafter,
-        shape: TreeShape,
-        hidden: Tensor,
-        cache: DraftCache,
-        coins: torch.Generator,
-    ) -> tuple[Tensor, Sizes]:
+    def _couple(self, walk: _Walk, batch: _Batch, hidden: Tensor) -> tuple[Tensor, Sizes]:
         """New tokens of a pass over a chain drawn below every root, [B], if it is verified by rejection."""
         assert batch.log_p is not None
-        ids, draft_of = batch.ids, drafter.draft_of()
+        ids, drafter, depth = batch.ids, walk.drafter, walk.shape.depth
         kept = torch.ones_like(batch.start, dtype=torch.bool)
         counts = torch.ones_like(batch.start)
-        for k in range(shape.depth):
+        for k in range(depth):
             place = batch.start + 1 + k
             index = place.clamp(max=ids.shape[1] - 1)[:, None]
             token, log_p = ids.gather(1, index), batch.log_p.gather(1, index)[:, 0]
-            label = draft_of[token]  # [B, 1]
             law = (drafter.log_probs(hidden[:, 0]) / self.temperature).log_softmax(-1)
-            log_q = law.gather(1, label.clamp(min=0)).masked_fill(label < 0, float("-inf"))[:, 0]
-            coin = torch.rand(len(counts), device=ids.device, generator=coins)
+            log_q = of_label(law, walk.draft_of[token[:, 0]], float("-inf"))
+            coin = torch.rand(len(counts), device=ids.device, generator=walk.coins)
             kept = kept & (coin < acceptance(log_q, log_p)) & (place < batch.lengths)
             counts = counts + kept.long()
-            if k + 1 < shape.depth:
+            if k + 1 < depth:
                 scratch = torch.ones(len(counts), 1, k + 1, dtype=torch.bool, device=ids.device)
-                hidden = drafter.expand(hidden, self.target.embed(token), k + 1, scratch, cache)
-        return counts, [(shape.nodes, shape.depth)] * len(counts)
+                hidden = drafter.expand(hidden, self.target.embed(token), k + 1, scratch, walk.cache)
+        return counts, [(walk.shape.nodes, depth)] * len(counts)
 
     def _as_alone(self, tree: Tree, shape: TreeShape, places: list[tuple[Lookup, int, int]]) -> tuple[Tree, Sizes]:
         """Each row's tree as decoding it alone would have made it, and its size; the rest of its nodes never match.
@@ -204,13 +207,11 @@ class Replay:
         tree = tree._replace(tokens=tree.tokens.masked_fill(~own, NO_TOKEN))
         return tree, list(zip(own.sum(1).tolist(), levels))
 
-    def _extend(
-        self, drafter: Eagle3Drafter, batch: _Batch, start: Tensor, counts: Tensor, cache: DraftCache
-    ) -> Tensor:
+    def _extend(self, walk: _Walk, batch: _Batch, start: Tensor, counts: Tensor) -> Tensor:
         """Commit entries start … start + counts - 1 of every row to the drafter's cache -> hidden [B, 1, h]."""
         ids, aux = batch.ids, batch.aux
         last = ids.shape[1] - 1
         places = start[:, None] + torch.arange(int(counts.max()), device=ids.device)
         features = aux.gather(1, places.clamp(max=last)[..., None].expand(-1, -1, aux.shape[-1]))
         following = ids.gather(1, (places + 1).clamp(max=last))
-        return drafter.extend(features, self.target.embed(following), counts, cache)
+        return walk.drafter.extend(features, self.target.embed(following), counts, walk.cache)

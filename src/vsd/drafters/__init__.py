@@ -2,6 +2,6 @@
 
 from vsd.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Drafter
 from vsd.drafters.load import load_drafter
-from vsd.drafters.vocabulary import draft_vocabulary
+from vsd.drafters.vocabulary import draft_vocabulary, of_label
 
-__all__ = ["DraftCache", "Eagle3Config", "Eagle3Drafter", "draft_vocabulary", "load_drafter"]
+__all__ = ["DraftCache", "Eagle3Config", "Eagle3Drafter", "draft_vocabulary", "load_drafter", "of_label"]

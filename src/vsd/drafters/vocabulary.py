@@ -20,6 +20,11 @@ class DraftVocabulary(NamedTuple):
     coverage: float
 
 
+def of_label(values: Tensor, labels: Tensor, missing: float) -> Tensor:
+    """values [..., Vd] at draft ids labels [...]; `missing` where the label is -1, a token that cannot be drafted."""
+    return values.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels < 0, missing)
+
+
 def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> DraftVocabulary:
     """The `size` most frequent of `tokens` [n]; ties, and places left over, go to the smaller id.
 

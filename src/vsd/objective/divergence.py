@@ -21,8 +21,13 @@ Divergence = Callable[[PathRows], tuple[Tensor, Tensor]]
 
 def cross_entropy(rows: PathRows) -> tuple[Tensor, Tensor]:
     """CE(p, q) = -Σ_v p_v log q_v; gradient |p| q - p. Forward KL up to p's entropy."""
-    loss = -torch.einsum("kcv,kcv->kc", rows.log_q, rows.p)
-    return loss, (rows.q * rows.p.sum(-1, keepdim=True)).sub_(rows.p)
+    return _cross_entropy(rows, rows.p)
+
+
+def _cross_entropy(rows: PathRows, p: Tensor) -> tuple[Tensor, Tensor]:
+    """CE to labels p [K, C, Vd] of any mass."""
+    loss = -torch.einsum("kcv,kcv->kc", rows.log_q, p)
+    return loss, (rows.q * p.sum(-1, keepdim=True)).sub_(p)
 
 
 def negative_log_likelihood(rows: PathRows) -> tuple[Tensor, Tensor]:
@@ -35,21 +40,19 @@ def negative_log_likelihood(rows: PathRows) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Sharpened:
-    """CE to p at a lower temperature, ∝ p^(1/temperature): between cross-entropy (1) and the greedy label (towards 0).
+    """CE to labels ∝ p^sharpness: between cross-entropy (1) and the greedy label (∞).
 
     What lies outside the draft vocabulary counts as one token.
     """
 
-    temperature: float
+    sharpness: float
 
     def __call__(self, rows: PathRows) -> tuple[Tensor, Tensor]:
         """Loss [K, C] and gradient [K, C, Vd]."""
         outside = (1 - rows.p.sum(-1, keepdim=True)).clamp(min=0)
         best = torch.maximum(rows.p.amax(-1, keepdim=True), outside)  # of sharpened numbers the others may vanish
-        p = (rows.p / best) ** (1 / self.temperature)
-        p = p / (p.sum(-1, keepdim=True) + (outside / best) ** (1 / self.temperature))
-        loss = -torch.einsum("kcv,kcv->kc", rows.log_q, p)
-        return loss, (rows.q * p.sum(-1, keepdim=True)).sub_(p)
+        p = (rows.p / best) ** self.sharpness
+        return _cross_entropy(rows, p / (p.sum(-1, keepdim=True) + (outside / best) ** self.sharpness))
 
 
 def total_variation(rows: PathRows) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vsd.drafters import of_label
+
 
 class PathRows:
     """Drafter and target at every step of some paths.
@@ -64,12 +66,12 @@ class PathRows:
     @cached_property
     def label_log_q(self) -> Tensor:
         """log q of the path's token, [K, C]; -inf where it cannot be drafted."""
-        return self._of_label(self.log_q, float("-inf"))
+        return of_label(self.log_q, self.labels, float("-inf"))
 
     @cached_property
     def label_p(self) -> Tensor:
         """p of the path's token, [K, C]; 0 where it cannot be drafted."""
-        return self._of_label(self.p, 0.0)
+        return of_label(self.p, self.labels, 0.0)
 
     @cached_property
     def rank(self) -> Tensor:
@@ -81,7 +83,3 @@ class PathRows:
     def overlap(self) -> Tensor:
         """Σ_v min(p, q), [K, C]: how often rejection sampling keeps a token drawn from q."""
         return torch.minimum(self.p, self.q).sum(-1)
-
-    def _of_label(self, values: Tensor, missing: float) -> Tensor:
-        found = values.gather(-1, self.labels.clamp(min=0)[..., None])[..., 0]
-        return found.masked_fill(self.labels < 0, missing)

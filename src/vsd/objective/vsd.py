@@ -179,7 +179,7 @@ def vsd(
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     whole: Weights = TokensLeft() if arw and smoothing is not None else weights
     if rule == "greedy":
-        label: Divergence = negative_log_likelihood if sharpness is None else Sharpened(1 / sharpness)
+        label: Divergence = negative_log_likelihood if sharpness is None else Sharpened(sharpness)
         return Objective((Part(Recorded(smoothing, lookup), (Term(whole, label), *regular)),), rule)
     text: tuple[Term, ...] = (Term(whole, cross_entropy),)
     drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)

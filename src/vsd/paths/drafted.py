@@ -181,6 +181,6 @@ def score_paths(
     hidden = hidden.flatten(0, 1)
     used, where = rows.unique(return_inverse=True)
     hidden = hidden[used]
-    normaliser = torch.cat([(target.logits(some) / temperature).logsumexp(-1) for some in hidden.split(256)])
+    normaliser = target.log_normaliser(hidden, temperature)
     log_p = target.logit(hidden[where], tokens.clamp(min=0)) / temperature - normaliser[where]
     return Scored(hidden, normaliser, where, log_p)

@@ -24,6 +24,7 @@ from vsd.targets.cache import TreeCache, key_positions, visible
 from vsd.targets.packed import PackedLinear, join_linears
 
 _KNOWN_ATTENTION = {"full_attention", "sliding_attention"}
+_HEAD_ROWS = 256  # logits of so many tokens at once
 _STATIC_CAPACITY = 512  # slots that a cache has at least, once the passes over it are compiled
 
 
@@ -110,6 +111,14 @@ class Target:
         """LM-head logits [...], float32, of one token [...] for each of hidden [..., h]."""
         logits = (hidden.float() * self.head_weight[tokens].float()).sum(-1)
         return self.cap(logits if self.head_bias is None else logits + self.head_bias[tokens].float())
+
+    def log_normaliser(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """logsumexp [N] of the logits at a temperature, float32, of final hidden states [N, h], some rows at a time."""
+        found = []
+        for rows in hidden.split(_HEAD_ROWS):
+            logits = self.logits(rows)
+            found.append((logits if temperature == 1 else logits / temperature).logsumexp(-1))
+        return torch.cat(found)
 
     def cap(self, logits: Tensor) -> Tensor:
         """What the model does to the logits after the head (soft-capping in Gemma 2; nothing in most models)."""

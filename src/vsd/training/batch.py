@@ -93,3 +93,11 @@ def _positions(labels: Tensor) -> Tensor:
     """Positions of the labelled tokens, ascending, [B, Q]; padded with 2, the first position that can be drafted."""
     rows = [(row != IGNORED).nonzero()[:, 0] for row in labels]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)
+
+
+def real(batch: dict[str, Tensor]) -> Tensor:
+    """Which of a batch's drafted positions [B, Q] are not padding, which repeats or falls behind."""
+    drafted = batch["drafted"]
+    rising = torch.ones_like(drafted, dtype=torch.bool)
+    rising[:, 1:] = drafted[:, 1:] > drafted[:, :-1]
+    return (batch["labels"].gather(1, drafted) >= 0) & rising

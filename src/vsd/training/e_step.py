@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsd.decoding.lookup import looked_up
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Eagle3Drafter, of_label
 from vsd.objective import Contrasted, Drafted, HeadTarget, Part, Proposed, Recorded
 from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
@@ -139,8 +139,7 @@ class EStep:
         kept = scored.log_p.exp() if self.rule == "target" else acceptance(scored.log_p, log_q)
         worth = utility((kept * paths.valid).movedim(-1, 0)).unflatten(1, (A, S))
         share = self_normalised(draw.tempering * worth)  # [B, A, S]
-        weight = draw.weight * batch.real.sum() / share[..., 0].numel() * share.flatten(1)
-        weight = weight[..., None].expand_as(paths.valid)
+        weight = (_per_anchor(draw, batch) * share).flatten(1)[..., None].expand_as(paths.valid)
         effective = effective_sample_size(share)
         return Posterior(part, paths, self._says(scored), weight, S, utility=worth, effective=effective)
 
@@ -149,15 +148,15 @@ class EStep:
         self, part: Part, draw: Proposed, batch: Batch, drafter: Eagle3Drafter, generator: torch.Generator
     ) -> Posterior:
         """The trees decoding would propose below some roots of every sequence; every node of them counts once."""
-        roots = _anchors(batch, draw.anchors, generator).roots
-        tokens, fresh = self._trees(drafter, draw.shape, batch, roots)
+        anchors = _anchors(batch, draw.anchors, generator)
+        tokens, fresh = self._trees(drafter, draw.shape, batch, anchors.roots)  # [B, A, L, K]
+        says, kept, valid, rows = self._judge(batch, anchors, tokens)
+        reward = draft_tree_reward(kept.movedim(-1, 0), fresh.movedim(-1, 0))  # [B, A]
+        share = (_per_anchor(draw, batch) * (fresh & valid)).flatten(1, 2)
         L = tokens.shape[2]
-        paths, scored = self._score(batch, roots.repeat_interleave(L, 1), tokens.flatten(1, 2))
-        once = fresh.flatten(1, 2) & paths.valid  # [B, A L, K]
-        kept = scored.log_p.exp() * paths.valid
-        reward = draft_tree_reward(*(x.unflatten(1, (-1, L)).movedim(-1, 0) for x in (kept, once)))  # [B, A]
-        share = draw.weight * batch.real.sum() / roots.numel() * once
-        return Posterior(part, paths, self._says(scored), share, L, utility=reward)
+        roots = anchors.roots.repeat_interleave(L, 1)
+        paths = Paths(roots, *(x.flatten(1, 2) for x in (tokens.clamp(min=0), valid, rows)))
+        return Posterior(part, paths, says, share, L, utility=reward)
 
     @torch.no_grad()
     def contrasted(
@@ -179,7 +178,7 @@ class EStep:
         advantage = standardised(reward - draft_tree_reward(kept[..., own:], fresh[..., own:]))
         best = utility(kept)[..., :own].argmax(-1)[..., None, None].expand(-1, -1, 1, batch.steps)
         path = Paths(anchors.roots, *(x.gather(2, best)[:, :, 0] for x in (tokens.clamp(min=0), valid, rows)))
-        share = (batch.real.sum() / reward.numel() * advantage)[..., None].expand_as(path.valid)
+        share = (_per_anchor(draw, batch) * advantage)[..., None].expand_as(path.valid)
         old_log_q = self._log_q(beginning, batch, path)
         return Posterior(part, path, says, share, old_log_q=old_log_q, utility=reward)
 
@@ -225,9 +224,7 @@ class EStep:
                 self.target.embed(consumed(batch.ids, paths)),
             )
             log_q = drafter.lm_head(hidden).float().log_softmax(-1)  # [K, B, P, Vd]
-        labels = self.draft_of[paths.tokens].movedim(-1, 0)
-        found = log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return found.masked_fill(labels < 0, float("-inf")).movedim(0, -1)
+        return of_label(log_q, self.draft_of[paths.tokens].movedim(-1, 0), float("-inf")).movedim(0, -1)
 
     def _said(self, features: Features) -> HeadTarget:
         """The target's side of the text's own tokens."""
@@ -246,6 +243,11 @@ class _Anchors(NamedTuple):
 
     roots: Tensor
     chosen: Tensor
+
+
+def _per_anchor(draw: Drafted | Proposed, batch: Batch) -> Tensor:
+    """Weight of an anchor: all of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
+    return draw.weight * batch.real.sum() / (len(batch.ids) * draw.anchors)
 
 
 def _anchors(batch: Batch, count: int, generator: torch.Generator) -> _Anchors:

@@ -45,8 +45,7 @@ def compute_features(target: Target, input_ids: Tensor, drafted: Tensor, tempera
     output = target.features(input_ids)
     before = (drafted - 1)[..., None].expand(-1, -1, output.hidden.shape[-1])
     hidden = output.hidden.gather(1, before)
-    logits = (target.logits(rows) / temperature for rows in hidden.flatten(0, 1).split(256))
-    normaliser = torch.cat([some.logsumexp(-1) for some in logits])
+    normaliser = target.log_normaliser(hidden.flatten(0, 1), temperature)
     return Features(output.aux, hidden, normaliser.view(drafted.shape))
 
 
@@ -61,7 +60,7 @@ class FeatureStore:
         self.folder = folder
         manifest = _manifest(target, examples, temperature)
         try:
-            found = json.loads((folder / "manifest.json").read_text())
+            found = _read_manifest(folder)
         except FileNotFoundError:
             raise VSDError(f"no feature store at '{folder}'") from None
         _compare(folder, found, manifest)
@@ -77,7 +76,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         manifest, path = _manifest(target, examples, temperature), folder / "manifest.json"
         if path.exists():
-            _compare(folder, json.loads(path.read_text()), manifest)
+            _compare(folder, _read_manifest(folder), manifest)
         path.write_text(json.dumps(manifest, indent=1))
         shards = _shards(examples)
         missing = [s for s in range(len(shards)) if not (folder / _name(s)).exists()]
@@ -186,8 +185,13 @@ def _manifest(target: Target, examples: Sequence[Example], temperature: float) -
     }
 
 
+def _read_manifest(folder: Path) -> dict[str, str]:
+    """A store that names no temperature is from before there was one."""
+    return {"temperature": "1", **json.loads((folder / "manifest.json").read_text())}
+
+
 def _compare(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    other = [what for what in wanted if found.get(what, "1") != wanted[what]]
+    other = [what for what in wanted if found.get(what) != wanted[what]]
     if other:
         raise VSDError(
             f"the feature store at '{folder}' was made with another {' and '.join(other)}: "

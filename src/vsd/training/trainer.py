@@ -26,7 +26,7 @@ from vsd.objective import Contrasted, Drafted, FusedLoss, PathTarget, Proposed, 
 from vsd.objective import objective as objective_named
 from vsd.paths import TreeShape, consumed, widths
 from vsd.targets import Target
-from vsd.training.batch import ByLength, Collator, DraftDataset
+from vsd.training.batch import ByLength, Collator, DraftDataset, real
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
 from vsd.training.e_step import Batch, EStep, Posterior
@@ -123,8 +123,7 @@ class VSDTrainer(Trainer):
 
     def batch(self, inputs: dict[str, Tensor]) -> Batch:
         """The collator's tensors with features, as the E-step takes them."""
-        real = _real(inputs)
-        return Batch(inputs["input_ids"], inputs["drafted"], real, self._features(inputs), self._steps())
+        return Batch(inputs["input_ids"], inputs["drafted"], real(inputs), self._features(inputs), self._steps())
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Which paths are trained now: the text's own, and those the drafter proposes."""
@@ -277,15 +276,3 @@ def _weighted_loss(
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
-
-
-def _first_occurrence(drafted: Tensor) -> Tensor:
-    """False where a position [B, Q] repeats or falls behind the one before it: padding."""
-    rising = torch.ones_like(drafted, dtype=torch.bool)
-    rising[:, 1:] = drafted[:, 1:] > drafted[:, :-1]
-    return rising
-
-
-def _real(inputs: dict[str, Tensor]) -> Tensor:
-    """Which of the drafted positions [B, Q] are not padding."""
-    return (inputs["labels"].gather(1, inputs["drafted"]) >= 0) & _first_occurrence(inputs["drafted"])
