@@ -43,7 +43,7 @@ def hits(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps:
         batch = Collator()([dataset[i] for i in range(start, min(start + _BATCH, len(examples)))])
         ids, drafted = batch["input_ids"], batch["drafted"]
         paths = recorded(ids, drafted, real(batch), steps)
-        words = target.embed(consumed(ids, paths)).float()
+        words = target.embed(consumed(ids.roll(-1, 1), paths)).float()
         aux = compute_features(target, ids, drafted).aux.float()
         hidden = drafter(aux, target.embed(ids.roll(-1, dims=1)).float(), paths.roots, words)  # [K, B, Q, h]
         for k in range(steps):

@@ -38,7 +38,9 @@ from vsd.targets import Target, load_target
 Read = tuple[list[Turn], Replay]
 
 CONTROL = "eagle3"
-E_STEP = {"samples": 8, "anchors": 4, "every": 2, "weight": 0.5}
+SOMETIMES = {"anchors": 4, "every": 2, "weight": 0.5}
+DRAFTED = {"e_step": "drafted", "samples": 8, **SOMETIMES}
+PLAIN = {"arw": False, "car": 0.0}  # weights and labels of eagle3
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
     "eagle3, cut paths": ("eagle3", {"smoothing": 0.3}),
@@ -47,21 +49,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vat": ("vat", {}),
     "griffin": ("griffin", {}),
     "elbo": ("elbo", {"rule": "rejection"}),
-    "vsd": ("vsd", {}),
-    "vsd, sharpened p": ("vsd", {"sharpness": 2.0, "car": 0.0}),
-    "vsd, beyond lookup": ("vsd", {"lookup": True}),
-    "vsd, cut paths": ("vsd", {"smoothing": 0.3}),
-    "vsd, soft labels, cut paths": ("vsd", {"smoothing": 0.05, "sharpness": 1.0, "car": 0.0}),
-    "vsd, target, cut paths": ("vsd", {"rule": "target", "smoothing": 0.05, "car": 0.0, "every": 10**9}),
-    "vsd, tree": ("vsd", {"cut": -3.0}),
-    "vsd without ARW": ("vsd", {"arw": False}),
-    "vsd without CAR": ("vsd", {"car": 0.0}),
-    "vsd, target": ("vsd", {"rule": "target", **E_STEP}),
-    "vsd, rejection": ("vsd", {"rule": "rejection", **E_STEP}),
-    "vsd, target, trees": ("vsd", {"rule": "target", "tree": "5x4x16", "anchors": 4, "every": 2, "weight": 0.5}),
     "gto": ("gto", {}),
     "gto, target": ("gto", {"rule": "target"}),
-    "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "every": 10**9}),
+    "vsd": ("vsd", {"sharpness": 1.0}),
+    "vsd without ARW": ("vsd", {"sharpness": 1.0, "arw": False}),
+    "vsd without CAR": ("vsd", {"sharpness": 1.0, "car": 0.0}),
+    "vsd without ARW and CAR": ("vsd", {"sharpness": 1.0, **PLAIN}),
+    "vsd without E-step": ("vsd", {"sharpness": 1.0, "e_step": None}),
+    "vsd, hard labels": ("vsd", {}),
+    "vsd, hard labels, no E-step": ("vsd", {"e_step": None}),
+    "vsd, sharpened p, no E-step": ("vsd", {"sharpness": 2.0, "car": 0.0, "e_step": None}),
+    "vsd, beyond lookup": ("vsd", {"lookup": True, "e_step": None}),
+    "vsd, cut paths, no E-step": ("vsd", {"smoothing": 0.05, "sharpness": 1.0, "car": 0.0, "e_step": None}),
+    "vsd, tree, no E-step": ("vsd", {"cut": -3.0, "e_step": None}),
+    "vsd, target": ("vsd", {"rule": "target"}),
+    "vsd, target, without ARW and CAR": ("vsd", {"rule": "target", **PLAIN}),
+    "vsd, target, no E-step": ("vsd", {"rule": "target", "e_step": None}),
+    "vsd, target, drafted": ("vsd", {"rule": "target", **DRAFTED}),
+    "vsd, target, trees": ("vsd", {"rule": "target", "e_step": "trees", **SOMETIMES}),
+    "vsd, rejection": ("vsd", {"rule": "rejection"}),
+    "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "e_step": None}),
+    "vsd, rejection, drafted": ("vsd", {"rule": "rejection", **DRAFTED}),
 }
 DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
     "tree": (TreeShape(5, 4, 16), "auto", True),
@@ -74,7 +82,8 @@ COIN_SEEDS = 2  # replays of a rejection-sampled chain
 
 def check_settings(a: argparse.Namespace) -> None:
     """Refuse to go on in a folder whose runs were made with other settings."""
-    names = ("text", "start", "prompts", "minutes", "learning_rate", "draft_steps", "limit", "max_new_tokens")
+    names = ["text", "start", "prompts", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out", "limit"]
+    names.append("max_new_tokens")
     settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         sys.exit(f"{a.out} holds a study with other settings ({path}): give another --out")
@@ -88,19 +97,12 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     if not (folder / "drafter" / "model.safetensors").exists():
         objective, options = VARIANTS[name]
         words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *a.text]
-        words += [
-            "--output-dir",
-            folder,
-            "--features",
-            a.features or a.out / "features",
-            "--on-bad-line",
-            "skip",
-            "--held-out",
-            48,
-        ]
+        words += ["--output-dir", folder, "--features", a.features or a.out / "features"]
+        words += ["--on-bad-line", "skip", "--held-out", a.held_out]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
-        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}", "per_device_train_batch_size=8"]
+        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}"]
         words += ["save_strategy=no", "eval_strategy=no", f"draft_steps={a.draft_steps}"]
+        words += [f"per_device_train_batch_size={a.batch_size}"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
             subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -225,6 +227,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--draft-steps", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=48, help="conversations kept back, as START's training did")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, help="prompts of each file")
     parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time; default none")

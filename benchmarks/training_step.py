@@ -93,7 +93,7 @@ def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
         batch.aux,
         F.embedding(ids.roll(-1, 1), target.embedding),
         paths.roots,
-        F.embedding(consumed(ids, paths), target.embedding),
+        F.embedding(consumed(ids.roll(-1, 1), paths), target.embedding),
         lambda hidden, head: fused_loss(hidden.flatten(1, 2), head, rows, along, EAGLE3),
     )
     return output.loss / batch.valid.sum()

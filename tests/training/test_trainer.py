@@ -87,12 +87,11 @@ def test_the_served_temperature_is_the_targets_law(
     tiny_target: Target, examples: list[Example], tmp_path: Path
 ) -> None:
     """By rule target, recorded states: CE to p at that temperature, the drafter's q as it is."""
-    options = {"rule": "target", "arw": False, "car": 0.0, "every": 10**9}
+    options = {"rule": "target", "arw": False, "car": 0.0, "e_step": None}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 1, "temperature": 0.5}
     store = FeatureStore.build(tmp_path / "features", tiny_target, examples, 0.5)
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, store=store, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.state.global_step = 1  # nothing is drawn
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1.0))
     total, drafter = torch.zeros(()), trainer.model
     for ids, drafted in examples:
@@ -188,10 +187,12 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
         ("vsd", {}),
         ("vsd", {"smoothing": 0.3}),
         ("vsd", {"cut": -3.0}),
-        ("vsd", {"lookup": True, "sharpness": 2.0}),
-        ("vsd", {"rule": "target", "samples": 4, "smoothing": 0.3, "arw": False}),
-        ("vsd", {"rule": "rejection", "samples": 4, "every": 2}),
-        ("vsd", {"rule": "target", "tree": "4x3x9", "every": 2}),
+        ("vsd", {"lookup": True, "sharpness": 2.0, "e_step": None}),
+        ("vsd", {"rule": "target", "smoothing": 0.3, "arw": False}),
+        ("vsd", {"rule": "rejection", "anchors": 3, "length": 5}),
+        ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "arw": False}),
+        ("vsd", {"rule": "rejection", "e_step": "drafted", "samples": 4, "every": 2}),
+        ("vsd", {"rule": "target", "e_step": "trees", "tree": "4x3x9", "every": 2}),
         ("gto", {"tree": "4x3x9", "anchors": 4}),
         ("gto", {"tree": "2x3x6", "anchors": 4, "rule": "target"}),
     ],
@@ -214,6 +215,52 @@ def test_every_objective_trains(
         assert 1 <= logged["effective_sample_size"] <= 4
     if "samples" in options or "tree" in options:
         assert 0 <= logged["drafted_utility"] <= 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_roads_not_taken_are_trained_like_texts(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, temperature: float
+) -> None:
+    """From E-step to loss and gradient, against a text of its own for every continuation."""
+    options = {"arw": False, "car": 0.0, "sharpness": 1.0, "anchors": 3, "length": 5, "weight": 2.0}
+    choice = {"objective": "vsd", "objective_options": options, "draft_steps": 3, "temperature": temperature}
+    trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    drafter, batch = trainer.model, trainer.batch(inputs)
+    posteriors = trainer._e_step(batch)
+    loss = trainer._m_step(drafter, batch, [posteriors[0]]).loss
+    both = trainer._m_step(drafter, batch, posteriors).loss
+    (both - loss).backward()
+    found = {name: weight.grad.clone() for name, weight in drafter.named_parameters()}
+    drafter.zero_grad()
+
+    entries, paths = posteriors[1].entries, posteriors[1].paths
+    T, total, roots, ended = batch.ids.shape[1], torch.zeros(()), 0, 0
+    for b, p in itertools.product(range(len(batch.ids)), range(3)):
+        below = T + p * 4 + torch.arange(4)
+        at = int(entries.positions[b, below[0]])  # the path's first token stands at at + 1
+        first = entries.next_ids[b, below]
+        rest = paths.tokens[b][(paths.roots[b] == below[3]) & paths.valid[b, :, 0]]
+        own = torch.cat([batch.ids[b, : at + 1], first, rest[0, :1] if len(rest) else first[:0]])[None]
+        eos = torch.isin(own[0, at + 1 :], torch.tensor(tiny_target.eos_ids)).nonzero()
+        if len(eos):
+            own, ended = own[:, : at + 2 + int(eos[0])], ended + 1
+        features = tiny_target.features(own)
+        n = own.shape[1] - at - 1
+        where = at - 1 + torch.arange(n)[None]
+        law = (tiny_target.logits(features.hidden[0, at:-1]) / temperature).softmax(-1)[:, drafter.draft_ids()]
+        words = own[0, (where[0] + 1 + torch.arange(3)[:, None]).clamp(max=own.shape[1] - 1)]  # [K, n]
+        hidden = drafter(features.aux, tiny_target.embed(own.roll(-1, 1)), where, tiny_target.embed(words)[:, None])
+        log_q = drafter.lm_head(hidden)[:, 0].log_softmax(-1)  # [K, n, Vd]
+        for k, i in itertools.product(range(3), range(n)):
+            if i + k < n:
+                total = total - 0.8**k * (law[i + k] * log_q[k, i]).sum()
+        roots += n
+    total = total * 2 * int(batch.real.sum()) / roots
+    torch.testing.assert_close(both - loss, total, rtol=1e-4, atol=1e-3)
+    total.backward()
+    for name, weight in drafter.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=2e-3, atol=2e-3, msg=name)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

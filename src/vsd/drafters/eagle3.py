@@ -249,6 +249,8 @@ class Eagle3Drafter(PreTrainedModel):
         path_embeds: Tensor,
         objective: Callable[[Tensor, Tensor], Any] | None = None,
         widths: Sequence[int] | None = None,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Any:
         """Draft K steps from every root with given tokens (EAGLE-3's training-time test).
 
@@ -260,12 +262,14 @@ class Eagle3Drafter(PreTrainedModel):
             objective: called with the result and the LM head's weight [Vd, h] before this module returns, while
                 sharded parameters (FSDP) are whole.
             widths: how many of the roots are run at each step, never rising; None: all. The rest of a step is zeros.
+            positions: of the entries, [B, T], where they are not one text: 0 … T - 1.
+            seen: which entries each sees, itself included, [B, T, T] bool; where they are one text: those up to it.
 
         Returns:
             Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the token at root + 2 + k; or
             whatever `objective` makes of them.
         """
-        hidden, shared, seen = self._roots(aux, next_embeds, roots)
+        hidden, shared, seen, at = self._roots(aux, next_embeds, roots, positions, seen)
         step: Callable[..., Any] = self._step
         if self.gradient_checkpointing and self.training:
             step = partial(self._gradient_checkpointing_func, self._step)
@@ -275,7 +279,7 @@ class Eagle3Drafter(PreTrainedModel):
         for k, embeds in enumerate(path_embeds):
             W = Q if widths is None else widths[k]
             own = [(keys[:, :, :W], values[:, :, :W]) for keys, values in own]
-            hidden, own = step(hidden[:, :W], embeds[:, :W], roots[:, :W] + k, shared, seen[:, :W], own, k > 0)
+            hidden, own = step(hidden[:, :W], embeds[:, :W], at[:, :W] + k, shared, seen[:, :W], own, k > 0)
             steps.append(F.pad(self.norm(hidden), (0, 0, 0, Q - W)))
         stacked = torch.stack(steps)
         return stacked if objective is None else objective(stacked, self.lm_head.weight)
@@ -297,10 +301,10 @@ class Eagle3Drafter(PreTrainedModel):
             embeds: embeddings of the tokens at root + 1, [B, Q, h].
             choose: given log q [B, Q, Vd] of a step, the embeddings [B, Q, h] of the tokens to go on with.
         """
-        hidden, shared, seen = self._roots(aux, next_embeds, roots)
+        hidden, shared, seen, at = self._roots(aux, next_embeds, roots)
         own: list[tuple[Tensor, Tensor]] = []
         for k in range(steps):
-            hidden, own = self._step(hidden, embeds, roots + k, shared, seen, own, k > 0)
+            hidden, own = self._step(hidden, embeds, at + k, shared, seen, own, k > 0)
             embeds = choose(self.log_probs(hidden))
 
     @torch.no_grad()
@@ -311,9 +315,9 @@ class Eagle3Drafter(PreTrainedModel):
             aux, next_embeds: as in `forward`.
             slots: room for so many drafted nodes.
         """
-        hidden, (keys, values), seen = self._roots(aux, next_embeds, roots)
+        hidden, (keys, values), seen, at = self._roots(aux, next_embeds, roots)
         first = next_embeds.gather(1, roots[..., None].expand(-1, -1, next_embeds.shape[-1]))
-        hidden, _ = self._step(hidden, first, roots, (keys, values), seen, [], False)
+        hidden, _ = self._step(hidden, first, at, (keys, values), seen, [], False)
         (B, Q), T = roots.shape, aux.shape[1]
         cache = self.new_cache(B * Q, T + slots)
         cache.keys[:, :, :T], cache.values[:, :, :T] = keys.repeat_interleave(Q, 0), values.repeat_interleave(Q, 0)
@@ -321,14 +325,26 @@ class Eagle3Drafter(PreTrainedModel):
         cache.fill = int(cache.lengths.max())
         return cache, hidden.flatten(0, 1)[:, None]
 
-    def _roots(self, aux: Tensor, next_embeds: Tensor, roots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Fused features of the roots [B, Q, h]; step-0 keys and values of all entries; who sees which, [B, Q, T]."""
+    def _roots(
+        self,
+        aux: Tensor,
+        next_embeds: Tensor,
+        roots: Tensor,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Fused features of roots, [B, Q, h]; all entries' step-0 keys and values; whom roots see; where they stand."""
         layer = self.midlayer
         fused = self.fc(aux)  # [B, T, h]
         entries = torch.arange(aux.shape[1], device=aux.device)
-        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, entries[None]))
+        places = entries[None] if positions is None else positions
+        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, places))
         hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
-        return hidden, shared, entries <= roots[..., None]
+        if seen is None:
+            seen = entries <= roots[..., None]  # [B, Q, T]
+        else:
+            seen = seen.gather(1, roots[..., None].expand(-1, -1, seen.shape[-1]))
+        return hidden, shared, seen, roots if positions is None else positions.gather(1, roots)
 
     def _step(
         self,

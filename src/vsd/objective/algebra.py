@@ -66,6 +66,29 @@ class Drafted:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """Roads not taken: where the target was unsure, another token of its own, and how it goes on from there.
+
+    Drawn from p, at the temperature of serving; drafted from everywhere along them.
+
+    Attributes:
+        anchors: paths drawn from every sequence; where, by the chance that p leaves to other tokens than the text's.
+        length: tokens of a path.
+        every: they are drawn at every so many steps only.
+        weight: of all of them together, where the text's own paths weigh 1.
+    """
+
+    anchors: int = 16
+    length: int = 16
+    every: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.anchors, self.every) < 1 or self.length < 2 or self.weight <= 0:
+            raise VSDError(f"anchors and every must be at least 1, length at least 2 and weight positive, not {self}")
+
+
+@dataclass(frozen=True)
 class Proposed:
     """The trees that decoding would propose, as the drafter is now, scored by the target: every node once.
 
@@ -121,7 +144,7 @@ class Weights:
         filters: whether drafted tokens count by what the verifier makes of them.
     """
 
-    on: ClassVar[tuple[type, ...]] = (Recorded, Drafted, Proposed)
+    on: ClassVar[tuple[type, ...]] = (Recorded, Drafted, Continued, Proposed)
     filters: ClassVar[bool] = False
 
     def __call__(self, rows: PathRows) -> Tensor:
@@ -146,7 +169,7 @@ class Part:
         VSDError: weights that mean nothing on such paths, or likelihood of the drafter's own unfiltered words.
     """
 
-    paths: Recorded | Drafted | Proposed
+    paths: Recorded | Drafted | Continued | Proposed
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
@@ -155,7 +178,8 @@ class Part:
             name = type(term.weights).__name__
             if not issubclass(kind, term.weights.on):
                 raise VSDError(f"weights {name} have no meaning on {kind.__name__.lower()} paths")
-            if kind is not Recorded and not term.weights.filters and term.divergence is negative_log_likelihood:
+            own = kind in (Recorded, Continued)
+            if not own and not term.weights.filters and term.divergence is negative_log_likelihood:
                 raise VSDError(f"{name} × likelihood on drafted paths would teach the drafter to repeat itself")
 
 

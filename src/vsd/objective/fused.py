@@ -49,6 +49,7 @@ class PathTarget(NamedTuple):
         group: paths of one anchor follow each other, `group` at a time.
         old_log_q: log-probability of every token for the drafter that training began with, [K, R], if it matters.
         temperature: at which the drafter draws.
+        written: whether the tokens are the target's own although they are weighed; recorded ones are.
     """
 
     labels: Tensor
@@ -58,6 +59,7 @@ class PathTarget(NamedTuple):
     group: int = 1
     old_log_q: Tensor | None = None
     temperature: float = 1.0
+    written: bool = False
 
 
 class FusedLoss(NamedTuple):
@@ -137,6 +139,7 @@ class _Fused(torch.autograd.Function):
                     share=None if paths.share is None else paths.share[chunk].to(wide),
                     group=paths.group,
                     acceptance=acceptance,
+                    written=paths.written,
                     old_log_q=None if paths.old_log_q is None else paths.old_log_q[chunk].to(wide),
                 )
                 correct[:steps] += ((rows.proposed == rows.labels) & rows.valid).sum(1)

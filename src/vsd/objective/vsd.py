@@ -42,8 +42,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vsd.errors import VSDError
-from vsd.objective.algebra import Drafted, Objective, Part, Proposed, Recorded, Term, Weights, tree_named
-from vsd.objective.divergence import Divergence, Sharpened, cross_entropy, negative_log_likelihood
+from vsd.objective.algebra import Continued, Drafted, Objective, Part, Proposed, Recorded, Term, Weights, tree_named
+from vsd.objective.divergence import Sharpened, cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
 from vsd.objective.lk import Hybrid
 from vsd.objective.rows import PathRows
@@ -54,14 +54,14 @@ from vsd.verification.rejection import acceptance
 def path_acceptance(rows: PathRows, rule: str) -> Tensor:
     """a [K, C]: chance that the verifier goes along with the path's token, given that it went along before.
 
-    A recorded token is the target's choice, accepted if it was drafted: q(x), or min(1, q/p) by `rejection` (drafted
-    and kept, over the p it was written with). A drafted one is accepted as the rule says.
+    A token the target has written is its choice, accepted if it was drafted: q(x), or min(1, q/p) by `rejection`
+    (drafted and kept, over the p it was written with). A drafted one is accepted as the rule says.
     """
     if rule == "rejection":
         log_p, log_q = rows.label_p.log(), rows.label_log_q
-        a = acceptance(log_q, log_p) if rows.recorded else acceptance(log_p, log_q)
+        a = acceptance(log_q, log_p) if rows.written else acceptance(log_p, log_q)
         return a.masked_fill(~rows.known, 0.0)  # p and q of a token that cannot be drafted are both given as 0
-    return rows.label_log_q.exp() if rows.recorded else rows.label_p
+    return rows.label_log_q.exp() if rows.written else rows.label_p
 
 
 def _smoothed(rows: PathRows, rule: str, alpha: float | None) -> Tensor:
@@ -92,7 +92,7 @@ class RejectionWeights(Weights):
             return alpha * Decay()(rows) + (1 - alpha) * edge * rows.valid
         a = _smoothed(rows, self.rule, self.alpha) * rows.valid
         worth = credit(survival(a))
-        return worth if self.rule == "greedy" else worth / a.clamp(min=1e-6)
+        return worth if self.rule == "greedy" and rows.recorded else worth / a.clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -152,41 +152,58 @@ def vsd(
     cut: float | None = None,
     width: float = 1.0,
     smoothing: float | None = None,
+    e_step: str | None = "continued",
+    anchors: int = 16,
+    length: int = 16,
     samples: int = 16,
-    anchors: int = 4,
-    every: int = 4,
-    weight: float = 0.1,
+    every: int = 1,
+    weight: float = 1.0,
     tempering: float = 0.5,
     eta: float = 3.0,
-    tree: str | None = None,
+    tree: str = "5x4x16",
     sharpness: float | None = None,
     lookup: bool = False,
 ) -> Objective:
-    """The whole objective; `arw=False` and `car=0` leave those parts out, `every` beyond the training's end the E-step.
+    """The whole objective; `arw=False`, `car=0` and `e_step=None` leave those parts out.
 
     Raises:
-        VSDError: tree survival (`cut`) for a rule that verifies chains, paths that are cut and weighed by survival, or
-            trees as paths where decoding visits none but the text (greedy) or draws chains (rejection).
+        VSDError: tree survival (`cut`) for a rule that verifies chains, paths that are cut and weighed by survival,
+            drawn paths where decoding visits none but the text (greedy), trees where it draws chains (rejection), or an
+            E-step that does not exist.
     """
-    if tree is not None and rule != "target":
-        raise VSDError(f"the E-step draws trees for rule target, not {rule}: see vsd.objective.algebra.Proposed")
     if cut is not None and (rule == "rejection" or smoothing is not None):
         raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
     if smoothing is not None and rule == "rejection":
         raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
-    by_survival = RejectionWeights(rule, alpha, cut, width)
-    weights: Weights = by_survival if arw else Decay(DECAY)
+    if sharpness is not None and rule != "greedy":
+        raise VSDError(f"sharpened labels are for rule greedy: by {rule}, p itself is served")
+    if e_step == "drafted" and rule == "greedy":
+        raise VSDError(
+            "at temperature 0 what is drafted and kept is the text's own: an E-step that drafts adds nothing"
+        )
+    if e_step == "trees" and rule != "target":
+        raise VSDError(f"the E-step draws trees for rule target, not {rule}: see vsd.objective.algebra.Proposed")
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
+    weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
     whole: Weights = TokensLeft() if arw and smoothing is not None else weights
-    if rule == "greedy":
-        label: Divergence = negative_log_likelihood if sharpness is None else Sharpened(sharpness)
-        return Objective((Part(Recorded(smoothing, lookup), (Term(whole, label), *regular)),), rule)
     text: tuple[Term, ...] = (Term(whole, cross_entropy),)
     drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)
+    if rule == "greedy":
+        text = (Term(whole, negative_log_likelihood if sharpness is None else Sharpened(sharpness)),)
     if rule == "rejection":
         slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
         text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
-    paths: Drafted | Proposed = Drafted(samples, anchors, every, weight, tempering)
-    if tree is not None:
-        paths, drawn = Proposed(tree_named(tree), anchors, every, weight), (Term(Reached(rule, 0.0), cross_entropy),)
+    paths: Drafted | Continued | Proposed
+    match e_step:
+        case None:
+            return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)),), rule)
+        case "continued":
+            paths = Continued(anchors, length, every, weight)
+        case "drafted":
+            paths = Drafted(samples, anchors, every, weight, tempering)
+        case "trees":
+            paths = Proposed(tree_named(tree), anchors, every, weight)
+            drawn = (Term(Reached(rule, 0.0), cross_entropy),)
+        case _:
+            raise VSDError(f"unknown E-step '{e_step}': choose continued, drafted or trees, or null for none")
     return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)

@@ -1,5 +1,6 @@
 """Draft paths and trees: their topology, and where they come from: the text, or a drafter."""
 
+from vsd.paths.continued import Continuations, Entries, along, beside, continue_text
 from vsd.paths.drafted import Scored, draw_paths, draw_trees, score_paths
 from vsd.paths.recorded import Paths, consumed, cut, longest_first, recorded, widths
 from vsd.paths.tree import NO_TOKEN, Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
@@ -7,12 +8,17 @@ from vsd.paths.tree import NO_TOKEN, Chain, Tree, TreeShape, ancestors, draw_cha
 __all__ = [
     "NO_TOKEN",
     "Chain",
+    "Continuations",
+    "Entries",
     "Paths",
     "Scored",
     "Tree",
     "TreeShape",
+    "along",
     "ancestors",
+    "beside",
     "consumed",
+    "continue_text",
     "cut",
     "draw_chain",
     "draw_paths",

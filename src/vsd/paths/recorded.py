@@ -68,7 +68,10 @@ def widths(valid: Tensor) -> list[int]:
     return [max(found[k:]) for k in range(len(found))]
 
 
-def consumed(ids: Tensor, paths: Paths) -> Tensor:
-    """Tokens a drafter reads along the paths, [K, B, P]: the one at root + 1, then the path's own."""
-    first = ids.gather(1, paths.roots + 1)
+def consumed(next_ids: Tensor, paths: Paths) -> Tensor:
+    """Tokens a drafter reads along the paths, [K, B, P]: the one behind the root, then the path's own.
+
+    next_ids [B, T]: the token behind every entry.
+    """
+    first = next_ids.gather(1, paths.roots)
     return torch.cat([first[..., None], paths.tokens[..., :-1]], dim=-1).permute(2, 0, 1)

@@ -180,10 +180,12 @@ class TreeCache(Cache):
 def visible(context: Tensor, fill: int, ancestors: Tensor) -> Tensor:
     """Which slots each node of a pass may attend to, [B, N, fill + N] bool.
 
-    context [B, N or 1]: how many committed tokens each node sees; ancestors [B or 1, N, N] bool, True where node j is
-    node i or one of its ancestors.
+    context [B, N or 1]: how many committed tokens each node sees; or [B, N, fill] bool: which. ancestors [B or 1, N, N]
+    bool, True where node j is node i or one of its ancestors.
     """
-    committed = torch.arange(fill, device=context.device) < context[..., None]  # [B, N or 1, fill]
+    committed = context
+    if context.dim() == 2:
+        committed = torch.arange(fill, device=context.device) < context[..., None]  # [B, N or 1, fill]
     B, N = context.shape[0], ancestors.shape[1]
     return torch.cat([committed.expand(B, N, fill), ancestors.expand(B, N, N)], dim=-1)
 

@@ -151,9 +151,9 @@ class Target:
     ) -> TargetOutput:
         """One pass over nodes ids [B, N] at positions [B, N].
 
-        Every node sees its row's committed cache, or the first context[b, n] tokens of it, and the nodes that
-        ancestors [B or 1, N, N] (bool) marks, itself included. Nothing is committed: call `cache.commit` with the
-        nodes to keep.
+        Every node sees its row's committed cache, or the first context[b, n] tokens of it, or those that context
+        [B, N, fill] (bool) marks; and the nodes that ancestors [B or 1, N, N] (bool) marks, itself included. Nothing is
+        committed: call `cache.commit` with the nodes to keep.
         """
         allowed = visible(cache.lengths[:, None] if context is None else context, cache.fill, ancestors)
         keys = key_positions(cache.lengths, cache.fill, positions)

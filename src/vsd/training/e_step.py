@@ -1,7 +1,8 @@
 """The E-step: which paths are trained, what the target makes of them, and how much each counts.
 
-One method for each kind of paths (`vsd.objective.algebra`), from cheap to dear: the text's own, which at temperature 0
-are the posterior; those drawn from the drafter; the trees decoding would propose; those against a frozen drafter's.
+One method for each kind of paths (`vsd.objective.algebra`): the text's own, which at temperature 0 are the posterior;
+what the target could have said instead; paths drawn from the drafter; the trees decoding would propose; those against
+a frozen drafter's.
 
 Legend: B batch, T tokens, Q drafted tokens of a sequence, A anchors, P paths, S paths of an anchor, L leaves of its
 tree, K steps, h hidden, V target and Vd draft vocabulary.
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from vsd.decoding.lookup import looked_up
 from vsd.drafters import Eagle3Drafter, of_label
-from vsd.objective import Contrasted, Drafted, HeadTarget, Part, Proposed, Recorded
+from vsd.objective import Continued, Contrasted, Drafted, HeadTarget, Part, Proposed, Recorded
 from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
 from vsd.paths import (
     NO_TOKEN,
+    Entries,
     Paths,
     Scored,
     TreeShape,
+    along,
+    beside,
     consumed,
+    continue_text,
     cut,
     draw_paths,
     draw_trees,
@@ -37,6 +42,8 @@ from vsd.targets import Target
 from vsd.training.features import Features
 from vsd.verification.rejection import acceptance
 
+_LEAST_DOUBT = 1e-3  # so that a text the target was sure of everywhere has anchors, too
+
 
 class Batch(NamedTuple):
     """ids [B, T]; positions of drafted tokens, drafted [B, Q], and which are not padding, real [B, Q]; K steps."""
@@ -47,6 +54,11 @@ class Batch(NamedTuple):
     features: Features
     steps: int
 
+    @property
+    def text(self) -> Entries:
+        """What its texts can be drafted from."""
+        return Entries(self.features.aux, self.ids.roll(-1, dims=1))
+
 
 class Posterior(NamedTuple):
     """The E-step's outcome for one part of the objective.
@@ -55,6 +67,8 @@ class Posterior(NamedTuple):
         share: weight of every token, [B, P, K]; None for recorded paths: 1 each.
         group: so many paths of an anchor stand side by side.
         old_log_q: what the drafter that training began with says of every token, [B, P, K], if it was asked.
+        entries: what the paths hang from, where that is more than the text.
+        written: whether the tokens are the target's own although they are weighed.
         utility: expected accepted tokens of every drawn path, or tree, for the log.
         effective: effective sample size of every anchor's paths, for the log.
     """
@@ -65,6 +79,8 @@ class Posterior(NamedTuple):
     share: Tensor | None = None
     group: int = 1
     old_log_q: Tensor | None = None
+    entries: Entries | None = None
+    written: bool = False
     utility: Tensor | None = None
     effective: Tensor | None = None
 
@@ -101,9 +117,7 @@ class EStep:
         """
         paths, features = recorded(*batch[:3], batch.steps), batch.features
         if text.smoothing is not None:
-            words = paths.tokens[..., 0]
-            p = (self.target.logit(features.hidden, words) / self.temperature - features.log_normaliser).exp()
-            p = p.masked_fill(self.draft_of[words] < 0, 0.0).flatten()
+            p = self._confidence(batch).masked_fill(self.draft_of[paths.tokens[..., 0]] < 0, 0.0).flatten()
             paths = cut(paths, text.smoothing + (1 - text.smoothing) * p[paths.rows], generator)
         if text.lookup:
             copied = looked_up(batch.ids).gather(1, paths.roots + 1)  # [B, Q]
@@ -111,6 +125,20 @@ class EStep:
         if text != Recorded():
             paths = longest_first(paths)
         return Posterior(part, paths, self._said(features))
+
+    @torch.no_grad()
+    def continued(self, part: Part, draw: Continued, batch: Batch, generator: torch.Generator) -> Posterior:
+        """What the target could have said instead: new states, whose law it has stated already in saying it.
+
+        All their tokens together weigh as much as the batch's drafted ones, times `draw.weight`.
+        """
+        doubt = (1 - self._confidence(batch)).clamp(min=_LEAST_DOUBT) * batch.real
+        roots = _anchors(batch, draw.anchors, generator, doubt).roots
+        found = continue_text(self.target, batch.ids, roots, draw.length, self.temperature, generator)
+        paths = longest_first(along(found, self._exist(found.tokens), batch.ids.shape[1], batch.steps))
+        share = draw.weight * batch.real.sum() / paths.valid[..., 0].sum() * paths.valid
+        says = self._head_target(found.hidden.flatten(0, 2), found.log_normaliser)
+        return Posterior(part, paths, says, share, entries=beside(batch.text, found), written=True)
 
     @torch.no_grad()
     def drafted(
@@ -210,18 +238,28 @@ class EStep:
     def _score(self, batch: Batch, roots: Tensor, tokens: Tensor) -> tuple[Paths, Scored]:
         """Drawn paths [B, P, K], each up to its first EOS, and the target's opinion of them."""
         scored = score_paths(self.target, batch.ids, batch.drafted.amax(1) + 1, roots, tokens, self.temperature)
+        return Paths(roots, tokens.clamp(min=0), self._exist(tokens), scored.rows), scored
+
+    def _exist(self, tokens: Tensor) -> Tensor:
+        """Which tokens [B, P, K] of paths are there, and not behind an EOS."""
         ends = torch.isin(tokens, torch.tensor(self.target.eos_ids, device=tokens.device)).long()
-        valid = (ends.cumsum(-1) == ends) & (tokens >= 0)
-        return Paths(roots, tokens.clamp(min=0), valid, scored.rows), scored
+        return (ends.cumsum(-1) == ends) & (tokens >= 0)
+
+    def _confidence(self, batch: Batch) -> Tensor:
+        """p of the text's drafted tokens, [B, Q]."""
+        hidden, log_normaliser = batch.features.hidden, batch.features.log_normaliser
+        words = batch.ids.gather(1, batch.drafted)
+        return (self.target.logit(hidden, words) / self.temperature - log_normaliser).exp()
 
     def _log_q(self, drafter: Eagle3Drafter, batch: Batch, paths: Paths) -> Tensor:
         """A drafter's log-probability of every token of some paths, [B, P, K]; -inf where it cannot be drafted."""
         with self.autocast():
+            text = batch.text
             hidden = drafter(
-                batch.features.aux,
-                self.target.embed(batch.ids.roll(-1, dims=1)),
+                text.aux,
+                self.target.embed(text.next_ids),
                 paths.roots,
-                self.target.embed(consumed(batch.ids, paths)),
+                self.target.embed(consumed(text.next_ids, paths)),
             )
             log_q = drafter.lm_head(hidden).float().log_softmax(-1)  # [K, B, P, Vd]
         return of_label(log_q, self.draft_of[paths.tokens].movedim(-1, 0), float("-inf")).movedim(0, -1)
@@ -250,7 +288,8 @@ def _per_anchor(draw: Drafted | Proposed, batch: Batch) -> Tensor:
     return draw.weight * batch.real.sum() / (len(batch.ids) * draw.anchors)
 
 
-def _anchors(batch: Batch, count: int, generator: torch.Generator) -> _Anchors:
-    """`count` roots of every sequence, evenly among those drafted from, with replacement."""
-    chosen = torch.multinomial(batch.real.float(), count, replacement=True, generator=generator)
+def _anchors(batch: Batch, count: int, generator: torch.Generator, weights: Tensor | None = None) -> _Anchors:
+    """`count` roots of every sequence, evenly or by weights [B, Q] among those drafted from, with replacement."""
+    weights = batch.real.float() if weights is None else weights
+    chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
     return _Anchors(batch.drafted.gather(1, chosen) - 2, chosen)

@@ -22,7 +22,7 @@ from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
-from vsd.objective import Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
+from vsd.objective import Continued, Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import TreeShape, consumed, widths
 from vsd.targets import Target
@@ -73,7 +73,7 @@ class VSDTrainer(Trainer):
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._batch = (0, 0)  # step, and how often chance was asked in it
         kinds = [type(part.paths) for part in self._objective.parts]
-        if self.is_fsdp_enabled and any(kind is not Recorded for kind in kinds):
+        if self.is_fsdp_enabled and not {*kinds} <= {Recorded, Continued}:
             raise VSDError("drawing paths from a drafter sharded by FSDP is not supported: use DDP, a drafter is small")
         self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if Contrasted in kinds else None
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
@@ -135,6 +135,8 @@ class VSDTrainer(Trainer):
                     posteriors.append(find.recorded(part, text, batch, self._generator("cut")))
                 case draw if self.state.global_step % draw.every:
                     continue
+                case Continued() as draw:
+                    posteriors.append(find.continued(part, draw, batch, self._generator("draw")))
                 case Drafted() as draw:
                     posteriors.append(find.drafted(part, draw, batch, drafter, self._generator("draw")))
                 case Contrasted() as draw:
@@ -147,13 +149,15 @@ class VSDTrainer(Trainer):
 
     def _m_step(self, model: nn.Module, batch: Batch, posteriors: list[Posterior]) -> FusedLoss:
         """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
-        ids = batch.ids
+        entries = next((p.entries for p in posteriors if p.entries is not None), batch.text)
         return model(
-            aux=batch.features.aux,
-            next_embeds=self.target.embed(ids.roll(-1, dims=1)),
+            aux=entries.aux,
+            next_embeds=self.target.embed(entries.next_ids),
             roots=torch.cat([posterior.paths.roots for posterior in posteriors], dim=1),
-            path_embeds=self.target.embed(torch.cat([consumed(ids, p.paths) for p in posteriors], dim=2)),
+            path_embeds=self.target.embed(torch.cat([consumed(entries.next_ids, p.paths) for p in posteriors], dim=2)),
             widths=widths(torch.cat([posterior.paths.valid for posterior in posteriors], dim=1)),
+            positions=entries.positions,
+            seen=entries.seen,
             objective=partial(
                 _weighted_loss,
                 posteriors=posteriors,
@@ -272,7 +276,7 @@ def _weighted_loss(
     for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
         tokens, valid, rows = (field.flatten(0, 1).T for field in posterior.paths[1:])  # [K, R]
         share, old = (x if x is None else x.flatten(0, 1).T for x in (posterior.share, posterior.old_log_q))
-        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old, temperature)
+        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old, temperature, posterior.written)
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())
