@@ -1,13 +1,12 @@
-"""Learning curves as a picture: what trainings logged, against their steps.
+"""Learning curves as a picture: what trainings logged, against their steps, or their minutes if the clock stopped them.
 
     python benchmarks/curves.py RUN … --out curves.png [--measure eval_tau]
 
-Every RUN is an output folder of `vsd train`; its last checkpoint holds the log.
+Every RUN is the output folder of a `vsd train` that has ended.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,16 +14,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Curve = list[tuple[int, float]]  # (step, value)
 
-
-def curve(run: Path, measure: str) -> Curve:
-    """What `run` has logged of `measure`."""
-    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    if not states:
-        sys.exit(f"{run} has no checkpoint: train with save_strategy=steps")
-    log = json.loads(states[-1].read_text())["log_history"]
-    return [(entry["step"], entry[measure]) for entry in log if measure in entry]
+def curve(run: Path, measure: str) -> tuple[str, list[tuple[float, float]]]:
+    """What `run` has logged of `measure`: against what, and (there, value)."""
+    log = [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if measure in entry]
+    against = "minutes" if all("minutes" in entry for entry in log) else "step"
+    return against, [(entry[against], entry[measure]) for entry in log]
 
 
 def main() -> None:
@@ -35,8 +30,9 @@ def main() -> None:
     a = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for run in a.runs:
-        axes.plot(*zip(*curve(run, a.measure)), marker=".", label=run.name)
-    axes.set(xlabel="step", ylabel=a.measure)
+        against, points = curve(run, a.measure)
+        axes.plot(*zip(*points), marker=".", label=run.name)
+    axes.set(xlabel=against, ylabel=a.measure)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(a.out, dpi=120)

@@ -1,10 +1,12 @@
-"""What drawing paths costs: the E-step's share of a training step, and the whole against EAGLE-3's.
+"""What the E-step costs: its share of a training step, and the whole against EAGLE-3's.
 
-    python benchmarks/e_step.py --drafter D --text FILE [--samples 16] [--anchors 4] [--every 4] [--steps 6]
+    python benchmarks/e_step.py --drafter D --text FILE [--e-step continued] [--anchors 16] [--length 16] [--epochs 4]
+    python benchmarks/e_step.py --drafter D --text FILE --e-step drafted --anchors 4 [--samples 16] [--every 4]
 
 Steps of `eagle3` and of `vsd` for rule rejection are timed alternately on the same batches, forward and backward, the
-E-step apart. A round is `every` batches, one of which draws; medians over rounds. Peak memory is beyond what target,
-drafter and features take.
+E-step apart. A round is four batches: of `drafted` paths, drawn in one of `every` steps; of `continued` ones, drawn in
+the first of `epochs` passes over them. Medians over rounds. Peak memory is beyond what target, drafter and features
+take.
 """
 
 import argparse
@@ -51,14 +53,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--text", required=True)
-    for name, default in {"samples": 16, "anchors": 4, "every": 4, "steps": 6, "rounds": 8}.items():
+    parser.add_argument("--e-step", choices=["continued", "drafted"], default="continued")
+    defaults = {"anchors": 16, "length": 16, "epochs": 4, "samples": 16, "every": 4, "steps": 6, "rounds": 4}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     keep_freed_memory()
     target = load_target()
-    examples = load_examples(a.text, target.tokenizer, 1024, "skip")[: 4 * a.every]
-    options = {"rule": "rejection", "samples": a.samples, "anchors": a.anchors, "every": a.every}
+    examples = load_examples(a.text, target.tokenizer, 1024, "skip")[:16]
+    used = ("anchors", "length", "epochs") if a.e_step == "continued" else ("anchors", "samples", "every")
+    options = {"rule": "rejection", "e_step": a.e_step} | {name: getattr(a, name) for name in used}
     eagle3 = trainer(target, a, examples)
     vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
     batches = [vsd.batch(inputs) for inputs in vsd.get_train_dataloader()]
@@ -69,10 +74,11 @@ def main() -> None:
             one_step(trained, batch)
         memory[name] = peak_mib() - loaded
     shares, ratios = [], []
-    for _ in range(a.rounds):
+    passes = a.epochs if a.e_step == "continued" else 1
+    for n in range(1, a.rounds + 1):
         seconds = {"E-step": 0.0, "vsd": 0.0, "eagle3": 0.0}
-        for number, batch in enumerate(batches):
-            vsd.state.global_step = number
+        for number, batch in enumerate(batches * passes):
+            vsd.state.global_step, vsd.state.epoch = number, n * passes + number // len(batches)
             e_step, whole = one_step(vsd, batch)
             seconds["E-step"] += e_step
             seconds["vsd"] += whole

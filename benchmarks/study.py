@@ -101,7 +101,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         words += ["--on-bad-line", "skip", "--held-out", a.held_out]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
         words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}"]
-        words += ["save_strategy=no", "eval_strategy=no", f"draft_steps={a.draft_steps}"]
+        words += ["save_strategy=no", "eval_steps=0.2", "eval_max_new_tokens=48", f"draft_steps={a.draft_steps}"]
         words += [f"per_device_train_batch_size={a.batch_size}"]
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log:
@@ -131,11 +131,13 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
         return
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
+    questions = [prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    for engine in engines:  # first passes are slower
+        engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}
     for temperature in a.temperatures:
-        spent = np.zeros((len(engines), len(prompts), 2))
-        for n, prompt in enumerate(prompts):
-            ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        spent = np.zeros((len(engines), len(questions), 2))
+        for n, ids in enumerate(questions):
             for i in [(i + n) % len(engines) for i in range(len(engines))]:
                 start = time.perf_counter()
                 (result,) = engines[i].generate([ids], Sampling(a.max_new_tokens, temperature, seed=n))

@@ -14,6 +14,7 @@ from vsd.drafters import Eagle3Drafter, draft_vocabulary
 from vsd.errors import VSDError
 from vsd.objective import (
     OBJECTIVES,
+    Continued,
     Drafted,
     FusedLoss,
     HeadTarget,
@@ -255,7 +256,7 @@ def test_distillation_on_drafted_paths(divergence: str) -> None:
 def test_vsd_weighs_drafted_states_by_their_chance_to_be_reached() -> None:
     """Rule target: a = p(z); label law p; weight share · Σ_{k≥t} κ_k / a_t on smoothed acceptances."""
     c = case(3, 4 * S, drafted=True)
-    part = objective("vsd", {"rule": "target", "alpha": 0.3, "car": 0}).parts[1]
+    part = objective("vsd", {"rule": "target", "alpha": 0.3, "car": 0, "e_step": "drafted"}).parts[1]
     log_q = torch.log_softmax(c.hidden @ c.head.T, dim=-1)
     wanted = torch.zeros((), dtype=torch.float64)
     assert c.paths.share is not None
@@ -392,7 +393,10 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
         (lambda: objective("vsd", {"rule": "rejection", "cut": -3.0}), "verify trees"),
         (lambda: objective("vsd", {"rule": "luck"}), "unknown verification rule"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "unknown divergence"),
-        (lambda: objective("vsd", {"tree": "5x4x16"}), "for rule target, not greedy"),
+        (lambda: objective("vsd", {"e_step": "trees"}), "for rule target, not greedy"),
+        (lambda: objective("vsd", {"e_step": "drafted"}), "adds nothing"),
+        (lambda: objective("vsd", {"e_step": "dreamt"}), "choose continued"),
+        (lambda: objective("vsd", {"rule": "target", "sharpness": 2.0}), "for rule greedy"),
         (lambda: objective("gto", {"tree": "wide"}), "such as 5x4x16"),
         (lambda: objective("gto", {"tree": "5x4x16x0.1"}), "no p_min"),
         (lambda: objective("gto", {"anchors": 1}), "at least 2"),
@@ -403,6 +407,7 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
             "stays on the text",
         ),
         (lambda: Drafted(samples=0), "at least 1"),
+        (lambda: Continued(length=1), "at least 2"),
         (lambda: Recorded(smoothing=0.0), "never be learnt"),
         (lambda: Part(Drafted(), (Term(Credit(), negative_log_likelihood),)), "no meaning on drafted"),
         (lambda: Part(Recorded(), (Term(Advantage(), negative_log_likelihood),)), "no meaning on recorded"),

@@ -28,10 +28,14 @@ def texts() -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[2, 9, 9, 17], [0, 5, 10, 5]])
 
 
+def numbers(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_continuations_are_scored_like_texts_of_their_own(target: Target, temperature: float) -> None:
     ids, roots = texts()
-    found = continue_text(target, ids, roots, LENGTH, temperature, torch.Generator().manual_seed(0))
+    found = continue_text(target, ids, roots, LENGTH, temperature, numbers(2, 4, LENGTH))
     for b, p in itertools.product(range(2), range(4)):
         root, tokens = int(roots[b, p]), found.tokens[b, p]
         assert tokens[0] != ids[b, root + 2]
@@ -47,7 +51,7 @@ def test_tokens_are_drawn_from_p(tiny_target: Target) -> None:
     """Two tokens of 6,000 paths below one root: the first without the text's own, the second behind the commonest."""
     ids, _ = texts()
     roots = torch.full((1, 6000), 9)
-    found = continue_text(tiny_target, ids[:1], roots, 2, 0.7, torch.Generator().manual_seed(0))
+    found = continue_text(tiny_target, ids[:1], roots, 2, 0.7, numbers(1, 6000, 2))
 
     def law(text: Tensor) -> Tensor:
         return (tiny_target.logits(tiny_target.features(text[None]).hidden[0, -1]) / 0.7).softmax(-1)
@@ -75,7 +79,7 @@ def drafter(tiny_target: Target) -> Eagle3Drafter:
 def test_they_are_drafted_from_as_if_they_were_texts(tiny_target: Target, drafter: Eagle3Drafter, steps: int) -> None:
     """From everywhere along every path, beside the text; a path ends early, one has no token at all."""
     ids, roots = texts()
-    found = continue_text(tiny_target, ids, roots, LENGTH, 1.0, torch.Generator().manual_seed(0))
+    found = continue_text(tiny_target, ids, roots, LENGTH, 1.0, numbers(2, 4, LENGTH))
     exists = torch.arange(LENGTH) < torch.tensor([[4, 4, 2, 4], [0, 4, 1, 3]])[..., None]
     text = Entries(tiny_target.features(ids).aux, ids.roll(-1, 1))
     entries, paths = beside(text, found), along(found, exists, 20, steps)
@@ -104,4 +108,4 @@ def test_paths_longer_than_a_sliding_window_are_refused() -> None:
     target = next(t for t in (build() for build in ARCHITECTURES.values()) if t.window is not None)
     ids, roots = texts()
     with pytest.raises(VSDError, match="attention sees only"):
-        continue_text(target, ids, roots, target.window + 1, 1.0, None)
+        continue_text(target, ids, roots, target.window + 1, 1.0, numbers(2, 4, target.window + 1))

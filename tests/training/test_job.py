@@ -155,8 +155,12 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["objective=vsd", "objective_options={rule: rejection, samples: 3, every: 2}"]],
-    ids=["eagle3", "vsd"],
+    [
+        [],
+        ["objective=vsd", "objective_options={anchors: 2, length: 3, epochs: 2}"],
+        ["objective=vsd", "objective_options={rule: rejection, e_step: drafted, samples: 3, every: 2}"],
+    ],
+    ids=["eagle3", "vsd", "vsd-drafted"],
 )
 def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Path, options: list[str]) -> None:
     """With `vsd`, weights adapt to a running acceptance and paths are drawn: both must continue where they were."""

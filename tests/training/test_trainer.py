@@ -308,7 +308,7 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
 def test_beyond_lookup_only_other_roots_are_trained(
     tiny_target: Target, examples: list[Example], tmp_path: Path
 ) -> None:
-    choice = {"objective": "vsd", "objective_options": {"lookup": True}}
+    choice = {"objective": "vsd", "objective_options": {"lookup": True, "e_step": None}}
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
     batch = trainer.batch(next(iter(trainer.get_train_dataloader())))
     paths = trainer._e_step(batch)[0].paths

@@ -74,18 +74,18 @@ class Continued:
     Attributes:
         anchors: paths drawn from every sequence; where, by the chance that p leaves to other tokens than the text's.
         length: tokens of a path.
-        every: they are drawn at every so many steps only.
+        epochs: for so many each text keeps the paths it was given, as far as there is room.
         weight: of all of them together, where the text's own paths weigh 1.
     """
 
     anchors: int = 16
     length: int = 16
-    every: int = 1
-    weight: float = 1.0
+    epochs: int = 4
+    weight: float = 2.0
 
     def __post_init__(self) -> None:
-        if min(self.anchors, self.every) < 1 or self.length < 2 or self.weight <= 0:
-            raise VSDError(f"anchors and every must be at least 1, length at least 2 and weight positive, not {self}")
+        if min(self.anchors, self.epochs) < 1 or self.length < 2 or self.weight <= 0:
+            raise VSDError(f"anchors and epochs must be at least 1, length at least 2 and weight positive, not {self}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.rule not in ("greedy", "target", "rejection"):
             raise VSDError(f"unknown verification rule '{self.rule}': choose greedy, target or rejection")
-        if all(not isinstance(part.paths, Recorded) and part.paths.every > 1 for part in self.parts):
+        if all(isinstance(part.paths, (Drafted, Proposed)) and part.paths.every > 1 for part in self.parts):
             raise VSDError("an objective on drafted paths alone must draw them at every step: every=1")
         if self.rule == "greedy" and any(type(part.paths) is Proposed for part in self.parts):
             raise VSDError("at temperature 0 decoding stays on the text: of a tree only recorded tokens are visited")

@@ -8,8 +8,8 @@ confidence-aware regularisation (CAR):
 
 Its formulas for ω, c and the oracle are not public. Ours:
 
-- *The E-step in closed form.* At T = 0 every drawn path, cut at its first rejection, is a prefix of the text's own
-  continuation, and a prefix of length k survives with probability Π_{i≤k} q(x_i). So no path need be drawn: the
+- *The text's own paths, in closed form.* At T = 0 every drawn path, cut at its first rejection, is a prefix of the
+  text's own continuation, and a prefix of length k survives with probability Π_{i≤k} q(x_i). So none need be drawn: the
   recorded one is weighed by its exact survival. Above 0 the cut is taken in expectation too: what the verifier leaves
   at a state it has reached, kept token or residual draw, has the law p (that is losslessness), so the label is p and
   the state's weight is the probability of reaching it.
@@ -28,12 +28,16 @@ Its formulas for ω, c and the oracle are not public. Ours:
   draw must not decide whether its state is learnt.
 - *Cut paths* (`smoothing`): the recorded path is cut by chance where the target is unsure, the rest is not computed.
   ω_t is then the number of tokens left in the path, an unbiased estimate of Σ_{k≥t} κ_k / κ_{t-1}.
-- *Shares* of the S paths of an anchor are ∝ exp(β U).
+- *The E-step* (`e_step`) adds states that the text does not have. *Continued*: the target's own roads not taken. The
+  posterior of valid paths is r ∝ p κ. Of paths drawn from the drafter few are kept; those drawn from p are valid
+  whatever is drafted, and of r only κ is left to weigh them by, which ARW's credit does. As the text holds one draw
+  from p already, they begin where it could have gone another way: at roots drawn by 1 - p(x), with a token drawn from
+  p without x. *Drafted*, the paper's: S paths drawn from the drafter at an anchor; their shares are ∝ exp(β U).
+  *Trees*, for rule target: the tree decoding would propose, each node weighed by the exact probability that
+  verification comes there.
 - *Tree utility*: EAGLE-2's tree keeps the token of step k if its cumulative log q is among the best N - 1. Then
   κ_k = σ((Σ_{i≤k} log q(x_i) - cut) / width), with `cut` the score that just gets in: credit goes where the tree's
   edge is, not to tokens that are in anyway.
-- *Trees in place of samples* (`tree`, for rule target): the E-step's paths are the tree decoding would propose, each
-  node weighed by the exact probability that verification comes there.
 - *CAR*: c_t = max p_t · (probability of reaching step t).
 """
 
@@ -156,8 +160,9 @@ def vsd(
     anchors: int = 16,
     length: int = 16,
     samples: int = 16,
+    epochs: int = 4,
     every: int = 1,
-    weight: float = 1.0,
+    weight: float = 2.0,
     tempering: float = 0.5,
     eta: float = 3.0,
     tree: str = "5x4x16",
@@ -198,7 +203,7 @@ def vsd(
         case None:
             return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)),), rule)
         case "continued":
-            paths = Continued(anchors, length, every, weight)
+            paths = Continued(anchors, length, epochs, weight)
         case "drafted":
             paths = Drafted(samples, anchors, every, weight, tempering)
         case "trees":

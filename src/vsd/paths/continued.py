@@ -16,7 +16,7 @@ from torch import Tensor
 from vsd.errors import VSDError
 from vsd.paths.recorded import Paths
 from vsd.targets import Target
-from vsd.targets.sampling import choose
+from vsd.targets.sampling import drawn_at
 
 
 class Entries(NamedTuple):
@@ -60,7 +60,7 @@ def continue_text(
     roots: Tensor,
     length: int,
     temperature: float,
-    generator: torch.Generator | None,
+    uniform: Tensor,
 ) -> Continuations:
     """Below every root another token than the text's, by its chance in p, and `length` - 1 more behind it.
 
@@ -69,6 +69,7 @@ def continue_text(
         roots: entries to go on from, [B, P]; every one has a token at root + 2.
         length: L > 1.
         temperature: > 0, of p.
+        uniform: numbers in [0, 1) that decide what is drawn, [B, P, L].
 
     Raises:
         VSDError: paths longer than a window that the target's attention slides over the text.
@@ -95,7 +96,7 @@ def continue_text(
         normalisers.append(logits.logsumexp(-1))
         if not step:
             logits = logits.scatter(-1, ids.gather(1, roots + 2)[..., None], float("-inf"))
-        tokens.append(choose(logits, 1.0, generator))
+        tokens.append(drawn_at(logits.softmax(-1), uniform[..., step]))
     return Continuations(roots, *(torch.stack(x, 2) for x in (tokens, hidden, normalisers, aux)))
 
 

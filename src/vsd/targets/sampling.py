@@ -15,9 +15,16 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     """A token for every row of logits [..., V]: the argmax at temperature 0, else one draw -> [...]."""
     if temperature == 0:
         return logits.argmax(-1)
-    # The inverse distribution function at one uniform number; `multinomial` draws one for every word it knows.
-    below = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(below.shape[:-1], generator=generator, dtype=torch.float64, device=below.device)
+    uniform = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64, device=logits.device)
+    return drawn_at((logits.float() / temperature).softmax(-1), uniform)
+
+
+def drawn_at(weights: Tensor, uniform: Tensor) -> Tensor:
+    """What weights [..., V] draw at uniform numbers [...] in [0, 1), by their inverse distribution function -> [...].
+
+    One number for each draw; `multinomial` takes one for every index.
+    """
+    below = weights.cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(below, (uniform * below[..., -1])[..., None], right=True)[..., 0]
     return drawn.clamp(max=below.shape[-1] - 1)
 

@@ -67,8 +67,9 @@ class ByLength(Sampler[int]):
 class Collator:
     """Pads examples and, given a store, adds their features.
 
-    Yields input_ids [B, T]; labels [B, T], the token where drafted, else -100; drafted [B, Q], positions of the
-    drafted tokens, padded with 2; and from the store aux [B, T, 3h], hidden [B, Q, h], log_normaliser [B, Q].
+    Yields index [B], of the examples; input_ids [B, T]; labels [B, T], the token where drafted, else -100; drafted
+    [B, Q], positions of the drafted tokens, padded with 2; and from the store aux [B, T, 3h], hidden [B, Q, h],
+    log_normaliser [B, Q].
     """
 
     def __init__(self, store: FeatureStore | None = None) -> None:
@@ -83,7 +84,8 @@ class Collator:
             ids, mask = torch.tensor(item["input_ids"]), torch.tensor(item["drafted"])
             input_ids[b, : len(ids)] = ids
             labels[b, : len(ids)][mask] = ids[mask]
-        batch = {"input_ids": input_ids, "labels": labels, "drafted": _positions(labels)}
+        index = torch.tensor([item["index"] for item in items])
+        batch = {"index": index, "input_ids": input_ids, "labels": labels, "drafted": _positions(labels)}
         if self.store is not None:
             batch |= self.store.batch([item["index"] for item in items], T, batch["drafted"].shape[1])
         return batch

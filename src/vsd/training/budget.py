@@ -1,7 +1,12 @@
-"""Training for a given time: the learning rate follows the clock instead of a count of steps."""
+"""Training for a given time: the learning rate follows the clock instead of a count of steps.
+
+The clock stands still while τ is measured.
+"""
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +21,7 @@ class TimeBudget(TrainerCallback):
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
         self.start: float | None = None
+        self.measured = 0  # how many of the shares of the time that `eval_steps` cuts it into are over
         self.loss = math.nan
         self.bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn()
@@ -25,6 +31,21 @@ class TimeBudget(TrainerCallback):
     def progress(self) -> float:
         """Share of the time that is over, 0 … 1."""
         return 0.0 if self.start is None else min(1.0, (time.perf_counter() - self.start) / self.seconds)
+
+    @property
+    def minutes(self) -> float:
+        """Trained so far."""
+        return self.progress() * self.seconds / 60
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Something else than training happens."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.start is not None:
+                self.start += time.perf_counter() - before
 
     def rate(self, warm_up: float, anneal: bool) -> float:
         """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then 1 or a cosine to 0."""
@@ -52,10 +73,14 @@ class TimeBudget(TrainerCallback):
             print(f"step {state.global_step}, {100 * self.progress():.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop when the time is over."""
+        """Stop when the time is over; measure after every share `eval_steps` of it, where that is less than 1."""
         info = f"step {state.global_step}" + ("" if math.isnan(self.loss) else f", loss {float(self.loss):.2f}")
         self.bar.update(self.task, completed=self.progress() * self.seconds, info=info)
         control.should_training_stop |= self.progress() >= 1
+        if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps < 1:
+            over = int(self.progress() / args.eval_steps + 1e-6)
+            control.should_evaluate |= over > self.measured
+            self.measured = over
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

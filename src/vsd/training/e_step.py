@@ -23,6 +23,7 @@ from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
 from vsd.paths import (
     NO_TOKEN,
+    Continuations,
     Entries,
     Paths,
     Scored,
@@ -39,20 +40,36 @@ from vsd.paths import (
     score_paths,
 )
 from vsd.targets import Target
+from vsd.targets.sampling import drawn_at
 from vsd.training.features import Features
 from vsd.verification.rejection import acceptance
 
+_MEMORY = 4 << 30  # bytes of continuations that are kept
 _LEAST_DOUBT = 1e-3  # so that a text the target was sure of everywhere has anchors, too
 
 
 class Batch(NamedTuple):
-    """ids [B, T]; positions of drafted tokens, drafted [B, Q], and which are not padding, real [B, Q]; K steps."""
+    """Some texts.
+
+    Attributes:
+        ids: [B, T].
+        drafted: positions of drafted tokens, [B, Q].
+        real: which of them are not padding, [B, Q].
+        examples: which they are, [B].
+        steps: K.
+    """
 
     ids: Tensor
     drafted: Tensor
     real: Tensor
+    examples: Tensor
     features: Features
     steps: int
+
+    def some(self, rows: list[int]) -> "Batch":
+        """Only these texts."""
+        ids, drafted, real, examples = (field[rows] for field in self[:4])
+        return Batch(ids, drafted, real, examples, Features(*(field[rows] for field in self.features)), self.steps)
 
     @property
     def text(self) -> Entries:
@@ -109,6 +126,7 @@ class EStep:
         self.head = target.head_weight[ids].detach()  # [Vd, h]
         self.bias = None if target.head_bias is None else target.head_bias[ids].detach()  # [Vd]
         self.draft_of = drafter.draft_of()  # [V]
+        self._season, self._remembered = 0, dict[int, Continuations]()  # by example
 
     def recorded(self, part: Part, text: Recorded, batch: Batch, generator: torch.Generator) -> Posterior:
         """The text's own continuations, whole or cut where the target itself is unsure, everywhere or beyond lookup.
@@ -127,18 +145,48 @@ class EStep:
         return Posterior(part, paths, self._said(features))
 
     @torch.no_grad()
-    def continued(self, part: Part, draw: Continued, batch: Batch, generator: torch.Generator) -> Posterior:
+    def continued(
+        self, part: Part, draw: Continued, batch: Batch, epoch: int, chance: Callable[[str], torch.Generator]
+    ) -> Posterior:
         """What the target could have said instead: new states, whose law it has stated already in saying it.
 
         All their tokens together weigh as much as the batch's drafted ones, times `draw.weight`.
+
+        Args:
+            chance: the same for the same words, whenever it is asked.
         """
-        doubt = (1 - self._confidence(batch)).clamp(min=_LEAST_DOUBT) * batch.real
-        roots = _anchors(batch, draw.anchors, generator, doubt).roots
-        found = continue_text(self.target, batch.ids, roots, draw.length, self.temperature, generator)
+        season = epoch // draw.epochs
+        if season != self._season:
+            self._season, self._remembered = season, {}
+        examples = batch.examples.tolist()
+        new = [row for row, example in enumerate(examples) if example not in self._remembered]
+        if new:
+            texts = batch.some(new)
+            generators = [chance(f"{examples[row]}, {season}") for row in new]
+            for row, *fields in zip(new, *self._continue(texts, draw, generators)):
+                self._remembered[examples[row]] = Continuations(*(field.to("cpu", copy=True) for field in fields))
+        kept = zip(*(self._remembered[example] for example in examples))
+        found = Continuations(*(torch.stack(fields).to(batch.ids.device) for fields in kept))
+        self._forget()
         paths = longest_first(along(found, self._exist(found.tokens), batch.ids.shape[1], batch.steps))
         share = draw.weight * batch.real.sum() / paths.valid[..., 0].sum() * paths.valid
         says = self._head_target(found.hidden.flatten(0, 2), found.log_normaliser)
         return Posterior(part, paths, says, share, entries=beside(batch.text, found), written=True)
+
+    def _continue(self, batch: Batch, draw: Continued, generators: list[torch.Generator]) -> Continuations:
+        """Every text by a generator of its own: what becomes of it does not depend on the batch it is in."""
+        numbers = [torch.rand(draw.anchors, 1 + draw.length, generator=g, device=g.device) for g in generators]
+        uniform = torch.stack(numbers)  # [B, A, 1 + L]
+        doubt = (1 - self._confidence(batch)).clamp(min=_LEAST_DOUBT) * batch.real  # [B, Q]
+        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), uniform[..., 0])
+        roots = batch.drafted.gather(1, chosen) - 2
+        return continue_text(self.target, batch.ids, roots, draw.length, self.temperature, uniform[..., 1:])
+
+    def _forget(self) -> None:
+        """What was drawn first, when there is too much."""
+        room = _MEMORY // sum(field.nbytes for field in next(iter(self._remembered.values())))
+        for example in list(self._remembered)[: max(0, len(self._remembered) - room)]:
+            del self._remembered[example]
 
     @torch.no_grad()
     def drafted(
@@ -288,8 +336,7 @@ def _per_anchor(draw: Drafted | Proposed, batch: Batch) -> Tensor:
     return draw.weight * batch.real.sum() / (len(batch.ids) * draw.anchors)
 
 
-def _anchors(batch: Batch, count: int, generator: torch.Generator, weights: Tensor | None = None) -> _Anchors:
-    """`count` roots of every sequence, evenly or by weights [B, Q] among those drafted from, with replacement."""
-    weights = batch.real.float() if weights is None else weights
-    chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
+def _anchors(batch: Batch, count: int, generator: torch.Generator) -> _Anchors:
+    """`count` roots of every sequence, evenly among those drafted from, with replacement."""
+    chosen = torch.multinomial(batch.real.float(), count, replacement=True, generator=generator)
     return _Anchors(batch.drafted.gather(1, chosen) - 2, chosen)

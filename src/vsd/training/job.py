@@ -141,6 +141,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))
+    trainer.save_state()  # with all that was logged
     return folder / "drafter"
 
 

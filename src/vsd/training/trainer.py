@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class VSDTrainer(Trainer):
 
     def batch(self, inputs: dict[str, Tensor]) -> Batch:
         """The collator's tensors with features, as the E-step takes them."""
-        return Batch(inputs["input_ids"], inputs["drafted"], real(inputs), self._features(inputs), self._steps())
+        ids, drafted, index = (inputs[name] for name in ("input_ids", "drafted", "index"))
+        return Batch(ids, drafted, real(inputs), index, self._features(inputs), self._steps())
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Which paths are trained now: the text's own, and those the drafter proposes."""
@@ -133,10 +135,11 @@ class VSDTrainer(Trainer):
             match part.paths:
                 case Recorded() as text:
                     posteriors.append(find.recorded(part, text, batch, self._generator("cut")))
+                case Continued() as draw:
+                    epoch = int(self.state.epoch or 0)
+                    posteriors.append(find.continued(part, draw, batch, epoch, self._seeded))
                 case draw if self.state.global_step % draw.every:
                     continue
-                case Continued() as draw:
-                    posteriors.append(find.continued(part, draw, batch, self._generator("draw")))
                 case Drafted() as draw:
                     posteriors.append(find.drafted(part, draw, batch, drafter, self._generator("draw")))
                 case Contrasted() as draw:
@@ -177,27 +180,38 @@ class VSDTrainer(Trainer):
         """Chance of one use in one batch: a resumed run draws what the interrupted one would have."""
         step = self.state.global_step
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
-        key = f"{self.args.seed}, {self._batch}, {self.args.process_index}, {use}"
+        return self._seeded(f"{self._batch}, {self.args.process_index}, {use}")
+
+    def _seeded(self, use: str) -> torch.Generator:
+        """Chance of one use in one run."""
+        key = f"{self.args.seed}, {use}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
         return torch.Generator(self.args.device).manual_seed(seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
-        config, drafter = self.args, self.accelerator.unwrap_model(self.model)
-        shape = TreeShape(config.depth, config.top_k, config.nodes)
-        prompts: list[list[int]] = self.eval_dataset or []  # type: ignore[assignment]
+        drafter = self.accelerator.unwrap_model(self.model)
         drafter.eval()
-        engine, sampling = Engine(self.target, drafter, shape), Sampling(config.eval_max_new_tokens)
+        with self._budget.paused() if self._budget else nullcontext():
+            metrics = {f"{metric_key_prefix}_tau": self._tau(drafter)}
+        drafter.train()
+        if self._budget is not None:
+            metrics["minutes"] = self._budget.minutes
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _tau(self, drafter: Eagle3Drafter) -> float:
+        config = self.args
+        prompts: list[list[int]] = self.eval_dataset or []  # type: ignore[assignment]
+        engine = Engine(self.target, drafter, TreeShape(config.depth, config.top_k, config.nodes))
+        sampling = Sampling(config.eval_max_new_tokens)
         results = [
             result
             for start in range(0, len(prompts), config.eval_batch)
             for result in engine.generate(prompts[start : start + config.eval_batch], sampling)
         ]
-        drafter.train()
-        metrics = {f"{metric_key_prefix}_tau": acceptance_length(results)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return acceptance_length(results)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each step's share of recorded tokens that the drafter would have proposed first."""

@@ -1,0 +1,49 @@
+"""Training by the clock, with a clock that the test turns."""
+
+import time
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from vsd.training import VSDConfig
+from vsd.training.budget import TimeBudget
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_measuring_is_not_training(clock: list[float]) -> None:
+    budget = TimeBudget(1)
+    budget.on_train_begin(VSDConfig(output_dir="unused"), TrainerState(is_world_process_zero=False), TrainerControl())
+    clock[0] += 15
+    assert budget.progress() == 0.25
+    with budget.paused():
+        clock[0] += 1000
+    assert budget.progress() == 0.25
+    with pytest.raises(ZeroDivisionError), budget.paused():
+        clock[0] += 1000
+        1 / 0  # noqa: B018 — an interrupted measurement is no training either
+    clock[0] += 30
+    assert (budget.progress(), budget.minutes) == (0.75, 0.75)
+
+
+@pytest.mark.parametrize(("eval_steps", "measured"), [(0.25, [3, 5, 8, 10]), (100, [])])
+def test_measurements_are_spread_over_the_time(clock: list[float], eval_steps: float, measured: list[int]) -> None:
+    """Steps of six seconds in a minute: measured after the first step behind every quarter."""
+    config = VSDConfig(output_dir="unused", eval_strategy="steps", eval_steps=eval_steps)
+    budget, state = TimeBudget(1), TrainerState(is_world_process_zero=False)
+    budget.on_train_begin(config, state, TrainerControl())
+    found, stopped = [], []
+    for step in range(1, 11):
+        clock[0] += 6
+        control = TrainerControl()
+        budget.on_step_end(config, state, control)
+        found += [step] if control.should_evaluate else []
+        stopped += [step] if control.should_training_stop else []
+        with budget.paused():
+            clock[0] += 50
+    assert (found, stopped) == (measured, [10])
