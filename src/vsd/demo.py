@@ -39,8 +39,8 @@ START = {
 }
 WAYS = {
     "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0},
-    "VSD": {"objective": "vsd", "warmup_steps": 0},
-}
+    "VSD": {"objective": "vsd", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING, "e_step": None}},
+}  # what an E-step adds pays where text has been read many times: minutes do not get there
 
 
 class _Text(NamedTuple):
@@ -109,12 +109,11 @@ def _train(
         output_dir=str(out),
         max_minutes=minutes,
         draft_steps=DRAFT_STEPS,
-        objective_options={"smoothing": SMOOTHING},
         learning_rate=2e-3,
         per_device_train_batch_size=4,
         save_strategy="no",
         seed=text.seed,
-        **options,
+        **{"objective_options": {"smoothing": SMOOTHING}, **options},
     )
     trainer = VSDTrainer(target, drafter, config, text.dataset, store=text.store)
     trainer.train()

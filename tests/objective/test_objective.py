@@ -20,7 +20,6 @@ from vsd.objective import (
     HeadTarget,
     Objective,
     Part,
-    PathRows,
     PathTarget,
     Proposed,
     Recorded,
@@ -29,7 +28,7 @@ from vsd.objective import (
     objective,
 )
 from vsd.objective.distillspec import distillspec
-from vsd.objective.divergence import Sharpened, cross_entropy, negative_log_likelihood
+from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.dpace import Credit
 from vsd.objective.eagle3 import Decay
 from vsd.objective.elbo import Advantage
@@ -153,14 +152,19 @@ def plain_griffin(path: Path) -> Tensor:
     return loss
 
 
-def plain_vsd(path: Path) -> Tensor:
+def plain_vsd(path: Path, hard: bool = False) -> Tensor:
     """ARW and CAR at temperature 0; the running acceptance is 0.6."""
     a = [0.4 + 0.6 * q_of(log_q, label) for log_q, _, label in path]
     loss, reach = torch.zeros(()), 1.0
     for w, a_t, (log_q, p, label) in zip(credits(a), a, path):
-        loss = loss + w * likelihood(log_q, label) + 0.5 * p.max() * reach * ce(log_q, p)
+        loss = loss + (w * likelihood(log_q, label) if hard else w / a_t * ce(log_q, p))
+        loss = loss + 0.5 * p.max() * reach * ce(log_q, p)
         reach *= a_t
     return loss
+
+
+def plain_vsd_hard(path: Path) -> Tensor:
+    return plain_vsd(path, hard=True)
 
 
 def plain_vsd_tree(path: Path) -> Tensor:
@@ -175,16 +179,6 @@ def plain_vsd_tree(path: Path) -> Tensor:
     return loss
 
 
-def plain_vsd_sharpened(path: Path) -> Tensor:
-    """Labels ∝ p², what cannot be drafted being one token; the running acceptance is 0.6, no CAR."""
-    a = [0.4 + 0.6 * q_of(log_q, label) for log_q, _, label in path]
-    loss = torch.zeros(())
-    for w, (log_q, p, _) in zip(credits(a), path):
-        square = torch.cat([p, 1 - p.sum().view(1)]) ** 2
-        loss = loss + w * ce(log_q, (square / square.sum())[:-1])
-    return loss
-
-
 PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("eagle3", {}, plain_eagle3),
     ("lk_alpha", {}, plain_lk_alpha),
@@ -193,8 +187,8 @@ PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("vat", {}, plain_vat),
     ("griffin", {}, plain_griffin),
     ("vsd", {}, plain_vsd),
-    ("vsd", {"sharpness": 2.0, "car": 0}, plain_vsd_sharpened),
-    ("vsd", {"cut": -3.0, "width": 1.5, "alpha": 0.2, "car": 0}, plain_vsd_tree),
+    ("vsd", {"hard": True}, plain_vsd_hard),
+    ("vsd", {"hard": True, "cut": -3.0, "width": 1.5, "alpha": 0.2, "car": 0}, plain_vsd_tree),
 ]
 
 
@@ -307,17 +301,6 @@ def test_a_pruned_vocabulary_keeps_the_true_mass() -> None:
     assert abs(fused_loss(*c[:4], EAGLE3).loss - renormalised) > 0.1 * renormalised
 
 
-def test_sharpened_labels_lie_between_p_and_its_best_token() -> None:
-    c = case(2, 9)
-    rows = PathRows((c.hidden @ c.head.T).detach(), c.log_p[c.paths.rows].exp(), c.paths.labels, c.paths.valid)
-    for mine, theirs in zip(Sharpened(1.0)(rows), cross_entropy(rows)):
-        torch.testing.assert_close(mine, theirs)
-    outside = 1 - rows.p.sum(-1)
-    best = torch.where(rows.p.amax(-1) > outside, -rows.log_q.gather(-1, rows.p.argmax(-1)[..., None])[..., 0], 0.0)
-    torch.testing.assert_close(Sharpened(1e4)(rows)[0], best)
-    assert (best == 0).any() and (best > 0).any()
-
-
 def test_gradcheck() -> None:
     c = case(2, 5, cap=4.0)
     assert torch.autograd.gradcheck(
@@ -396,7 +379,7 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
         (lambda: objective("vsd", {"e_step": "trees"}), "for rule target, not greedy"),
         (lambda: objective("vsd", {"e_step": "drafted"}), "adds nothing"),
         (lambda: objective("vsd", {"e_step": "dreamt"}), "choose continued"),
-        (lambda: objective("vsd", {"rule": "target", "sharpness": 2.0}), "for rule greedy"),
+        (lambda: objective("vsd", {"rule": "target", "hard": True}), "for rule greedy"),
         (lambda: objective("gto", {"tree": "wide"}), "such as 5x4x16"),
         (lambda: objective("gto", {"tree": "5x4x16x0.1"}), "no p_min"),
         (lambda: objective("gto", {"anchors": 1}), "at least 2"),

@@ -187,7 +187,7 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
         ("vsd", {}),
         ("vsd", {"smoothing": 0.3}),
         ("vsd", {"cut": -3.0}),
-        ("vsd", {"lookup": True, "sharpness": 2.0, "e_step": None}),
+        ("vsd", {"lookup": True, "hard": True, "e_step": None}),
         ("vsd", {"rule": "target", "smoothing": 0.3, "arw": False}),
         ("vsd", {"rule": "rejection", "anchors": 3, "length": 5}),
         ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "arw": False}),
@@ -222,7 +222,7 @@ def test_roads_not_taken_are_trained_like_texts(
     tiny_target: Target, examples: list[Example], tmp_path: Path, temperature: float
 ) -> None:
     """From E-step to loss and gradient, against a text of its own for every continuation."""
-    options = {"arw": False, "car": 0.0, "sharpness": 1.0, "anchors": 3, "length": 5, "weight": 2.0}
+    options = {"arw": False, "car": 0.0, "anchors": 3, "length": 5, "weight": 2.0}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 3, "temperature": temperature}
     trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))

@@ -9,7 +9,6 @@ Legend: K steps, C paths, Vd draft vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +20,8 @@ Divergence = Callable[[PathRows], tuple[Tensor, Tensor]]
 
 def cross_entropy(rows: PathRows) -> tuple[Tensor, Tensor]:
     """CE(p, q) = -Σ_v p_v log q_v; gradient |p| q - p. Forward KL up to p's entropy."""
-    return _cross_entropy(rows, rows.p)
-
-
-def _cross_entropy(rows: PathRows, p: Tensor) -> tuple[Tensor, Tensor]:
-    """CE to labels p [K, C, Vd] of any mass."""
-    loss = -torch.einsum("kcv,kcv->kc", rows.log_q, p)
-    return loss, (rows.q * p.sum(-1, keepdim=True)).sub_(p)
+    loss = -torch.einsum("kcv,kcv->kc", rows.log_q, rows.p)
+    return loss, (rows.q * rows.p.sum(-1, keepdim=True)).sub_(rows.p)
 
 
 def negative_log_likelihood(rows: PathRows) -> tuple[Tensor, Tensor]:
@@ -36,23 +30,6 @@ def negative_log_likelihood(rows: PathRows) -> tuple[Tensor, Tensor]:
     gradient = rows.q * known[..., None]
     gradient.scatter_add_(-1, rows.labels.clamp(min=0)[..., None], -known[..., None].to(gradient.dtype))
     return -rows.label_log_q.masked_fill(~known, 0.0), gradient
-
-
-@dataclass(frozen=True)
-class Sharpened:
-    """CE to labels ∝ p^sharpness: between cross-entropy (1) and the greedy label (∞).
-
-    What lies outside the draft vocabulary counts as one token.
-    """
-
-    sharpness: float
-
-    def __call__(self, rows: PathRows) -> tuple[Tensor, Tensor]:
-        """Loss [K, C] and gradient [K, C, Vd]."""
-        outside = (1 - rows.p.sum(-1, keepdim=True)).clamp(min=0)
-        best = torch.maximum(rows.p.amax(-1, keepdim=True), outside)  # of sharpened numbers the others may vanish
-        p = (rows.p / best) ** self.sharpness
-        return _cross_entropy(rows, p / (p.sum(-1, keepdim=True) + (outside / best) ** self.sharpness))
 
 
 def total_variation(rows: PathRows) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ class PathRows:
         p: the target's probabilities over the draft vocabulary, with their true mass, [K, C, Vd].
         labels: draft id of the path's token, [K, C]; -1 where the draft vocabulary lacks it.
         valid: which steps exist, [K, C] bool; a path is valid up to some step and then no more.
-        recorded: whether the paths are the text's own continuation.
         written: whether the tokens are the target's own, as recorded ones are, or drawn from the drafter.
         share: the E-step's weight of every step of every path, [K, C]; 1 for recorded ones.
         old_log_q: what the drafter that training began with says of the path's token, [K, C]; None: nobody asked it.
@@ -45,7 +44,7 @@ class PathRows:
         """`logits` [K, C, Vd] is overwritten; `share` None says that the paths are recorded."""
         self.log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
         self.p, self.labels, self.valid = p, labels, valid
-        self.recorded, self.written = share is None, written or share is None
+        self.written = written or share is None
         self.share = torch.ones_like(self.log_q[..., 0]) if share is None else share
         self.old_log_q = old_log_q
         self.group, self.acceptance = group, acceptance

@@ -24,8 +24,9 @@ Its formulas for ω, c and the oracle are not public. Ours:
   below, trade some bias for signal.
 - *ARW*: ω_t = Σ_{k≥t} κ_k = ∂U/∂log a_t on acceptances smoothed by how often the drafter is rejected now,
   ã = α + (1 - α) a with α = 1 - acceptance: for a weak drafter ω_t is K - t whatever it drafts, a strong one learns
-  where survival is decided. Where the label's law is p, the step's own a_t is divided out: whether one token was a good
-  draw must not decide whether its state is learnt.
+  where survival is decided. Labels are the target's p; then the step's own a_t is divided out: whether one token was a
+  good draw must not decide whether its state is learnt. At T = 0 they can be the greedy tokens (`hard`): that makes the
+  drafter surer of itself, which suits trees that leave out unlikely nodes.
 - *Cut paths* (`smoothing`): the recorded path is cut by chance where the target is unsure, the rest is not computed.
   ω_t is then the number of tokens left in the path, an unbiased estimate of Σ_{k≥t} κ_k / κ_{t-1}.
 - *The E-step* (`e_step`) adds states that the text does not have. *Continued*: the target's own roads not taken. The
@@ -47,7 +48,7 @@ from torch import Tensor
 
 from vsd.errors import VSDError
 from vsd.objective.algebra import Continued, Drafted, Objective, Part, Proposed, Recorded, Term, Weights, tree_named
-from vsd.objective.divergence import Sharpened, cross_entropy, negative_log_likelihood
+from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.eagle3 import DECAY, Decay
 from vsd.objective.lk import Hybrid
 from vsd.objective.rows import PathRows
@@ -80,12 +81,17 @@ def tree_survival(log_q: Tensor, cut: float, width: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RejectionWeights(Weights):
-    """ARW. `alpha` None adapts it; `cut` takes the tree's survival in place of the chain's."""
+    """ARW. `alpha` None adapts it; `cut` takes the tree's survival in place of the chain's.
+
+    Attributes:
+        own: the label is the token itself, so that its own acceptance counts.
+    """
 
     rule: str = "greedy"
     alpha: float | None = None
     cut: float | None = None
     width: float = 1.0
+    own: bool = False
 
     def __call__(self, rows: PathRows) -> Tensor:
         """[K, C]."""
@@ -96,7 +102,7 @@ class RejectionWeights(Weights):
             return alpha * Decay()(rows) + (1 - alpha) * edge * rows.valid
         a = _smoothed(rows, self.rule, self.alpha) * rows.valid
         worth = credit(survival(a))
-        return worth if self.rule == "greedy" and rows.recorded else worth / a.clamp(min=1e-6)
+        return worth if self.own else worth / a.clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -159,14 +165,14 @@ def vsd(
     e_step: str | None = "continued",
     anchors: int = 16,
     length: int = 16,
-    samples: int = 16,
     epochs: int = 4,
-    every: int = 1,
+    samples: int = 4,
+    every: int = 4,
     weight: float = 2.0,
     tempering: float = 0.5,
     eta: float = 3.0,
     tree: str = "5x4x16",
-    sharpness: float | None = None,
+    hard: bool = False,
     lookup: bool = False,
 ) -> Objective:
     """The whole objective; `arw=False`, `car=0` and `e_step=None` leave those parts out.
@@ -176,39 +182,41 @@ def vsd(
             drawn paths where decoding visits none but the text (greedy), trees where it draws chains (rejection), or an
             E-step that does not exist.
     """
+    _check(rule, cut, smoothing, hard, e_step)
+    regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
+    weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
+    whole: Weights = RejectionWeights(rule, alpha, cut, width, own=True) if arw and hard else weights
+    if arw and smoothing is not None:
+        whole = TokensLeft()
+    text: tuple[Term, ...] = (Term(whole, negative_log_likelihood if hard else cross_entropy),)
+    drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)
+    if rule == "rejection":
+        slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
+        text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
+    parts = [Part(Recorded(smoothing, lookup), (*text, *regular))]
+    if e_step == "continued":
+        parts.append(Part(Continued(anchors, length, epochs, weight), (*drawn, *regular)))
+    if e_step == "drafted":
+        parts.append(Part(Drafted(samples, anchors, every, weight, tempering), (*drawn, *regular)))
+    if e_step == "trees":
+        visited = Term(Reached(rule, 0.0), cross_entropy)
+        parts.append(Part(Proposed(tree_named(tree), anchors, every, weight), (visited, *regular)))
+    return Objective(tuple(parts), rule)
+
+
+def _check(rule: str, cut: float | None, smoothing: float | None, hard: bool, e_step: str | None) -> None:
+    """Refuse what would train on nonsense, or what would not be heard."""
     if cut is not None and (rule == "rejection" or smoothing is not None):
         raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
     if smoothing is not None and rule == "rejection":
         raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
-    if sharpness is not None and rule != "greedy":
-        raise VSDError(f"sharpened labels are for rule greedy: by {rule}, p itself is served")
+    if hard and rule != "greedy":
+        raise VSDError(f"hard labels are for rule greedy: by {rule}, p itself is served")
+    if e_step not in (None, "continued", "drafted", "trees"):
+        raise VSDError(f"unknown E-step '{e_step}': choose continued, drafted or trees, or null for none")
     if e_step == "drafted" and rule == "greedy":
         raise VSDError(
-            "at temperature 0 what is drafted and kept is the text's own: an E-step that drafts adds nothing"
+            "at temperature 0 what is drafted and kept is the text's own: drawing from the drafter adds nothing"
         )
     if e_step == "trees" and rule != "target":
         raise VSDError(f"the E-step draws trees for rule target, not {rule}: see vsd.objective.algebra.Proposed")
-    regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
-    weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
-    whole: Weights = TokensLeft() if arw and smoothing is not None else weights
-    text: tuple[Term, ...] = (Term(whole, cross_entropy),)
-    drawn: tuple[Term, ...] = (Term(weights, cross_entropy),)
-    if rule == "greedy":
-        text = (Term(whole, negative_log_likelihood if sharpness is None else Sharpened(sharpness)),)
-    if rule == "rejection":
-        slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
-        text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
-    paths: Drafted | Continued | Proposed
-    match e_step:
-        case None:
-            return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)),), rule)
-        case "continued":
-            paths = Continued(anchors, length, epochs, weight)
-        case "drafted":
-            paths = Drafted(samples, anchors, every, weight, tempering)
-        case "trees":
-            paths = Proposed(tree_named(tree), anchors, every, weight)
-            drawn = (Term(Reached(rule, 0.0), cross_entropy),)
-        case _:
-            raise VSDError(f"unknown E-step '{e_step}': choose continued, drafted or trees, or null for none")
-    return Objective((Part(Recorded(smoothing, lookup), (*text, *regular)), Part(paths, (*drawn, *regular))), rule)
