@@ -1,4 +1,4 @@
-"""Learning curves as a picture: what trainings logged, against their steps, or their minutes if the clock stopped them.
+"""Learning curves as a picture: what trainings logged, against steps; τ of trainings by the clock, against minutes.
 
     python benchmarks/curves.py RUN … --out curves.png [--measure eval_tau]
 
@@ -7,6 +7,7 @@ Every RUN is the output folder of a `vsd train` that has ended.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,11 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def curve(run: Path, measure: str) -> tuple[str, list[tuple[float, float]]]:
-    """What `run` has logged of `measure`: against what, and (there, value)."""
+def logged(run: Path, measure: str) -> list[dict[str, float]]:
+    """Where `run` has logged `measure`."""
     log = [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if measure in entry]
-    against = "minutes" if all("minutes" in entry for entry in log) else "step"
-    return against, [(entry[against], entry[measure]) for entry in log]
+    return log or sys.exit(f"{run} has no {measure}")
 
 
 def main() -> None:
@@ -29,9 +29,10 @@ def main() -> None:
     parser.add_argument("--measure", default="eval_tau", help="eval_tau, loss, accuracy_1, … (default eval_tau)")
     a = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for run in a.runs:
-        against, points = curve(run, a.measure)
-        axes.plot(*zip(*points), marker=".", label=run.name)
+    logs = {run.name: logged(run, a.measure) for run in a.runs}
+    against = "minutes" if all("minutes" in entry for log in logs.values() for entry in log) else "step"
+    for name, log in logs.items():
+        axes.plot([entry[against] for entry in log], [entry[a.measure] for entry in log], marker=".", label=name)
     axes.set(xlabel=against, ylabel=a.measure)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -4,9 +4,9 @@
     python benchmarks/e_step.py --drafter D --text FILE --e-step drafted --anchors 4 [--samples 16] [--every 4]
 
 Steps of `eagle3` and of `vsd` for rule rejection are timed alternately on the same batches, forward and backward, the
-E-step apart. A round is four batches: of `drafted` paths, drawn in one of `every` steps; of `continued` ones, drawn in
-the first of `epochs` passes over them. Medians over rounds. Peak memory is beyond what target, drafter and features
-take.
+E-step apart. A round is, with `drafted` paths, `every` batches, one of which draws; with `continued` ones, `epochs`
+passes over four batches, the first of which draws. Medians over rounds. Peak memory is beyond what target, drafter and
+features take.
 """
 
 import argparse
@@ -61,8 +61,9 @@ def main() -> None:
     a = parser.parse_args()
     keep_freed_memory()
     target = load_target()
-    examples = load_examples(a.text, target.tokenizer, 1024, "skip")[:16]
-    used = ("anchors", "length", "epochs") if a.e_step == "continued" else ("anchors", "samples", "every")
+    continued = a.e_step == "continued"
+    used = ("anchors", "length", "epochs") if continued else ("anchors", "samples", "every")
+    examples = load_examples(a.text, target.tokenizer, 1024, "skip")[: 16 if continued else 4 * a.every]
     options = {"rule": "rejection", "e_step": a.e_step} | {name: getattr(a, name) for name in used}
     eagle3 = trainer(target, a, examples)
     vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
@@ -74,7 +75,7 @@ def main() -> None:
             one_step(trained, batch)
         memory[name] = peak_mib() - loaded
     shares, ratios = [], []
-    passes = a.epochs if a.e_step == "continued" else 1
+    passes = a.epochs if continued else 1
     for n in range(1, a.rounds + 1):
         seconds = {"E-step": 0.0, "vsd": 0.0, "eagle3": 0.0}
         for number, batch in enumerate(batches * passes):

@@ -93,8 +93,11 @@ def check_settings(a: argparse.Namespace) -> None:
 def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     """The drafter of one run, trained now if it is not there yet."""
     folder = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    objective, options = VARIANTS[name]
+    meant, path = [objective, options], folder / "variant.json"
+    if path.exists() and json.loads(path.read_text()) != meant:
+        sys.exit(f"{folder} was trained when '{name}' meant something else: delete it, or give another --out")
     if not (folder / "drafter" / "model.safetensors").exists():
-        objective, options = VARIANTS[name]
         words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *a.text]
         words += ["--output-dir", folder, "--features", a.features or a.out / "features"]
         words += ["--on-bad-line", "skip", "--held-out", a.held_out]
@@ -103,6 +106,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         words += ["save_strategy=no", "eval_steps=0.2", "eval_max_new_tokens=48", f"draft_steps={a.draft_steps}"]
         words += [f"per_device_train_batch_size={a.batch_size}"]
         folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(meant))
         with (folder / "log.txt").open("w") as log:
             subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder

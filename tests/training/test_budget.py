@@ -17,18 +17,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_measuring_is_not_training(clock: list[float]) -> None:
-    budget = TimeBudget(1)
-    budget.on_train_begin(VSDConfig(output_dir="unused"), TrainerState(is_world_process_zero=False), TrainerControl())
+    budget, state = TimeBudget(1), TrainerState(is_world_process_zero=False)
+    config = VSDConfig(output_dir="unused")
+    budget.on_train_begin(config, state, TrainerControl())
     clock[0] += 15
-    assert budget.progress() == 0.25
     with budget.paused():
         clock[0] += 1000
-    assert budget.progress() == 0.25
+    budget.on_step_end(config, state, TrainerControl())
+    assert budget.progress == 0.25
     with pytest.raises(ZeroDivisionError), budget.paused():
         clock[0] += 1000
         1 / 0  # noqa: B018 — an interrupted measurement is no training either
     clock[0] += 30
-    assert (budget.progress(), budget.minutes) == (0.75, 0.75)
+    budget.on_step_end(config, state, TrainerControl())
+    assert (budget.progress, budget.minutes) == (0.75, 0.75)
 
 
 @pytest.mark.parametrize(("eval_steps", "measured"), [(0.25, [3, 5, 8, 10]), (100, [])])

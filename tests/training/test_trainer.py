@@ -235,7 +235,7 @@ def test_roads_not_taken_are_trained_like_texts(
     drafter.zero_grad()
 
     entries, paths = posteriors[1].entries, posteriors[1].paths
-    T, total, roots, ended = batch.ids.shape[1], torch.zeros(()), 0, 0
+    T, totals, roots, ended = batch.ids.shape[1], [torch.zeros(())] * len(batch.ids), [0] * len(batch.ids), 0
     for b, p in itertools.product(range(len(batch.ids)), range(3)):
         below = T + p * 4 + torch.arange(4)
         at = int(entries.positions[b, below[0]])  # the path's first token stands at at + 1
@@ -254,9 +254,11 @@ def test_roads_not_taken_are_trained_like_texts(
         log_q = drafter.lm_head(hidden)[:, 0].log_softmax(-1)  # [K, n, Vd]
         for k, i in itertools.product(range(3), range(n)):
             if i + k < n:
-                total = total - 0.8**k * (law[i + k] * log_q[k, i]).sum()
-        roots += n
-    total = total * 2 * int(batch.real.sum()) / roots
+                totals[b] = totals[b] - 0.8**k * (law[i + k] * log_q[k, i]).sum()
+        roots[b] += n
+    assert ended > 0
+    shares = (2 * int(real) / n for real, n in zip(batch.real.sum(1), roots))
+    total = torch.stack([share * each for share, each in zip(shares, totals)]).sum()
     torch.testing.assert_close(both - loss, total, rtol=1e-4, atol=1e-3)
     total.backward()
     for name, weight in drafter.named_parameters():

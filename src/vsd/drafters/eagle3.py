@@ -256,9 +256,9 @@ class Eagle3Drafter(PreTrainedModel):
 
         Args:
             aux: target features [B, T, 3h].
-            next_embeds: embeddings of the tokens at 1 … T, [B, T, h].
+            next_embeds: embeddings of the tokens behind the entries, at 1 … T, [B, T, h].
             roots: entries to draft from, [B, Q].
-            path_embeds: what step k consumes, [K, B, Q, h]: the token at root + 1, then the path's own.
+            path_embeds: what step k consumes, [K, B, Q, h]: the token behind the root, then the path's own.
             objective: called with the result and the LM head's weight [Vd, h] before this module returns, while
                 sharded parameters (FSDP) are whole.
             widths: how many of the roots are run at each step, never rising; None: all. The rest of a step is zeros.
@@ -266,7 +266,7 @@ class Eagle3Drafter(PreTrainedModel):
             seen: which entries each sees, itself included, [B, T, T] bool; where they are one text: those up to it.
 
         Returns:
-            Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the token at root + 2 + k; or
+            Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the path's token k; or
             whatever `objective` makes of them.
         """
         hidden, shared, seen, at = self._roots(aux, next_embeds, roots, positions, seen)

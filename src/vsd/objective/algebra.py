@@ -74,7 +74,7 @@ class Continued:
     Attributes:
         anchors: paths drawn from every sequence; where, by the chance that p leaves to other tokens than the text's.
         length: tokens of a path.
-        epochs: for so many each text keeps the paths it was given, as far as there is room.
+        epochs: for so many each text keeps the paths it was given, in each process and as far as there is room.
         weight: of all of them together, where the text's own paths weigh 1.
     """
 
@@ -195,6 +195,8 @@ class Objective:
             raise VSDError(f"unknown verification rule '{self.rule}': choose greedy, target or rejection")
         if all(isinstance(part.paths, (Drafted, Proposed)) and part.paths.every > 1 for part in self.parts):
             raise VSDError("an objective on drafted paths alone must draw them at every step: every=1")
+        if sum(isinstance(part.paths, Continued) for part in self.parts) > 1:
+            raise VSDError("an objective has one kind of continuations at most")
         if self.rule == "greedy" and any(type(part.paths) is Proposed for part in self.parts):
             raise VSDError("at temperature 0 decoding stays on the text: of a tree only recorded tokens are visited")
         if self.rule == "rejection" and any(isinstance(part.paths, Proposed) for part in self.parts):

@@ -43,6 +43,7 @@ Its formulas for ω, c and the oracle are not public. Ours:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -162,27 +163,29 @@ def vsd(
     cut: float | None = None,
     width: float = 1.0,
     smoothing: float | None = None,
-    e_step: str | None = "continued",
-    anchors: int = 16,
-    length: int = 16,
-    epochs: int = 4,
-    samples: int = 4,
-    every: int = 4,
-    weight: float = 2.0,
-    tempering: float = 0.5,
     eta: float = 3.0,
-    tree: str = "5x4x16",
     hard: bool = False,
     lookup: bool = False,
+    e_step: str | None = "continued",
+    **paths: Any,
 ) -> Objective:
     """The whole objective; `arw=False`, `car=0` and `e_step=None` leave those parts out.
 
+    Args:
+        e_step: "continued", "drafted" or "trees".
+        paths: its options, those of `Continued`, of `Drafted`, or of `Proposed` with the shape as `tree`: "5x4x16".
+
     Raises:
-        VSDError: tree survival (`cut`) for a rule that verifies chains, paths that are cut and weighed by survival,
-            drawn paths where decoding visits none but the text (greedy), trees where it draws chains (rejection), or an
-            E-step that does not exist.
+        VSDError: tree survival (`cut`) for a rule that verifies chains; paths that are cut and weighed by survival;
+            hard labels above temperature 0; an E-step that does not exist or teaches nothing under that rule.
+        TypeError: an option that the E-step does not have.
     """
-    _check(rule, cut, smoothing, hard, e_step)
+    if cut is not None and (rule == "rejection" or smoothing is not None):
+        raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
+    if smoothing is not None and rule == "rejection":
+        raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
+    if hard and rule != "greedy":
+        raise VSDError(f"hard labels are for rule greedy: by {rule}, p itself is served")
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
     whole: Weights = RejectionWeights(rule, alpha, cut, width, own=True) if arw and hard else weights
@@ -194,29 +197,31 @@ def vsd(
         slope = (Term(Reached(rule, alpha), Hybrid(eta)), Term(Prospect(rule, alpha), negative_log_likelihood))
         text = drawn = slope if arw else (Term(weights, Hybrid(eta)),)
     parts = [Part(Recorded(smoothing, lookup), (*text, *regular))]
-    if e_step == "continued":
-        parts.append(Part(Continued(anchors, length, epochs, weight), (*drawn, *regular)))
-    if e_step == "drafted":
-        parts.append(Part(Drafted(samples, anchors, every, weight, tempering), (*drawn, *regular)))
-    if e_step == "trees":
-        visited = Term(Reached(rule, 0.0), cross_entropy)
-        parts.append(Part(Proposed(tree_named(tree), anchors, every, weight), (visited, *regular)))
+    extra = _e_step(e_step, rule, paths)
+    if isinstance(extra, Proposed):
+        drawn = (Term(Reached(rule, 0.0), cross_entropy),)
+    if extra is not None:
+        parts.append(Part(extra, (*drawn, *regular)))
     return Objective(tuple(parts), rule)
 
 
-def _check(rule: str, cut: float | None, smoothing: float | None, hard: bool, e_step: str | None) -> None:
-    """Refuse what would train on nonsense, or what would not be heard."""
-    if cut is not None and (rule == "rejection" or smoothing is not None):
-        raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
-    if smoothing is not None and rule == "rejection":
-        raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
-    if hard and rule != "greedy":
-        raise VSDError(f"hard labels are for rule greedy: by {rule}, p itself is served")
-    if e_step not in (None, "continued", "drafted", "trees"):
-        raise VSDError(f"unknown E-step '{e_step}': choose continued, drafted or trees, or null for none")
-    if e_step == "drafted" and rule == "greedy":
+def _e_step(name: str | None, rule: str, options: dict[str, Any]) -> Continued | Drafted | Proposed | None:
+    """The paths that are added to the text's own."""
+    if name == "continued":
+        return Continued(**options)
+    if name == "drafted" and rule == "greedy":
         raise VSDError(
-            "at temperature 0 what is drafted and kept is the text's own: drawing from the drafter adds nothing"
+            "at temperature 0 drafts that are kept are the text's own: drawing from the drafter adds nothing"
         )
-    if e_step == "trees" and rule != "target":
+    if name == "drafted":
+        return Drafted(**{"every": 4, "weight": 0.1, "tempering": 0.5, **options})
+    if name == "trees" and rule != "target":
         raise VSDError(f"the E-step draws trees for rule target, not {rule}: see vsd.objective.algebra.Proposed")
+    if name == "trees":
+        shape = tree_named(options.pop("tree", "5x4x16"))
+        return Proposed(shape, **{"every": 4, "weight": 0.1, **options})
+    if name is not None:
+        raise VSDError(f"unknown E-step '{name}': choose continued, drafted or trees, or null for none")
+    if options:
+        raise VSDError(f"without an E-step there is nothing that {', '.join(options)} could mean")
+    return None

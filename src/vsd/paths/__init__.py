@@ -1,4 +1,4 @@
-"""Draft paths and trees: their topology, and where they come from: the text, or a drafter."""
+"""Draft paths and trees: their topology, and where they come from: the text, the target, or a drafter."""
 
 from vsd.paths.continued import Continuations, Entries, along, beside, continue_text
 from vsd.paths.drafted import Scored, draw_paths, draw_trees, score_paths

@@ -72,9 +72,12 @@ def continue_text(
         uniform: numbers in [0, 1) that decide what is drawn, [B, P, L].
 
     Raises:
-        VSDError: paths longer than a window that the target's attention slides over the text.
+        VSDError: paths that leave the target's context, or are longer than a window its attention slides over the text.
     """
     (B, T), P = ids.shape, roots.shape[1]
+    limit = getattr(target.config, "max_position_embeddings", None)
+    if limit is not None and T + length > limit:
+        raise VSDError(f"texts of {T} tokens and continuations of {length}: the target has {limit} positions")
     if target.window is not None and length > target.window:  # nodes stand in slots behind their positions
         raise VSDError(f"continuations of {length} tokens, but the target's attention sees only {target.window}")
     cache = target.new_cache(B, T + P * (length - 1))

@@ -13,7 +13,7 @@ class Paths(NamedTuple):
     """P paths of K tokens in each of B sequences.
 
     Attributes:
-        roots: the entry each path hangs from, [B, P]; its first token stands at root + 2.
+        roots: the entry each path hangs from, [B, P]; in a text, its first token stands at root + 2.
         tokens: the path's tokens, target ids, [B, P, K].
         valid: which of them exist, [B, P, K] bool; none after one that does not.
         rows: the target's row that predicts each token, [B, P, K], counted over the whole batch.

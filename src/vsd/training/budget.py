@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,11 +18,12 @@ UNLIMITED_STEPS = 10**9
 
 
 class TimeBudget(TrainerCallback):
-    """Stops training after some minutes, and shows how far it is."""
+    """Stops training after some minutes, and shows how far it is. All processes go by the clock of the first."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
         self.start: float | None = None
+        self.progress = 0.0  # share of the time that was over after the last step, 0 … 1
         self.measured = 0  # how many of the shares of the time that `eval_steps` cuts it into are over
         self.loss = math.nan
         self.bar = Progress(
@@ -28,14 +31,10 @@ class TimeBudget(TrainerCallback):
         )
         self.task = self.bar.add_task("", total=self.seconds, info="")
 
-    def progress(self) -> float:
-        """Share of the time that is over, 0 … 1."""
-        return 0.0 if self.start is None else min(1.0, (time.perf_counter() - self.start) / self.seconds)
-
     @property
     def minutes(self) -> float:
         """Trained so far."""
-        return self.progress() * self.seconds / 60
+        return self.progress * self.seconds / 60
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -49,12 +48,11 @@ class TimeBudget(TrainerCallback):
 
     def rate(self, warm_up: float, anneal: bool) -> float:
         """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then 1 or a cosine to 0."""
-        done = self.progress()
-        if done < warm_up:
-            return (done + 1e-3) / warm_up
+        if self.progress < warm_up:
+            return (self.progress + 1e-3) / warm_up
         if not anneal:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+        return 0.5 * (1 + math.cos(math.pi * (self.progress - warm_up) / (1 - warm_up)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,15 +68,18 @@ class TimeBudget(TrainerCallback):
         self.loss = logs.get("loss", self.loss)
         if state.is_world_process_zero and not self.bar.console.is_terminal:
             numbers = ", ".join(f"{name} {float(value):.4g}" for name, value in logs.items())
-            print(f"step {state.global_step}, {100 * self.progress():.0f} %: {numbers}", flush=True)
+            print(f"step {state.global_step}, {100 * self.progress:.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop when the time is over; measure after every share `eval_steps` of it, where that is less than 1."""
+        assert self.start is not None
+        now = torch.tensor((time.perf_counter() - self.start) / self.seconds, device=args.device)
+        self.progress = min(1.0, float(broadcast(now)))
         info = f"step {state.global_step}" + ("" if math.isnan(self.loss) else f", loss {float(self.loss):.2f}")
-        self.bar.update(self.task, completed=self.progress() * self.seconds, info=info)
-        control.should_training_stop |= self.progress() >= 1
+        self.bar.update(self.task, completed=self.progress * self.seconds, info=info)
+        control.should_training_stop |= self.progress >= 1
         if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps < 1:
-            over = int(self.progress() / args.eval_steps + 1e-6)
+            over = int(self.progress / args.eval_steps + 1e-6)
             control.should_evaluate |= over > self.measured
             self.measured = over
 

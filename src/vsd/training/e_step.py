@@ -44,7 +44,7 @@ from vsd.targets.sampling import drawn_at
 from vsd.training.features import Features
 from vsd.verification.rejection import acceptance
 
-_MEMORY = 4 << 30  # bytes of continuations that are kept
+_MEMORY = 4 << 30  # bytes of continuations that a process keeps
 _LEAST_DOUBT = 1e-3  # so that a text the target was sure of everywhere has anchors, too
 
 
@@ -103,7 +103,7 @@ class Posterior(NamedTuple):
 
 
 class EStep:
-    """What the target knows and the drafter can say: all that the E-step needs and no training changes.
+    """What the target knows and the drafter can say, and a memory of continuations.
 
     Args:
         rule: of verification.
@@ -150,7 +150,7 @@ class EStep:
     ) -> Posterior:
         """What the target could have said instead: new states, whose law it has stated already in saying it.
 
-        All their tokens together weigh as much as the batch's drafted ones, times `draw.weight`.
+        A text's continuations weigh as much as the text, times `draw.weight`.
 
         Args:
             chance: the same for the same words, whenever it is asked.
@@ -169,12 +169,13 @@ class EStep:
         found = Continuations(*(torch.stack(fields).to(batch.ids.device) for fields in kept))
         self._forget()
         paths = longest_first(along(found, self._exist(found.tokens), batch.ids.shape[1], batch.steps))
-        share = draw.weight * batch.real.sum() / paths.valid[..., 0].sum() * paths.valid
+        share = draw.weight * batch.real.sum(1) / paths.valid[..., 0].sum(1)  # [B]
         says = self._head_target(found.hidden.flatten(0, 2), found.log_normaliser)
-        return Posterior(part, paths, says, share, entries=beside(batch.text, found), written=True)
+        weights = share[:, None, None].expand_as(paths.valid)
+        return Posterior(part, paths, says, weights, entries=beside(batch.text, found), written=True)
 
     def _continue(self, batch: Batch, draw: Continued, generators: list[torch.Generator]) -> Continuations:
-        """Every text by a generator of its own: what becomes of it does not depend on the batch it is in."""
+        """Every text by a generator of its own: but for rounding, it does not matter which batch it is in."""
         numbers = [torch.rand(draw.anchors, 1 + draw.length, generator=g, device=g.device) for g in generators]
         uniform = torch.stack(numbers)  # [B, A, 1 + L]
         doubt = (1 - self._confidence(batch)).clamp(min=_LEAST_DOUBT) * batch.real  # [B, Q]
@@ -183,9 +184,9 @@ class EStep:
         return continue_text(self.target, batch.ids, roots, draw.length, self.temperature, uniform[..., 1:])
 
     def _forget(self) -> None:
-        """What was drawn first, when there is too much."""
+        """What was drawn last, when there is too much: what stays is then met again in every epoch."""
         room = _MEMORY // sum(field.nbytes for field in next(iter(self._remembered.values())))
-        for example in list(self._remembered)[: max(0, len(self._remembered) - room)]:
+        for example in list(self._remembered)[room:]:
             del self._remembered[example]
 
     @torch.no_grad()

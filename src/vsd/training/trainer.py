@@ -128,7 +128,7 @@ class VSDTrainer(Trainer):
         return Batch(ids, drafted, real(inputs), index, self._features(inputs), self._steps())
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
-        """Which paths are trained now: the text's own, and those the drafter proposes."""
+        """Which paths are trained now: the text's own, and what the objective's E-step adds."""
         posteriors, find = [], self._posterior_of
         drafter = self.accelerator.unwrap_model(self.model)
         for part in self._objective.parts:
@@ -236,7 +236,7 @@ class VSDTrainer(Trainer):
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""
         K, ramp = self.args.draft_steps, self.args.ramp
-        clock = self._budget.progress() if self._budget else self.state.global_step / max(1, self.state.max_steps)
+        clock = self._budget.progress if self._budget else self.state.global_step / max(1, self.state.max_steps)
         return K if clock >= ramp else 1 + int(K * clock / ramp)
 
     def _features(self, inputs: dict[str, Tensor]) -> Features:
