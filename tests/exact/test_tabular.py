@@ -222,8 +222,8 @@ def test_em_climbs_to_the_longest_accepted_path(rule: str, seed: int) -> None:
             best = (*best, int(log_p[INDEX[best]].argmax()))
         tokens = torch.tensor(best)[:, None]
     optimiser = torch.optim.Adam([logits], lr=0.05)
-    e_step = "drafted" if rule == "rejection" else None
-    terms = objective("vsd", {"rule": rule, "car": 0, "e_step": e_step}).parts[-1].terms
+    options = {"greedy": {"hard": True, "e_step": None}, "rejection": {"e_step": "drafted"}}[rule]
+    terms = objective("vsd", {"rule": rule, "car": 0, **options}).parts[-1].terms
     g = torch.Generator().manual_seed(seed)
     lengths = [expected_length(rule, log_p, logits.detach().log_softmax(-1))]
     for _ in range(300):
