@@ -43,9 +43,10 @@ def hits(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps:
         batch = Collator()([dataset[i] for i in range(start, min(start + _BATCH, len(examples)))])
         ids, drafted = batch["input_ids"], batch["drafted"]
         paths = recorded(ids, drafted, real(batch), steps)
-        words = target.embed(consumed(ids.roll(-1, 1), paths)).float()
+        next_ids = ids.roll(-1, dims=1)
+        words = target.embed(consumed(next_ids, paths)).float()
         aux = compute_features(target, ids, drafted).aux.float()
-        hidden = drafter(aux, target.embed(ids.roll(-1, dims=1)).float(), paths.roots, words)  # [K, B, Q, h]
+        hidden = drafter(aux, target.embed(next_ids).float(), paths.roots, words)  # [K, B, Q, h]
         for k in range(steps):
             valid = paths.valid[..., k]
             label = draft_of[paths.tokens[..., k][valid]]

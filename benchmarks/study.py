@@ -81,8 +81,8 @@ COIN_SEEDS = 2  # replays of a rejection-sampled chain
 
 def check_settings(a: argparse.Namespace) -> None:
     """Refuse to go on in a folder whose runs were made with other settings."""
-    names = ["text", "start", "prompts", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out", "limit"]
-    names.append("max_new_tokens")
+    training = ("text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
+    names = (*training, "prompts", "limit", "max_new_tokens")
     settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         sys.exit(f"{a.out} holds a study with other settings ({path}): give another --out")

@@ -89,11 +89,12 @@ def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
     paths = recorded(ids, drafted, batch.valid, K)
     rows_of, valid = (field.flatten(0, 1).T for field in (paths.rows, paths.valid))
     along = PathTarget(torch.full_like(rows_of, -1), rows_of, valid)
+    next_ids = ids.roll(-1, 1)
     output = drafter(
         batch.aux,
-        F.embedding(ids.roll(-1, 1), target.embedding),
+        F.embedding(next_ids, target.embedding),
         paths.roots,
-        F.embedding(consumed(ids.roll(-1, 1), paths), target.embedding),
+        F.embedding(consumed(next_ids, paths), target.embedding),
         lambda hidden, head: fused_loss(hidden.flatten(1, 2), head, rows, along, EAGLE3),
     )
     return output.loss / batch.valid.sum()

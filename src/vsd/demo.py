@@ -36,9 +36,10 @@ START = {
     "objective": "eagle3",
     "ramp": 1.0,  # a third of the time on the first drafted token alone, then two, then three
     "lr_scheduler_type": "constant_with_warmup",
+    "objective_options": {"smoothing": SMOOTHING},
 }
 WAYS = {
-    "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0},
+    "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING}},
     "VSD": {"objective": "vsd", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING, "e_step": None}},
 }  # what an E-step adds pays where text has been read many times: minutes do not get there
 
@@ -113,7 +114,7 @@ def _train(
         per_device_train_batch_size=4,
         save_strategy="no",
         seed=text.seed,
-        **{"objective_options": {"smoothing": SMOOTHING}, **options},
+        **options,
     )
     trainer = VSDTrainer(target, drafter, config, text.dataset, store=text.store)
     trainer.train()

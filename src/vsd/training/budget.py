@@ -24,7 +24,6 @@ class TimeBudget(TrainerCallback):
         self.seconds = 60 * minutes
         self.start: float | None = None
         self.progress = 0.0  # share of the time that was over after the last step, 0 … 1
-        self.measured = 0  # how many of the shares of the time that `eval_steps` cuts it into are over
         self.loss = math.nan
         self.bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn()
@@ -74,14 +73,13 @@ class TimeBudget(TrainerCallback):
         """Stop when the time is over; measure after every share `eval_steps` of it, where that is less than 1."""
         assert self.start is not None
         now = torch.tensor((time.perf_counter() - self.start) / self.seconds, device=args.device)
-        self.progress = min(1.0, float(broadcast(now)))
+        before, self.progress = self.progress, min(1.0, float(broadcast(now)))
         info = f"step {state.global_step}" + ("" if math.isnan(self.loss) else f", loss {float(self.loss):.2f}")
         self.bar.update(self.task, completed=self.progress * self.seconds, info=info)
         control.should_training_stop |= self.progress >= 1
         if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps < 1:
-            over = int(self.progress / args.eval_steps + 1e-6)
-            control.should_evaluate |= over > self.measured
-            self.measured = over
+            shares_over = [int(progress / args.eval_steps + 1e-6) for progress in (before, self.progress)]
+            control.should_evaluate |= shares_over[1] > shares_over[0]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
