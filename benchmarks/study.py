@@ -9,6 +9,8 @@ of the budget. Then every drafter drafts along the same answers of the target wi
 its ratio to `eagle3` continued with the same seeds, 95 % paired bootstrap over prompts (seeds pooled). --speed lets the
 drafters of the first seed also answer so many prompts of each file in the decoder, alternately, with the first tree.
 What is done is kept in --out and not done again: interrupt and repeat the command freely.
+
+"eagle3, more answers" spends the first third of its minutes on letting the target answer the text's prompts again.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids
+from vsd.data import prompt_ids, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
@@ -38,11 +40,13 @@ from vsd.targets import Target, load_target
 Read = tuple[list[Turn], Replay]
 
 CONTROL = "eagle3"
+MORE_ANSWERS = "eagle3, more answers"
 SOMETIMES = {"anchors": 4, "every": 2, "weight": 0.5}
 DRAFTED = {"e_step": "drafted", "samples": 8, **SOMETIMES}
-PLAIN = {"arw": False, "car": 0.0}  # weights and labels of eagle3
+FULL = {"arw": True, "car": 0.5}  # the paper's M-step, as we read it
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
+    MORE_ANSWERS: ("eagle3", {}),
     "eagle3, cut paths": ("eagle3", {"smoothing": 0.3}),
     "lk_lambda": ("lk_lambda", {}),
     "dpace": ("dpace", {}),
@@ -52,23 +56,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gto": ("gto", {}),
     "gto, target": ("gto", {"rule": "target"}),
     "vsd": ("vsd", {}),
-    "vsd without ARW": ("vsd", {"arw": False}),
-    "vsd without CAR": ("vsd", {"car": 0.0}),
-    "vsd without ARW and CAR": ("vsd", PLAIN),
-    "vsd without E-step": ("vsd", {"e_step": None}),
-    "vsd, hard labels": ("vsd", {"hard": True}),
-    "vsd, hard labels, no E-step": ("vsd", {"hard": True, "e_step": None}),
-    "vsd, beyond lookup": ("vsd", {"lookup": True, "e_step": None}),
-    "vsd, cut paths, no E-step": ("vsd", {"smoothing": 0.05, "car": 0.0, "e_step": None}),
-    "vsd, tree, no E-step": ("vsd", {"hard": True, "cut": -3.0, "e_step": None}),
+    "vsd, new states only": ("vsd", {"recorded": False}),
+    "vsd with ARW": ("vsd", {"arw": True}),
+    "vsd with CAR": ("vsd", {"car": 0.5}),
+    "vsd with ARW and CAR": ("vsd", FULL),
+    "ARW and CAR": ("vsd", {**FULL, "e_step": None}),
+    "ARW and CAR, hard labels": ("vsd", {**FULL, "hard": True, "e_step": None}),
+    "ARW and CAR, beyond lookup": ("vsd", {**FULL, "lookup": True, "e_step": None}),
+    "ARW, cut paths": ("vsd", {"arw": True, "smoothing": 0.05, "e_step": None}),
+    "ARW and CAR, tree": ("vsd", {**FULL, "hard": True, "cut": -3.0, "e_step": None}),
     "vsd, target": ("vsd", {"rule": "target"}),
-    "vsd, target, without ARW and CAR": ("vsd", {"rule": "target", **PLAIN}),
-    "vsd, target, no E-step": ("vsd", {"rule": "target", "e_step": None}),
-    "vsd, target, drafted": ("vsd", {"rule": "target", **DRAFTED}),
-    "vsd, target, trees": ("vsd", {"rule": "target", "e_step": "trees", **SOMETIMES}),
+    "vsd, target, drafted": ("vsd", {"rule": "target", **FULL, **DRAFTED}),
+    "vsd, target, trees": ("vsd", {"rule": "target", **FULL, "e_step": "trees", **SOMETIMES}),
     "vsd, rejection": ("vsd", {"rule": "rejection"}),
-    "vsd, rejection, no E-step": ("vsd", {"rule": "rejection", "e_step": None}),
-    "vsd, rejection, drafted": ("vsd", {"rule": "rejection", **DRAFTED}),
+    "vsd, rejection, with ARW": ("vsd", {"rule": "rejection", "arw": True}),
+    "vsd, rejection, drafted": ("vsd", {"rule": "rejection", **FULL, **DRAFTED}),
 }
 DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
     "tree": (TreeShape(5, 4, 16), "auto", True),
@@ -98,11 +100,15 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     if path.exists() and json.loads(path.read_text()) != meant:
         sys.exit(f"{folder} was trained when '{name}' meant something else: delete it, or give another --out")
     if not (folder / "drafter" / "model.safetensors").exists():
-        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *a.text]
-        words += ["--output-dir", folder, "--features", a.features or a.out / "features"]
+        text, features, minutes = a.text, a.features or a.out / "features", a.minutes
+        if name == MORE_ANSWERS:
+            more, spent = more_answers(folder, seed, a)
+            text, features, minutes = [*text, *more], folder / "features", minutes - spent
+        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *text]
+        words += ["--output-dir", folder, "--features", features]
         words += ["--on-bad-line", "skip", "--held-out", a.held_out]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
-        words += [f"max_minutes={a.minutes}", f"learning_rate={a.learning_rate}"]
+        words += [f"max_minutes={minutes}", f"learning_rate={a.learning_rate}"]
         words += ["save_strategy=no", "eval_steps=0.2", "eval_max_new_tokens=48", f"draft_steps={a.draft_steps}"]
         words += [f"per_device_train_batch_size={a.batch_size}"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +116,25 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         with (folder / "log.txt").open("w") as log:
             subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder
+
+
+def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[str], float]:
+    """Files in which the target answers all prompts of the text anew, drawn at temperature 1, and minutes it took."""
+    path = folder / "more.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = [chat for text in a.text for chat in read_conversations(text, on_bad_line="skip")]
+        target, files, minutes = load_target(), list[str](), 0.0
+        start = time.perf_counter()
+        while minutes < a.minutes / 3:
+            files.append(str(folder / f"more-{len(files)}.jsonl"))
+            Path(files[-1]).unlink(missing_ok=True)  # of an interrupted run: its time is not known
+            number = 1000 * seed + len(files)
+            regenerate(target, prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip")
+            minutes = (time.perf_counter() - start) / 60
+        path.write_text(json.dumps([files, minutes]))
+    files, minutes = json.loads(path.read_text())
+    return files, minutes
 
 
 def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argparse.Namespace) -> None:

@@ -40,7 +40,11 @@ START = {
 }
 WAYS = {
     "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING}},
-    "VSD": {"objective": "vsd", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING, "e_step": None}},
+    "VSD": {
+        "objective": "vsd",
+        "warmup_steps": 0,
+        "objective_options": {"arw": True, "car": 0.5, "smoothing": SMOOTHING, "e_step": None},
+    },
 }  # what an E-step adds pays where text has been read many times: minutes do not get there
 
 

@@ -196,7 +196,7 @@ def test_the_m_step_of_rejection_follows_the_exact_gradient_of_the_utility(seed:
     exact = (q.sum(0).exp() * utility(accepted("rejection", p, q))).sum()
     (wanted,) = torch.autograd.grad(exact, logits)
     law = (q.detach() if source == "drafter" else p).sum(0).exp()
-    terms = objective("vsd", {"rule": "rejection", "alpha": 0.0, "car": 0.0, "eta": 1e9}).parts[0].terms
+    terms = objective("vsd", {"rule": "rejection", "arw": True, "alpha": 0.0, "eta": 1e9}).parts[0].terms
     loss = torch.zeros((), dtype=torch.float64)
     for r in range(27):  # one at a time: recorded paths have no shares
         drawn = {"share": torch.ones(1, dtype=torch.float64)} if source == "drafter" else {}
@@ -223,7 +223,7 @@ def test_em_climbs_to_the_longest_accepted_path(rule: str, seed: int) -> None:
         tokens = torch.tensor(best)[:, None]
     optimiser = torch.optim.Adam([logits], lr=0.05)
     options = {"greedy": {"hard": True, "e_step": None}, "rejection": {"e_step": "drafted"}}[rule]
-    terms = objective("vsd", {"rule": rule, "car": 0, **options}).parts[-1].terms
+    terms = objective("vsd", {"rule": rule, "arw": True, **options}).parts[-1].terms
     g = torch.Generator().manual_seed(seed)
     lengths = [expected_length(rule, log_p, logits.detach().log_softmax(-1))]
     for _ in range(300):

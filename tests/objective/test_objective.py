@@ -186,9 +186,10 @@ PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("dpace", {}, plain_dpace),
     ("vat", {}, plain_vat),
     ("griffin", {}, plain_griffin),
-    ("vsd", {}, plain_vsd),
-    ("vsd", {"hard": True}, plain_vsd_hard),
-    ("vsd", {"hard": True, "cut": -3.0, "width": 1.5, "alpha": 0.2, "car": 0}, plain_vsd_tree),
+    ("vsd", {}, plain_eagle3),
+    ("vsd", {"arw": True, "car": 0.5}, plain_vsd),
+    ("vsd", {"arw": True, "car": 0.5, "hard": True}, plain_vsd_hard),
+    ("vsd", {"arw": True, "hard": True, "cut": -3.0, "width": 1.5, "alpha": 0.2}, plain_vsd_tree),
 ]
 
 
@@ -250,7 +251,7 @@ def test_distillation_on_drafted_paths(divergence: str) -> None:
 def test_vsd_weighs_drafted_states_by_their_chance_to_be_reached() -> None:
     """Rule target: a = p(z); label law p; weight share · Σ_{k≥t} κ_k / a_t on smoothed acceptances."""
     c = case(3, 4 * S, drafted=True)
-    part = objective("vsd", {"rule": "target", "alpha": 0.3, "car": 0, "e_step": "drafted"}).parts[1]
+    part = objective("vsd", {"rule": "target", "arw": True, "alpha": 0.3, "e_step": "drafted"}).parts[1]
     log_q = torch.log_softmax(c.hidden @ c.head.T, dim=-1)
     wanted = torch.zeros((), dtype=torch.float64)
     assert c.paths.share is not None
@@ -284,7 +285,7 @@ def test_vsd_for_rejection_equals_the_plain_formula() -> None:
     c = case(4, 17)
     assert (c.paths.labels < 0).any()
     wanted = summed(c, plain_vsd_rejection)
-    terms = objective("vsd", {"rule": "rejection", "car": 0}).parts[0].terms
+    terms = objective("vsd", {"rule": "rejection", "arw": True}).parts[0].terms
     found = fused_loss(c.hidden, c.head, c.target, c.paths, terms, acceptance=0.6, chunk_rows=7)
     torch.testing.assert_close(found.loss, wanted)
     grads = [torch.autograd.grad(loss, [c.hidden, c.head]) for loss in (found.loss, wanted)]
@@ -373,7 +374,11 @@ def test_extreme_logits_give_finite_gradients(name: str, steps: int, seed: int, 
         (lambda: objective("eagle3", {"nonsense": 1}), "nonsense"),
         (lambda: objective("elbo", {"rule": "greedy"}), "-inf at temperature 0"),
         (lambda: objective("elbo", {"samples": 1}), "at least 2"),
-        (lambda: objective("vsd", {"rule": "rejection", "cut": -3.0}), "verify trees"),
+        (lambda: objective("vsd", {"rule": "rejection", "arw": True, "cut": -3.0}), "verify trees"),
+        (lambda: objective("vsd", {"cut": -3.0}), "need arw: true"),
+        (lambda: objective("vsd", {"alpha": 0.5}), "need arw: true"),
+        (lambda: objective("vsd", {"recorded": False, "hard": True}), "need recorded: true"),
+        (lambda: objective("vsd", {"recorded": False, "e_step": None}), "need recorded: true"),
         (lambda: objective("vsd", {"rule": "luck"}), "unknown verification rule"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "unknown divergence"),
         (lambda: objective("vsd", {"e_step": "trees"}), "for rule target, not greedy"),

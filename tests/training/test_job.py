@@ -157,8 +157,8 @@ sys.exit(cli.main(sys.argv[1:]))
     "options",
     [
         [],
-        ["objective=vsd", "objective_options={anchors: 2, length: 3, epochs: 2}"],
-        ["objective=vsd", "objective_options={rule: rejection, e_step: drafted, samples: 3, every: 2}"],
+        ["objective=vsd", "objective_options={arw: true, car: 0.5, anchors: 2, length: 3, epochs: 2}"],
+        ["objective=vsd", "objective_options={rule: rejection, arw: true, e_step: drafted, samples: 3, every: 2}"],
     ],
     ids=["eagle3", "vsd", "vsd-drafted"],
 )

@@ -87,7 +87,7 @@ def test_the_served_temperature_is_the_targets_law(
     tiny_target: Target, examples: list[Example], tmp_path: Path
 ) -> None:
     """By rule target, recorded states: CE to p at that temperature, the drafter's q as it is."""
-    options = {"rule": "target", "arw": False, "car": 0.0, "e_step": None}
+    options = {"rule": "target", "e_step": None}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 1, "temperature": 0.5}
     store = FeatureStore.build(tmp_path / "features", tiny_target, examples, 0.5)
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, store=store, **choice)
@@ -185,14 +185,16 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),
         ("vsd", {}),
-        ("vsd", {"smoothing": 0.3}),
-        ("vsd", {"cut": -3.0}),
-        ("vsd", {"lookup": True, "hard": True, "e_step": None}),
-        ("vsd", {"rule": "target", "smoothing": 0.3, "arw": False}),
-        ("vsd", {"rule": "rejection", "anchors": 3, "length": 5}),
-        ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "arw": False}),
-        ("vsd", {"rule": "rejection", "e_step": "drafted", "samples": 4, "every": 2}),
-        ("vsd", {"rule": "target", "e_step": "trees", "tree": "4x3x9", "every": 2}),
+        ("vsd", {"recorded": False, "arw": True, "car": 0.5}),
+        ("vsd", {"arw": True, "car": 0.5}),
+        ("vsd", {"arw": True, "smoothing": 0.3}),
+        ("vsd", {"arw": True, "cut": -3.0}),
+        ("vsd", {"arw": True, "lookup": True, "hard": True, "e_step": None}),
+        ("vsd", {"rule": "target", "smoothing": 0.3, "car": 0.5}),
+        ("vsd", {"rule": "rejection", "arw": True, "anchors": 3, "length": 5}),
+        ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "car": 0.5}),
+        ("vsd", {"rule": "rejection", "arw": True, "e_step": "drafted", "samples": 4, "every": 2}),
+        ("vsd", {"rule": "target", "arw": True, "car": 0.5, "e_step": "trees", "tree": "4x3x9", "every": 2}),
         ("gto", {"tree": "4x3x9", "anchors": 4}),
         ("gto", {"tree": "2x3x6", "anchors": 4, "rule": "target"}),
     ],
@@ -229,7 +231,7 @@ def test_roads_not_taken_are_trained_like_texts(
     A, L = 3, 5
     common = int(torch.tensor([example.input_ids[-8:] for example in examples]).mode().values.mode().values)
     monkeypatch.setattr(Target, "eos_ids", (tiny_target.eos_ids[0], common))  # so that some paths end early
-    options = {"arw": False, "car": 0.0, "anchors": A, "length": L, "weight": 2.0}
+    options = {"anchors": A, "length": L, "weight": 2.0}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 3, "temperature": temperature}
     trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))

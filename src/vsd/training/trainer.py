@@ -114,7 +114,7 @@ class VSDTrainer(Trainer):
         posteriors = self._e_step(batch)
         output = self._m_step(model, batch, posteriors)
         self._counts.add_drawn(posteriors)
-        if isinstance(posteriors[0].part.paths, Recorded):
+        if isinstance(posteriors[0].part.paths, (Recorded, Continued)):
             self._remember(output)
         items = num_items_in_batch if num_items_in_batch is not None else batch.real.sum()
         loss = output.loss / items
