@@ -1,9 +1,10 @@
 """What the E-step costs: its share of a training step, and the whole against EAGLE-3's.
 
-    python benchmarks/e_step.py --drafter D --text FILE [--e-step continued] [--anchors 16] [--length 16] [--epochs 4]
+    python benchmarks/e_step.py --drafter D --text FILE [--e-step continued] [--new-states-only]
+        [--anchors 16] [--length 16] [--epochs 4]
     python benchmarks/e_step.py --drafter D --text FILE --e-step drafted --anchors 4 [--samples 16] [--every 4]
 
-Steps of `eagle3` and of `vsd` for rule rejection are timed alternately on the same batches, forward and backward, the
+Steps of `eagle3` and of `vsd` for rule rejection, with ARW and CAR, are timed alternately on the same batches, forward and backward, the
 E-step apart. A round is, with `drafted` paths, `every` batches, one of which draws; with `continued` ones, `epochs`
 passes over four batches, the first of which draws. Medians over rounds. Peak memory is beyond what target, drafter and
 features take.
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--e-step", choices=["continued", "drafted"], default="continued")
+    parser.add_argument("--new-states-only", action="store_true", help="leave the text's own states out")
     defaults = {"anchors": 16, "length": 16, "epochs": 4, "samples": 16, "every": 4, "steps": 6, "rounds": 4}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -64,7 +66,8 @@ def main() -> None:
     continued = a.e_step == "continued"
     used = ("anchors", "length", "epochs") if continued else ("anchors", "samples", "every")
     examples = load_examples(a.text, target.tokenizer, 1024, "skip")[: 16 if continued else 4 * a.every]
-    options = {"rule": "rejection", "e_step": a.e_step} | {name: getattr(a, name) for name in used}
+    options = {"rule": "rejection", "arw": True, "car": 0.5, "recorded": not a.new_states_only, "e_step": a.e_step}
+    options |= {name: getattr(a, name) for name in used}
     eagle3 = trainer(target, a, examples)
     vsd = trainer(target, a, examples, objective="vsd", objective_options=options)
     batches = [vsd.batch(inputs) for inputs in vsd.get_train_dataloader()]

@@ -186,16 +186,24 @@ def vsd(
             that does not exist or teaches nothing under that rule.
         TypeError: an option that the E-step does not have.
     """
-    if not arw and (alpha is not None or cut is not None):
-        raise VSDError("alpha and cut are options of ARW: they need arw: true")
-    if cut is not None and (rule == "rejection" or smoothing is not None):
-        raise VSDError("a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths")
-    if smoothing is not None and rule == "rejection":
-        raise VSDError("rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)")
-    if not recorded and (smoothing is not None or hard or lookup):
-        raise VSDError("smoothing, hard and lookup apply to the text's own states: they need recorded: true")
-    if hard and rule != "greedy":
-        raise VSDError(f"hard labels are for rule greedy: by {rule}, p itself is served")
+    refused = {
+        "alpha and cut are options of ARW: they need arw: true": not arw and (alpha is not None or cut is not None),
+        "a tree's cut goes with the rules greedy and target, which verify trees, and with whole paths": (
+            cut is not None and (rule == "rejection" or smoothing is not None)
+        ),
+        "rule rejection weighs paths by what the drafter survives: they must be whole (smoothing: null)": (
+            smoothing is not None and rule == "rejection"
+        ),
+        "smoothing, hard and lookup apply to the text's own states: they need recorded: true": (
+            not recorded and (smoothing is not None or hard or lookup)
+        ),
+        "without an E-step (e_step: null) only the text's own states are left: they need recorded: true": (
+            not recorded and e_step is None
+        ),
+        f"hard labels are for rule greedy: by {rule}, p itself is served": hard and rule != "greedy",
+    }
+    if reasons := [reason for reason, applies in refused.items() if applies]:
+        raise VSDError("; ".join(reasons))
     regular = (Term(Confidence(rule), cross_entropy, car),) if car else ()
     weights: Weights = RejectionWeights(rule, alpha, cut, width) if arw else Decay(DECAY)
     whole: Weights = RejectionWeights(rule, alpha, cut, width, own=True) if arw and hard else weights
@@ -210,8 +218,6 @@ def vsd(
     extra = _e_step(e_step, rule, paths)
     if isinstance(extra, Proposed):
         drawn = (Term(Reached(rule, 0.0), cross_entropy),)
-    if extra is None and not recorded:
-        raise VSDError("without an E-step (e_step: null) only the text's own states are left: they need recorded: true")
     if extra is not None:
         parts.append(Part(extra, (*drawn, *regular)))
     return Objective(tuple(parts), rule)
