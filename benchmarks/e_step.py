@@ -4,10 +4,10 @@
         [--anchors 16] [--length 16] [--epochs 4]
     python benchmarks/e_step.py --drafter D --text FILE --e-step drafted --anchors 4 [--samples 16] [--every 4]
 
-Steps of `eagle3` and of `vsd` for rule rejection, with ARW and CAR, are timed alternately on the same batches, forward and backward, the
-E-step apart. A round is, with `drafted` paths, `every` batches, one of which draws; with `continued` ones, `epochs`
-passes over four batches, the first of which draws. Medians over rounds. Peak memory is beyond what target, drafter and
-features take.
+Steps of `eagle3` and of `vsd` for rule rejection, with ARW and CAR, are timed alternately on the same batches, forward
+and backward, the E-step apart. A round is, with `drafted` paths, `every` batches, one of which draws; with `continued`
+ones, `epochs` passes over four batches, the first of which draws. Medians over rounds. Peak memory is beyond what
+target, drafter and features take.
 """
 
 import argparse
