@@ -212,6 +212,7 @@ def test_every_objective_trains(
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert all(not torch.equal(weight, start[name]) for name, weight in trainer.model.named_parameters())
     assert all(bool(weight.isfinite().all()) for weight in trainer.model.parameters())
+    assert ("accuracy_1" in logged) == (name not in ("elbo", "distillspec"))
     assert ("effective_sample_size" in logged) == ("samples" in options)
     if "samples" in options:
         assert 1 <= logged["effective_sample_size"] <= 4

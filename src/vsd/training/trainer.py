@@ -214,7 +214,7 @@ class VSDTrainer(Trainer):
         return acceptance_length(results)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each step's share of recorded tokens that the drafter would have proposed first."""
+        """Add each step's share of the target's own tokens that the drafter would have proposed first."""
         if "loss" in logs:
             logs |= self._counts.report()
             self._counts = _Counts(self.args.draft_steps)
@@ -248,7 +248,7 @@ class VSDTrainer(Trainer):
 
 
 class _Counts:
-    """Running counts, per step, of recorded tokens and right proposals; and what became of drawn paths."""
+    """Running counts, per step, of the target's tokens and right proposals; and what became of drawn paths."""
 
     def __init__(self, steps: int) -> None:
         self.rows, self.correct = torch.zeros(steps), torch.zeros(steps)
