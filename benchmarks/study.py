@@ -104,6 +104,8 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     if path.exists() and json.loads(path.read_text()) != meant:
         sys.exit(f"{folder} was trained when '{name}' meant something else: delete it, or give another --out")
     if not (folder / "drafter" / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(meant))
         text, features, minutes = a.text, a.features or a.out / "features", a.minutes
         if name == MORE_ANSWERS:
             more, spent = more_answers(folder, seed, a)
@@ -115,8 +117,6 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         words += [f"max_minutes={minutes}", f"learning_rate={a.learning_rate}"]
         words += ["save_strategy=no", "eval_steps=0.2", "eval_max_new_tokens=48", f"draft_steps={a.draft_steps}"]
         words += [f"per_device_train_batch_size={a.batch_size}"]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(meant))
         with (folder / "log.txt").open("w") as log:
             subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder
@@ -126,7 +126,6 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
     """Files in which the target answers all prompts of the text anew, drawn at temperature 1, and minutes it took."""
     path = folder / "more.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         prompts = [chat for text in a.text for chat in read_conversations(text, on_bad_line="skip")]
         target, files, minutes = load_target(), list[str](), 0.0
         start = time.perf_counter()

@@ -136,6 +136,9 @@ class Contrasted(Proposed):
             raise VSDError("advantages are standardised among the anchors of a sequence: anchors must be at least 2")
 
 
+WRITTEN = (Recorded, Continued)  # kinds of paths whose tokens are the target's own
+
+
 class Weights:
     """How much every step of every path counts.
 
@@ -178,7 +181,7 @@ class Part:
             name = type(term.weights).__name__
             if not issubclass(kind, term.weights.on):
                 raise VSDError(f"weights {name} have no meaning on {kind.__name__.lower()} paths")
-            own = kind in (Recorded, Continued)
+            own = kind in WRITTEN
             if not own and not term.weights.filters and term.divergence is negative_log_likelihood:
                 raise VSDError(f"{name} × likelihood on drafted paths would teach the drafter to repeat itself")
 

@@ -174,7 +174,7 @@ def vsd(
 
     Args:
         arw: weigh by `RejectionWeights`, with its options `alpha`, `cut` and `width`; for `rejection` U's own gradient.
-        car: scale of the regulariser; 0.5 is as good as any.
+        car: scale of the regulariser.
         recorded: train the text's own states, too, to which `smoothing`, `hard` and `lookup` apply; a drafter that
             knows its text by heart gains more without them.
         e_step: "continued", "drafted" or "trees".

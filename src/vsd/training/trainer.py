@@ -23,7 +23,7 @@ from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
-from vsd.objective import Continued, Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
+from vsd.objective import WRITTEN, Continued, Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import TreeShape, consumed, widths
 from vsd.targets import Target
@@ -74,7 +74,7 @@ class VSDTrainer(Trainer):
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._batch = (0, 0)  # step, and how often chance was asked in it
         kinds = [type(part.paths) for part in self._objective.parts]
-        if self.is_fsdp_enabled and not {*kinds} <= {Recorded, Continued}:
+        if self.is_fsdp_enabled and not {*kinds} <= {*WRITTEN}:
             raise VSDError("drawing paths from a drafter sharded by FSDP is not supported: use DDP, a drafter is small")
         self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if Contrasted in kinds else None
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
@@ -114,7 +114,7 @@ class VSDTrainer(Trainer):
         posteriors = self._e_step(batch)
         output = self._m_step(model, batch, posteriors)
         self._counts.add_drawn(posteriors)
-        if isinstance(posteriors[0].part.paths, (Recorded, Continued)):
+        if isinstance(posteriors[0].part.paths, WRITTEN):
             self._remember(output)
         items = num_items_in_batch if num_items_in_batch is not None else batch.real.sum()
         loss = output.loss / items
