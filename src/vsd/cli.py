@@ -37,6 +37,7 @@ examples:
   vsd train --target T --data text.jsonl --output-dir runs/mine
   vsd train --config recipe.yaml --set learning_rate=5e-4 num_train_epochs=3
   vsd train --config recipe.yaml --resume
+  torchrun --nproc-per-node 8 --no-python vsd train --config recipe.yaml
 A recipe is YAML: the long options below with _ for -, and any field of transformers.TrainingArguments.
 The trained drafter is OUTPUT_DIR/drafter; curves: tensorboard --logdir OUTPUT_DIR""",
     "generate": """\
@@ -307,11 +308,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(a: argparse.Namespace) -> None:
-    from vsd.training.job import recipe, train
+    from vsd.training.job import end_processes, recipe, train
 
     flags = {name.removeprefix("job_"): value for name, value in vars(a).items() if name.startswith("job_")}
     job, config = recipe(a.config, a.set, {name: value for name, value in flags.items() if value is not None})
     folder = train(job, config, resume=a.resume, report=_warn)
+    end_processes()
     print(f"drafter: {folder}")
 
 

@@ -430,6 +430,7 @@ WORKER = """
 import sys, torch
 from pathlib import Path
 import tiny, tiny_run
+from vsd.training.job import end_processes
 target = tiny.tiny_target()
 text = [tiny_run.Example(ids[: d.index(True) + 1 + 3 * i], d[: d.index(True) + 1 + 3 * i])
         for i, (ids, d) in enumerate(tiny_run.tiny_examples(target, 8))]
@@ -439,6 +440,10 @@ trainer.train()
 assert trainer.accelerator.num_processes == 2
 if trainer.is_world_process_zero():
     torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out / "weights.pt")
+del trainer
+end_processes()
+threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads  # one alive at exit aborts the process, now and then
 """
 
 

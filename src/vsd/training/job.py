@@ -1,6 +1,7 @@
 """`vsd train`: from a recipe to a trained drafter in a folder."""
 
 import dataclasses
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -143,6 +144,17 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     trainer.save_model(str(folder / "drafter"))
     trainer.save_state()  # with all that was logged
     return folder / "drafter"
+
+
+def end_processes() -> None:
+    """Part from the other processes of a run, if there are any: at its end, with its trainer gone.
+
+    A wrapped model holds on to the process group, and gloo's threads with it. One that frees a tensor while Python
+    shuts down aborts its process, and a finished run counts as failed. Not for a run that did fail: the others may
+    be waiting inside a collective, and would wait for ever.
+    """
+    gc.collect()  # a trainer is in a cycle with its callbacks
+    PartialState().destroy_process_group()
 
 
 def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
