@@ -49,3 +49,17 @@ def test_measurements_are_spread_over_the_time(clock: list[float], eval_steps: f
         with budget.paused():
             clock[0] += 50
     assert (found, stopped) == (measured, [10])
+
+
+def test_a_resumed_run_has_what_is_left_of_its_time(clock: list[float]) -> None:
+    config = VSDConfig(output_dir="unused")
+    budget, state, control = TimeBudget(1), TrainerState(is_world_process_zero=False), TrainerControl()
+    budget.on_train_begin(config, state, control)
+    budget.go_on(minutes=0.75)
+    assert budget.rate(warm_up=0.1, anneal=True) < 0.2  # where it was, not warming up again
+    clock[0] += 7.5
+    budget.on_step_end(config, state, control)
+    assert (budget.progress, control.should_training_stop) == (0.875, False)
+    clock[0] += 7.5
+    budget.on_step_end(config, state, control)
+    assert (budget.progress, control.should_training_stop) == (1.0, True)

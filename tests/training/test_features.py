@@ -98,6 +98,20 @@ def test_an_interrupted_build_computes_only_what_is_missing(
     assert all(path.stat().st_mtime_ns == written[path] for path in shards if path != shards[1])
 
 
+def test_workers_compute_what_one_would(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)
+    found: list[dict[str, bytes]] = []
+    for folder, worker in (("one", (0, 1)), ("several", (1, 2)), ("several", (0, 2))):
+        FeatureStore.build(tmp_path / folder, tiny_target, examples, worker=worker)
+        found.append({path.name: path.read_bytes() for path in sorted((tmp_path / folder).iterdir())})
+    one, half, both = found
+    shards = [name for name in one if name != "manifest.json"]
+    assert [name for name in half if name != "manifest.json"] == shards[1::2]
+    assert both == one
+
+
 def test_features_of_anything_else_are_refused(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     FeatureStore.build(tmp_path, tiny_target, examples)
     other = tiny.tiny_target(seed=1)

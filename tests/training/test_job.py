@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny_run
 from vsd import cli
@@ -58,6 +59,13 @@ def test_defaults_are_for_drafters() -> None:
     assert recipe(None, ["data=a.jsonl", "eval_steps=7"], {})[1].eval_steps == 7
 
 
+def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside a GPU, by target and drafter alike."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    configs = {name: recipe(None, ["data=a.jsonl", "bf16=no", f"device={name}"], {})[1] for name in ("auto", "cpu")}
+    assert {name: config.use_cpu for name, config in configs.items()} == {"auto": False, "cpu": True}
+
+
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
@@ -71,6 +79,7 @@ def test_defaults_are_for_drafters() -> None:
         (["data=a.jsonl", "held_out=many"], "held_out"),
         (["data=a.jsonl", "max_length=[1"], "max_length"),
         (["data=a.jsonl", "learning_rate=fast"], "learning_rate"),
+        (["data=a.jsonl", "device=cuda:77"], "device 'cuda:77': this process would train on"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(overrides: list[str], what: str) -> None:

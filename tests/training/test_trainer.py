@@ -19,7 +19,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
 from vsd.paths import TreeShape, draw_trees
 from vsd.targets import Target
-from vsd.training import FeatureStore, VSDConfig
+from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.job import prompt_of
 
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
@@ -172,6 +172,16 @@ def test_the_clock_can_keep_the_rate(tiny_target: Target, examples: list[Example
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates[0] < 2e-3 and len(rates) > 10
     assert set(rates[len(rates) // 2 :]) == {3e-3}
+
+
+def test_time_before_an_interruption_counts(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Resumed at its end, a run takes one step, not all of its time again."""
+    options = {"max_minutes": 1 / 60, "save_strategy": "steps", "save_steps": 1}
+    first = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **options)
+    first.train()
+    again = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == first.state.global_step + 1 > 3
 
 
 @pytest.mark.parametrize(
@@ -424,6 +434,37 @@ def test_an_unknown_objective_is_refused_at_once(tmp_path: Path) -> None:
 def test_draft_steps_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(VSDError, match="draft_steps"):
         VSDConfig(output_dir=str(tmp_path), draft_steps=0)
+
+
+def test_texts_too_long_to_be_continued_are_refused_before_training(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    choice = {"objective": "vsd", "objective_options": {"length": 500}}
+    with pytest.raises(VSDError, match="continuations of 500: the target has 512 positions"):
+        tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
+
+
+def test_a_process_takes_one_gpu(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Where it sees several, transformers would cut batches up with DataParallel."""
+    config = VSDConfig(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
+    config._n_gpu = 2
+    trainer = VSDTrainer(tiny_target, tiny_run.tiny_drafter(tiny_target, examples), config, DraftDataset(examples))
+    assert trainer.args.train_batch_size == 4
+    assert not isinstance(trainer._wrap_model(trainer.model), torch.nn.DataParallel)
+
+
+def test_fsdp_is_refused(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = VSDTrainer.create_accelerator_and_postprocess
+
+    def sharded(trainer: VSDTrainer) -> None:  # accelerate does not shard on a CPU
+        real(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(VSDTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(VSDError, match="use DDP"):
+        tiny_run.tiny_trainer(tiny_target, examples, tmp_path)
 
 
 WORKER = """

@@ -145,7 +145,6 @@ class Eagle3Drafter(PreTrainedModel):
     config_class = Eagle3Config
     base_model_prefix = ""
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Eagle3Layer"]  # noqa: RUF012 — transformers' name for what FSDP wraps
     config: Eagle3Config
     d2t: Tensor
     t2d: Tensor
@@ -259,8 +258,8 @@ class Eagle3Drafter(PreTrainedModel):
             next_embeds: embeddings of the tokens behind the entries, at 1 … T, [B, T, h].
             roots: entries to draft from, [B, Q].
             path_embeds: what step k consumes, [K, B, Q, h]: the token behind the root, then the path's own.
-            objective: called with the result and the LM head's weight [Vd, h] before this module returns, while
-                sharded parameters (FSDP) are whole.
+            objective: called with the result and the LM head's weight [Vd, h] before this module returns, so
+                that whatever wraps it sees all of the backward pass.
             widths: how many of the roots are run at each step, never rising; None: all. The rest of a step is zeros.
             positions: of the entries, [B, T], where they are not one text: 0 … T - 1.
             seen: which entries each sees, itself included, [B, T, T] bool; where they are one text: those up to it.

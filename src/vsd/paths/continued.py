@@ -53,6 +53,15 @@ class Continuations(NamedTuple):
     aux: Tensor
 
 
+def check_length(target: Target, tokens: int, length: int) -> None:
+    """Refuse continuations, and texts of so many tokens, that are too long for the target: see `continue_text`."""
+    limit = getattr(target.config, "max_position_embeddings", None)
+    if limit is not None and tokens + length > limit:
+        raise VSDError(f"texts of {tokens} tokens and continuations of {length}: the target has {limit} positions")
+    if target.window is not None and length > target.window:  # nodes stand in slots behind their positions
+        raise VSDError(f"continuations of {length} tokens, but the target's attention sees only {target.window}")
+
+
 @torch.no_grad()
 def continue_text(
     target: Target,
@@ -75,11 +84,7 @@ def continue_text(
         VSDError: paths that leave the target's context, or are longer than a window its attention slides over the text.
     """
     (B, T), P = ids.shape, roots.shape[1]
-    limit = getattr(target.config, "max_position_embeddings", None)
-    if limit is not None and T + length > limit:
-        raise VSDError(f"texts of {T} tokens and continuations of {length}: the target has {limit} positions")
-    if target.window is not None and length > target.window:  # nodes stand in slots behind their positions
-        raise VSDError(f"continuations of {length} tokens, but the target's attention sees only {target.window}")
+    check_length(target, T, length)
     cache = target.new_cache(B, T + P * (length - 1))
     whole = torch.full((B,), T, device=ids.device)
     text = target.prefill(ids, whole, cache)  # with its padding, which nobody sees

@@ -45,6 +45,11 @@ class TimeBudget(TrainerCallback):
             if self.start is not None:
                 self.start += time.perf_counter() - before
 
+    def go_on(self, minutes: float) -> None:
+        """So much of the time was over before, in the run that is resumed."""
+        self.progress = min(1.0, 60 * minutes / self.seconds)
+        self.start = time.perf_counter() - self.progress * self.seconds
+
     def rate(self, warm_up: float, anneal: bool) -> float:
         """Learning-rate factor: linear warm-up over the first share `warm_up` of the time, then 1 or a cosine to 0."""
         if self.progress < warm_up:

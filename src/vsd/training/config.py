@@ -11,9 +11,9 @@ from vsd.targets.load import fastest_dtype
 from vsd.training.budget import UNLIMITED_STEPS
 
 
-def bfloat16_pays() -> bool:
+def bfloat16_pays(use_cpu: bool = False) -> bool:
     """Whether the device that training will run on multiplies bfloat16 faster than float32."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     return fastest_dtype(accelerator or torch.device("cpu")) is torch.bfloat16
 
 
@@ -47,8 +47,8 @@ class VSDConfig(TrainingArguments):
         metadata={"help": "train for so long instead of max_steps; the schedule follows the clock"},
     )
 
-    bf16: bool = field(
-        default_factory=bfloat16_pays,
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
         metadata={"help": "mixed precision: master weights stay float32; default: where this device is faster with it"},
     )
     learning_rate: float = 1e-3
@@ -74,6 +74,7 @@ class VSDConfig(TrainingArguments):
             raise VSDError(f"max_minutes must be positive, not {self.max_minutes:g}")
         objective(self.objective, self.objective_options)  # complain now, not after the features are computed
         self.use_cpu |= not torch.accelerator.is_available()  # transformers takes bf16 on a CPU only if it is asked for
+        self.bf16 = bfloat16_pays(self.use_cpu) if self.bf16 is None else self.bf16
         if self.max_minutes is not None:
             self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
         super().__post_init__()

@@ -69,18 +69,29 @@ class FeatureStore:
 
     @classmethod
     def build(
-        cls, folder: str | Path, target: Target, examples: Sequence[Example], temperature: float = 1.0
+        cls,
+        folder: str | Path,
+        target: Target,
+        examples: Sequence[Example],
+        temperature: float = 1.0,
+        worker: tuple[int, int] = (0, 1),
     ) -> "FeatureStore":
-        """Compute the shards that `folder` lacks (all, after a kill only the rest) and open the store."""
+        """Compute the shards that `folder` lacks (all, after a kill only the rest) and open the store.
+
+        Worker (i, n) of n computes every n-th; read only when all of them are done.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         manifest, path = _manifest(target, examples, temperature), folder / "manifest.json"
         if path.exists():
             _compare(folder, _read_manifest(folder), manifest)
-        path.write_text(json.dumps(manifest, indent=1))
-        shards = _shards(examples)
-        missing = [s for s in range(len(shards)) if not (folder / _name(s)).exists()]
-        for s in track(missing, "target features", disable=not missing):
+        else:
+            half = folder / f"{path.name}.{os.getpid()}"
+            half.write_text(json.dumps(manifest, indent=1))
+            os.replace(half, path)
+        shards, (index, workers) = _shards(examples), worker
+        missing = [s for s in range(index, len(shards), workers) if not (folder / _name(s)).exists()]
+        for s in track(missing, "target features", disable=not missing or index > 0):
             half = folder / f"{_name(s)}.part"
             save_file(_shard(target, [examples[i] for i in shards[s]], temperature), half)
             os.replace(half, folder / _name(s))

@@ -48,7 +48,7 @@ class TrainJob:
     )
     on_bad_line: str = _option("fatal", "fatal: stop at an unusable line; skip: report it and go on")
     dtype: str = _option("auto", "precision of the target")
-    device: str = _option("auto", "auto, cpu, cuda, …")
+    device: str = _option("auto", "auto: the first GPU that is visible, if there is one; or cpu")
 
     def __post_init__(self) -> None:
         if isinstance(self.data, str):
@@ -105,10 +105,17 @@ def recipe(path: Path | None, overrides: list[str], flags: dict[str, Any]) -> tu
     defaults = {"eval_strategy": "steps" if job.held_out else "no", "eval_steps": 250}
     kinds = {f.name: f.type for f in dataclasses.fields(VSDConfig)}
     own = {key: _meant(key, value, kinds[key]) for key, value in values.items() if key in theirs}
+    if job.device == "cpu":
+        own["use_cpu"] = True
     try:
         config = VSDConfig(**{**defaults, **own, "output_dir": job.output_dir})
     except (TypeError, ValueError) as error:
         raise VSDError(f"bad training option: {str(error).splitlines()[0]}") from error
+    if job.device not in ("auto", str(config.device), config.device.type):
+        raise VSDError(
+            f"device '{job.device}': this process would train on {config.device}; "
+            "CUDA_VISIBLE_DEVICES says which GPU that is, device: cpu takes none"
+        )
     return job, config
 
 
@@ -119,8 +126,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         VSDError: bad data or target, or an output folder that holds another run and `resume` was not asked for.
     """
     checkpoint = _checkpoint(job, resume)
-    device = str(config.device) if job.device == "auto" else job.device  # each process has its own GPU
-    target = load_target(job.target, dtype=job.dtype, device=device)
+    target = load_target(job.target, dtype=job.dtype, device=str(config.device))  # each process has its own GPU
     start = None
     if job.drafter is not None:
         start = Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
@@ -137,8 +143,11 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     folder = Path(job.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
-    with PartialState().main_process_first():  # one process computes the features, the others find them done
-        store = FeatureStore.build(job.store, target, kept, config.temperature) if job.store else None
+    store, processes = None, PartialState()
+    if job.store:
+        worker = processes.process_index, processes.num_processes
+        store = FeatureStore.build(job.store, target, kept, config.temperature, worker)
+        processes.wait_for_everyone()
     trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))

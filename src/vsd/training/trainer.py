@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback
 
@@ -25,7 +26,7 @@ from vsd.drafters import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.objective import WRITTEN, Continued, Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
 from vsd.objective import objective as objective_named
-from vsd.paths import TreeShape, consumed, widths
+from vsd.paths import TreeShape, check_length, consumed, widths
 from vsd.targets import Target
 from vsd.training.batch import ByLength, Collator, DraftDataset, real
 from vsd.training.budget import TimeBudget
@@ -58,6 +59,7 @@ class VSDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         drafter.check_target(target)
+        args._n_gpu = min(args.n_gpu, 1)  # transformers would cut batches up for all GPUs it sees: each has a process
         super().__init__(
             model=drafter,
             args=args,
@@ -73,10 +75,14 @@ class VSDTrainer(Trainer):
         self._posterior_of = EStep(target, drafter, self._objective.rule, args.temperature, self.accelerator.autocast)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._batch = (0, 0)  # step, and how often chance was asked in it
-        kinds = [type(part.paths) for part in self._objective.parts]
-        if self.is_fsdp_enabled and not {*kinds} <= {*WRITTEN}:
-            raise VSDError("drawing paths from a drafter sharded by FSDP is not supported: use DDP, a drafter is small")
-        self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if Contrasted in kinds else None
+        if self.is_fsdp_enabled:
+            raise VSDError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP, it is small")
+        longest = max(len(example.input_ids) for example in train_dataset.examples)
+        for part in self._objective.parts:
+            if isinstance(part.paths, Continued):
+                check_length(target, longest, part.paths.length)
+        contrasts = any(isinstance(part.paths, Contrasted) for part in self._objective.parts)
+        self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if contrasts else None
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -86,7 +92,7 @@ class VSDTrainer(Trainer):
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ByLength(size, self.train_dataset, lambda: self.args.seed + int(self.state.epoch or 0))  # type: ignore[arg-type]
 
     def create_scheduler(
@@ -193,7 +199,8 @@ class VSDTrainer(Trainer):
         drafter = self.accelerator.unwrap_model(self.model)
         drafter.eval()
         with self._budget.paused() if self._budget else nullcontext():
-            metrics = {f"{metric_key_prefix}_tau": self._tau(drafter)}
+            (tau,) = broadcast_object_list([self._tau(drafter)])  # what depends on it must not differ
+        metrics = {f"{metric_key_prefix}_tau": tau}
         drafter.train()
         if self._budget is not None:
             metrics["minutes"] = self._budget.minutes
@@ -221,17 +228,21 @@ class VSDTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With what chance decided, what the weights of paths depend on."""
+        """With what chance decided, what the weights of paths depend on, and the time that is over."""
         super()._save_rng_state(output_dir)
-        self._memory(output_dir).write_text(json.dumps(self._acceptance))
+        minutes = self._budget.minutes if self._budget else 0.0
+        self._memory(output_dir).write_text(json.dumps({"acceptance": self._acceptance, "minutes": minutes}))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self._memory(checkpoint).exists():
-            self._acceptance = json.loads(self._memory(checkpoint).read_text())
+            memory = json.loads(self._memory(checkpoint).read_text())
+            self._acceptance = memory["acceptance"]
+            if self._budget is not None:
+                self._budget.go_on(memory["minutes"])
 
     def _memory(self, folder: str) -> Path:
-        return Path(folder) / f"acceptance_{self.args.process_index}.json"
+        return Path(folder) / f"memory_{self.args.process_index}.json"
 
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""
