@@ -235,9 +235,10 @@ def test_a_server_that_gives_up_loses_nothing(fake: Any, tmp_path: Path, monkeyp
 BODY = {"messages": [{"role": "user", "content": "0.0"}], "return_token_ids": True}
 
 CHILD = """
-import sys
+import signal, sys
 from pathlib import Path
 import test_server as t
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 server = t.Server(sys.argv[1], "tiny")
 t.regenerate_by_server(server, t.LEXICON, t.chats(30), Path(sys.argv[2]), max_new_tokens=40, concurrency=4)
 """

@@ -59,7 +59,7 @@ class VSDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         drafter.check_target(target)
-        args._n_gpu = min(args.n_gpu, 1)  # transformers would cut batches up for all GPUs it sees: each has a process
+        args._n_gpu = min(args.n_gpu, 1)  # not DataParallel: a GPU more is a process more
         super().__init__(
             model=drafter,
             args=args,
