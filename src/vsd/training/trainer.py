@@ -77,12 +77,14 @@ class VSDTrainer(Trainer):
         self._batch = (0, 0)  # step, and how often chance was asked in it
         if self.is_fsdp_enabled:
             raise VSDError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP, it is small")
-        longest = max(len(example.input_ids) for example in train_dataset.examples)
+        self._beginning: Eagle3Drafter | None = None
         for part in self._objective.parts:
-            if isinstance(part.paths, Continued):
-                check_length(target, longest, part.paths.length)
-        contrasts = any(isinstance(part.paths, Contrasted) for part in self._objective.parts)
-        self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False) if contrasts else None
+            match part.paths:
+                case Continued() as draw:
+                    longest = max(len(example.input_ids) for example in train_dataset.examples)
+                    check_length(target, longest, draw.length)
+                case Contrasted():
+                    self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False)
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
