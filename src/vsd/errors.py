@@ -1,5 +1,21 @@
-"""The one exception that the command line turns into a single readable line."""
+"""Errors that a user can correct. The command line prints their message as one line, without a traceback."""
 
 
 class VSDError(Exception):
-    """A mistake the user can mend: the message says what is wrong and what to do about it."""
+    """Base class: the message names the mistake and the remedy."""
+
+
+class ConfigurationError(VSDError):
+    """An option, a recipe or a combination of settings that cannot work."""
+
+
+class DataError(VSDError):
+    """A file, a line or a conversation that cannot be read or trained on."""
+
+
+class TargetError(VSDError):
+    """A target that cannot be loaded, or whose architecture is not supported."""
+
+
+class MismatchError(VSDError):
+    """Things that do not belong together: a drafter or a feature store of another target, a resumed run of another."""
