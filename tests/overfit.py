@@ -5,9 +5,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+import along
 import tiny
 from architectures import ARCHITECTURES
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.targets import Target
 
 PROMPTS = [[40, 41, 42, 43, 60], [70], [99, 20, 33, 57, 80, 81, 26, 64, 90]]
@@ -38,10 +40,11 @@ def fluent_pair(name: str, length: int = 24, steps: int = 80, K: int = 3) -> tup
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # [B, T + 1]
     roots = torch.tensor([[len(prompt) - 1] for prompt in PROMPTS]) + torch.arange(length - K)  # [B, Q]
     path = torch.stack([ids.gather(1, roots + 1 + k) for k in range(K + 1)])  # [K + 1, B, Q]
-    aux, embeds, steps_in = target.features(ids[:, :-1]).aux, target.embed(ids[:, 1:]), target.embed(path[:K])
+    entries = along.entries(target, ids[:, :-1], drafter.needs.layers)._replace(next_ids=ids[:, 1:])
+    paths = along.paths(roots, path[1:].permute(1, 2, 0))
     optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
     for _ in range(steps):
-        hidden = drafter(aux, embeds, roots, steps_in)
+        hidden = along.states(drafter, entries, paths)
         loss = F.cross_entropy(drafter.lm_head(hidden).flatten(0, -2), path[1:].flatten())
         optimizer.zero_grad()
         loss.backward()

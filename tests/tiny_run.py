@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from vsd.data import Example, generate_answers, prompt_ids
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
-from vsd.targets import Target
-from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.features import FeatureSource
+from vsd.targets import Inputs, Target
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 
 WORDS = ["hi", "what is", "name", "why", "tell me", "again", "how", "who"]
 
@@ -27,16 +28,16 @@ def tiny_text(target: Target, count: int, max_new_tokens: int = 24) -> list[tupl
 def tiny_examples(target: Target, count: int, max_new_tokens: int = 24) -> list[Example]:
     """The same as training sequences."""
     return [
-        Example(prompt + answer, [False] * (len(prompt) + 1) + [True] * (len(answer) - 1))
+        Example(Inputs(prompt + answer), [False] * (len(prompt) + 1) + [True] * (len(answer) - 1))
         for prompt, answer in tiny_text(target, count, max_new_tokens)
     ]
 
 
-def tiny_drafter(target: Target, examples: list[Example], size: int = 64) -> Eagle3Drafter:
+def tiny_drafter(target: Target, examples: list[Example], size: int = 64, family: str | None = None) -> Any:
     """Randomly initialised, always the same."""
     torch.manual_seed(7)
     tokens = DraftDataset(examples).drafted_tokens()
-    return Eagle3Drafter.for_target(target, draft_vocabulary(tokens, target.vocab_size, size))
+    return new_drafter(target, draft_vocabulary(tokens, target.vocab_size, size), family)
 
 
 def tiny_trainer(
@@ -44,15 +45,18 @@ def tiny_trainer(
     examples: list[Example],
     folder: Path,
     *,
-    store: FeatureStore | None = None,
-    eval_prompts: list[list[int]] | None = None,
+    features: FeatureSource | None = None,
+    eval_prompts: list[Inputs] | None = None,
+    family: str | None = None,
     **options: Any,
 ) -> VSDTrainer:
     """A trainer that keeps quiet and saves nothing; `options` are those of `VSDConfig`."""
     defaults = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "draft_steps": 3}
     config = VSDConfig(output_dir=str(folder), **{**defaults, **options})
-    drafter = tiny_drafter(target, examples)
-    return VSDTrainer(target, drafter, config, DraftDataset(examples), store=store, eval_prompts=eval_prompts or [])
+    drafter = tiny_drafter(target, examples, family=family)
+    return VSDTrainer(
+        target, drafter, config, DraftDataset(examples), features=features, eval_prompts=eval_prompts or []
+    )
 
 
 def write_target(target: Target, folder: Path) -> None:

@@ -241,7 +241,7 @@ def _regenerate(a: argparse.Namespace) -> None:
     from itertools import chain, islice
 
     from vsd.data import Server, read_conversations, regenerate, regenerate_by_server
-    from vsd.targets import load_lexicon
+    from vsd.targets import load_target_info
 
     if (a.server is None) != (a.model is None):
         raise VSDError("a server and the name of its model go together: --server URL --model NAME")
@@ -260,8 +260,8 @@ def _regenerate(a: argparse.Namespace) -> None:
     if server is None:
         summary = regenerate(_load_target(a), given, a.out, batch_size=a.batch_size, **options)
     else:
-        lexicon = load_lexicon(a.target, revision=a.revision, trust_remote_code=a.trust_remote_code)
-        summary = regenerate_by_server(server, lexicon, given, a.out, concurrency=a.concurrency, **options)
+        info = load_target_info(a.target, revision=a.revision, trust_remote_code=a.trust_remote_code)
+        summary = regenerate_by_server(server, info, given, a.out, concurrency=a.concurrency, **options)
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
 
 
@@ -431,16 +431,19 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(a: argparse.Namespace) -> None:
-    from vsd.drafters import Eagle3Drafter
+    from vsd.drafters.load import family_for, read_drafter
     from vsd.export import export_drafter, model_card, serve_line
+    from vsd.targets import load_target_info
 
     if a.bench is not None and not a.bench.exists():
         raise VSDError(f"no file at '{a.bench}'")
-    target, drafter = _load_target(a), Eagle3Drafter.from_pretrained(a.drafter, dtype="auto")
-    target.take_features(drafter.config.aux_layers)
+    target = load_target_info(
+        a.target, dtype=a.dtype, device=a.device, revision=a.revision, trust_remote_code=a.trust_remote_code
+    )
+    drafter = read_drafter(a.drafter, target)
     export_drafter(drafter, target, a.out, a.format)
     (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
-    print(f"{a.out}: to serve it,\n  {serve_line(a.format, target.name, a.out)}")
+    print(f"{a.out}: to serve it,\n  {serve_line(family_for(drafter), a.format, target.name, a.out)}")
 
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
@@ -450,10 +453,15 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(a: argparse.Namespace) -> None:
-    from vsd.export import check_new, import_drafter
+    from vsd.drafters.load import read_drafter
+    from vsd.export import check_new
+    from vsd.targets import load_target_info
 
     check_new(a.out)
-    import_drafter(a.checkpoint, _load_target(a)).save_pretrained(a.out)
+    target = load_target_info(
+        a.target, dtype=a.dtype, device=a.device, revision=a.revision, trust_remote_code=a.trust_remote_code
+    )
+    read_drafter(a.checkpoint, target).save_pretrained(a.out)
     print(f"drafter: {a.out}")
 
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from transformers import set_seed
 
 from vsd.data import Conversation, Example, encode, prompt_ids, read_conversations
-from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
+from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
 from vsd.evaluation.tune import SHAPES
-from vsd.targets import Target, load_target
-from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
-from vsd.training.features import affordable
+from vsd.features import FeatureStore, affordable
+from vsd.targets import Inputs, Target, load_target
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.job import hold_out
 
 HELD_OUT = 16  # questions to measure on, and as many to choose the tree with
@@ -71,16 +71,17 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     start = time.perf_counter()
     set_seed(seed)
     used = examples[: affordable(target, examples, _FEATURE_SHARE * 60 * minutes)]
-    text = _Text(DraftDataset(used), FeatureStore.build(out / "features", target, used), seed)
-    vocabulary = draft_vocabulary(text.dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    dataset = DraftDataset(used)
+    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    drafter = new_drafter(target, vocabulary)
+    text = _Text(dataset, FeatureStore.build(out / "features", target, used, drafter.needs.layers), seed)
     spent = (time.perf_counter() - start) / 60
     left = max(minutes - spent, (1 - _FEATURE_SHARE) * minutes)  # a busy machine takes longer than it promised
-    drafter = Eagle3Drafter.for_target(target, vocabulary)
     console.print("a drafter from random weights:")
     steps = {"start": _train(target, drafter, text, _START_SHARE * left, out / "start", START)}
     folders = {"EAGLE-3": out / "eagle3" / "drafter", "VSD": out / "drafter"}
     for name, options in WAYS.items():
-        drafter = Eagle3Drafter.from_pretrained(out / "start" / "drafter")
+        drafter = load_drafter(out / "start" / "drafter", target, trainable=True)
         way = (1 - _START_SHARE) / len(WAYS) * left
         console.print(f"from there with {name}'s objective:")
         steps[name] = _train(target, drafter, text, way, folders[name].parent, options)
@@ -106,9 +107,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     return report
 
 
-def _train(
-    target: Target, drafter: Eagle3Drafter, text: _Text, minutes: float, out: Path, options: dict[str, Any]
-) -> int:
+def _train(target: Target, drafter: Any, text: _Text, minutes: float, out: Path, options: dict[str, Any]) -> int:
     """Train for so many minutes and save to `out`/drafter; returns the number of steps."""
     config = VSDConfig(
         output_dir=str(out),
@@ -120,16 +119,16 @@ def _train(
         seed=text.seed,
         **options,
     )
-    trainer = VSDTrainer(target, drafter, config, text.dataset, store=text.store)
+    trainer = VSDTrainer(target, drafter, config, text.dataset, features=text.store)
     trainer.train()
     trainer.save_model(str(out / "drafter"))
     return trainer.state.global_step
 
 
-def texts(target: Target, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """(prompt, greedy answer) token ids."""
+def texts(target: Target, conversation: Conversation) -> tuple[Inputs, list[int]]:
+    """Prompt, and token ids of the greedy answer."""
     answer = list(conversation.response_ids or [])
-    return prompt_ids(target.tokenizer, conversation.messages[:1]), answer[:ANSWER_TOKENS]
+    return Inputs(prompt_ids(target.tokenizer, conversation.messages[:1])), answer[:ANSWER_TOKENS]
 
 
 def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:

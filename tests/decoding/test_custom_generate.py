@@ -11,7 +11,7 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria
 from overfit import PROMPTS, fluent_pair
 from processors import alternate, positional
 from vsd.decoding import speculative
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Target

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+import along
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
 from vsd.decoding import Engine, Replay, Result, Sampling
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 LENGTH = 24
 Pair = tuple[Target, Eagle3Drafter]
@@ -66,17 +67,17 @@ def test_greedy_is_generate(pair: Pair, shape: TreeShape | None) -> None:
 def test_every_pass_drafts_what_the_training_pass_would(name: str) -> None:
     """Accepted counts equal those of a reference that drafts each chain anew from plain features of the whole text."""
     target, drafter = fluent_pair(name)
-    ids, K, length = drafter.draft_ids(), 3, LENGTH + 8
+    ids, K, length = drafter.vocabulary.ids, 3, LENGTH + 8
     results = Engine(target, drafter, TreeShape.chain(K)).generate(PROMPTS, Sampling(length, eos_ids=()))
     for prompt, result in zip(PROMPTS, results):
         text = torch.tensor(prompt + result.tokens)
-        aux, embeds = target.features(text[None]).aux, target.embed(text)[None]
+        entries = along.entries(target, text[None], drafter.needs.layers)
         expected, root = [], len(prompt)  # place of the token decided last
         while root < len(text) - 1:
             path = [int(text[root])]
             for _ in range(K):
-                steps = target.embed(torch.tensor(path))[:, None, None]
-                hidden = drafter(aux[:, :root], embeds[:, 1 : root + 1], torch.tensor([[root - 1]]), steps)
+                paths = along.paths(torch.tensor([[root - 1]]), torch.tensor([[[*path[1:], 0]]]))
+                hidden = along.states(drafter, entries, paths)
                 path.append(int(ids[drafter.lm_head(hidden[-1, 0, 0]).argmax()]))
             rest = text[root + 1 : root + 1 + K].tolist()
             agree = next((k for k, (a, b) in enumerate(zip(path[1:], rest)) if a != b), len(rest))
@@ -143,12 +144,12 @@ def test_answers_end_at_eos(fluent: Pair, at: int) -> None:
 def test_eos_defaults_to_the_targets_own(fluent: Pair) -> None:
     target, drafter = fluent
     full = greedy(target, PROMPTS[0], LENGTH, endless=True)
-    before = target.model.generation_config.eos_token_id
-    target.model.generation_config.eos_token_id = full[5]
+    before = target.eos_ids
+    target.eos_ids = (full[5],)
     try:
         result = Engine(target, drafter).generate([PROMPTS[0]], Sampling(LENGTH))[0]
     finally:
-        target.model.generation_config.eos_token_id = before
+        target.eos_ids = before
     assert result.finish == "stop" and result.tokens == full[: full.index(full[5]) + 1]
 
 
@@ -169,7 +170,7 @@ def test_answers_end_at_the_window(kind: str) -> None:
     """Also with learned positions, of which none lie beyond the window."""
     sizes = {**SIZES, "max_position_embeddings": 16}
     target = build(GPT2Config(**sizes)) if kind == "gpt2" else llama()
-    target.config.max_position_embeddings = 16
+    target.context = 16
     drafter = random_drafter(target)
     prompts = [list(range(20, 20 + n)) for n in (15, 12, 3)]
     results = Engine(target, drafter, TreeShape(6, 3, 20)).generate(prompts, Sampling(10, eos_ids=()))
@@ -192,7 +193,7 @@ def test_streaming_yields_the_same_tokens(fluent: Pair, temperature: float) -> N
     engine = Engine(*fluent, TreeShape(4, 3, 12))
     sampling = Sampling(15, temperature, eos_ids=(115,), seed=5)
     expected = engine.generate(PROMPTS, sampling)
-    results = [Result(prompt) for prompt in PROMPTS]
+    results = [Result(Inputs(prompt)) for prompt in PROMPTS]
     streamed: list[list[int]] = [[] for _ in PROMPTS]
     steps = 0
     for step in engine.stream(results, sampling):
@@ -219,8 +220,6 @@ def test_a_drafter_of_another_target_is_refused(fluent: Pair) -> None:
         other.model.lm_head.weight.mul_(2.0)
     with pytest.raises(VSDError, match="another target: fingerprint"):
         Engine(Target(other.model, other.tokenizer), drafter)
-    with pytest.raises(VSDError, match="features"):
-        Engine(Target(target.model, target.tokenizer, aux_layers=(0, 1, 2)), drafter)
 
 
 def test_wrong_settings_are_refused(fluent: Pair) -> None:

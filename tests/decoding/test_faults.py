@@ -1,6 +1,7 @@
 """What goes wrong is said, and nothing wrong is delivered: faults in targets, drafters, processors and callers."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+import tiny
 from architectures import GROUPED, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
 from processors import alternate
 from vsd.decoding import Engine, Result, Sampling
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import DraftVocabulary, new_drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 Pair = tuple[Target, Eagle3Drafter]
 ENGINES = {
@@ -60,7 +63,7 @@ def test_a_target_that_computes_nan_delivers_nothing_more(
     expected = [r.tokens for r in engine.generate(PROMPTS, sampling)]
     weight = WEIGHTS[where](pair[0].model)
     for value in (float("nan"), float("inf")):
-        results, before = [Result(prompt) for prompt in PROMPTS], weight.view(-1)[0].item()
+        results, before = [Result(Inputs(prompt)) for prompt in PROMPTS], weight.view(-1)[0].item()
         steps = engine.stream(results, sampling)
         assert len(list(islice(steps, 3))) == 3
         poison(weight, value)
@@ -77,21 +80,20 @@ def test_a_target_that_computes_nan_delivers_nothing_more(
 @pytest.mark.parametrize("name", ["tree", "rejection"])
 def test_a_drafter_that_computes_nan_later_delivers_nothing_more(pair: Pair, name: str) -> None:
     engine, sampling = engine_of(pair, name), Sampling(20, eos_ids=())
-    results = [Result(prompt) for prompt in PROMPTS]
+    results = [Result(Inputs(prompt)) for prompt in PROMPTS]
     steps = engine.stream(results, sampling)
     next(steps)
     poison(pair[1].midlayer.mlp.down_proj.weight, float("nan"))
     with pytest.raises(VSDError, match="the drafter computes NaN"):
         list(steps)
     for result in results:
-        assert result.tokens == greedy(pair[0], result.prompt, 20, endless=True)[: len(result.tokens)]
+        assert result.tokens == greedy(pair[0], result.prompt.ids, 20, endless=True)[: len(result.tokens)]
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 96}, "vocabulary 128, not 96"),
     "width": ({"hidden_size": 16, "intermediate_size": 32}, "hidden size 32, not 16"),
-    "layer count": ({"num_hidden_layers": 6}, "features .* not"),
-    "more of the same layers": ({"num_hidden_layers": 6}, "fingerprint"),
+    "layer count": ({"num_hidden_layers": 6}, "fingerprint"),
     "weights": ({}, "fingerprint"),
 }
 
@@ -100,18 +102,24 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_drafter_of_another_target_is_refused(pair: Pair, what: str) -> None:
     sizes, reason = OTHERS[what]
     other = build(LlamaConfig(**{**SIZES, **GROUPED, **sizes}), seed=3)
-    if what == "more of the same layers":
-        other.take_features(pair[0].aux_layers)
     with pytest.raises(VSDError, match=f"trained for another target: {reason}"):
         Engine(other, pair[1])
     Engine(pair[0], pair[1])
 
 
-def test_features_set_for_another_drafter_meanwhile_are_noticed(pair: Pair) -> None:
-    engine = Engine(*pair)
-    pair[0].take_features((0, 1, 3))
-    with pytest.raises(VSDError, match="features"):
-        engine.generate(PROMPTS, Sampling(4))
+def test_drafters_of_different_layers_share_a_target(pair: Pair) -> None:
+    """In turns, step by step: neither sees the other's features."""
+    target, drafter = pair
+    vocabulary = DraftVocabulary(torch.arange(tiny.VOCAB), tiny.VOCAB)
+    other = new_drafter(target, vocabulary, aux_layers=[0, 1, 3]).eval()
+    small = new_drafter(target, vocabulary, "lm", num_hidden_layers=1).eval()
+    engines = [Engine(target, d, TreeShape(3, 2, 5)) for d in (drafter, other, small)]
+    alone = [engine.generate(PROMPTS, Sampling(12)) for engine in engines]
+    together = [[Result(Inputs(prompt)) for prompt in PROMPTS] for _ in engines]
+    for _ in itertools.zip_longest(*(e.stream(r, Sampling(12)) for e, r in zip(engines, together))):
+        pass
+    assert [[r.accepted for r in results] for results in together] == [[r.accepted for r in rs] for rs in alone]
+    assert [r.tokens for r in together[0]] == [r.tokens for r in together[1]] == [r.tokens for r in together[2]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -124,7 +132,7 @@ def test_a_processor_that_leaves_no_token_is_an_error(pair: Pair, name: str, tem
         return scores - torch.inf if ids.shape[1] > len(PROMPTS[0]) + 6 else scores
 
     expected = engine.generate([PROMPTS[0]], Sampling(20, temperature, eos_ids=()))[0].tokens
-    results = [Result(PROMPTS[0])]
+    results = [Result(Inputs(PROMPTS[0]))]
     with pytest.raises(VSDError, match="the logits processors leave no token"):
         list(engine.stream(results, Sampling(20, temperature, eos_ids=(), processors=(none_left,))))
     assert 0 < len(results[0].tokens) <= 7 and results[0].tokens == expected[: len(results[0].tokens)]
@@ -157,18 +165,18 @@ def test_an_interrupted_stream_leaves_nothing_behind(pair: Pair, name: str, temp
     sampling = Sampling(20, temperature, eos_ids=(), processors=(alternate,))
     expected = engine.generate(PROMPTS, sampling)
     for steps_taken in (0, 1, 3):
-        results = [Result(prompt) for prompt in PROMPTS]
+        results = [Result(Inputs(prompt)) for prompt in PROMPTS]
         steps = engine.stream(results, sampling)
         for _ in range(steps_taken):
             next(steps)
-        abandoned = engine.stream([Result(prompt) for prompt in PROMPTS], sampling)
+        abandoned = engine.stream([Result(Inputs(prompt)) for prompt in PROMPTS], sampling)
         next(abandoned)
         steps.close()
         assert engine.generate(PROMPTS, sampling) == expected
         for result, whole in zip(results, expected):
             assert not result.finish and result.tokens == whole.tokens[: len(result.tokens)]
         with pytest.raises(ZeroDivisionError):
-            for number, _ in enumerate(engine.stream([Result(PROMPTS[0])], sampling)):
+            for number, _ in enumerate(engine.stream([Result(Inputs(PROMPTS[0]))], sampling)):
                 _ = 1 / (2 - number)
         assert engine.generate(PROMPTS, sampling) == expected
         next(abandoned)  # and two streams do not disturb each other
@@ -176,7 +184,7 @@ def test_an_interrupted_stream_leaves_nothing_behind(pair: Pair, name: str, temp
 
 def test_whoever_takes_the_steps_may_end_an_answer(pair: Pair) -> None:
     engine, sampling = Engine(*pair, TreeShape(4, 3, 12)), Sampling(20, eos_ids=())
-    results = [Result(prompt) for prompt in PROMPTS]
+    results = [Result(Inputs(prompt)) for prompt in PROMPTS]
     for number, _ in enumerate(engine.stream(results, sampling)):
         if number == 2:
             results[1].finish, had = "enough", len(results[1].tokens)
@@ -193,7 +201,7 @@ def test_the_window_ends_answers_that_are_right_up_to_there(
     """A drafter reaches beyond the window; the last token is the last that fits."""
     target = llama()
     drafter = random_drafter(target)
-    monkeypatch.setattr(target.config, "max_position_embeddings", 16)
+    monkeypatch.setattr(target, "context", 16)
     shape, rule = ENGINES[name]
     for length in (1, 9, 14, 15):
         prompt = list(range(20, 20 + length))

@@ -4,16 +4,18 @@ import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import along
 from goodness import p_value
 from overfit import random_drafter
 from vsd.data import prompt_ids, read_conversations
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import load_drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
@@ -32,9 +34,9 @@ def target() -> Iterator[Target]:
 
 
 @pytest.fixture(scope="module")
-def drafter(target: Target) -> Eagle3Drafter:
+def drafter(target: Target) -> Any:
     """The trained drafter of this repository, where there is one."""
-    return Eagle3Drafter.from_pretrained(DRAFTER).eval() if DRAFTER.exists() else random_drafter(target, size=8192)
+    return load_drafter(DRAFTER, target) if DRAFTER.exists() else random_drafter(target, size=8192)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def transformers_greedy(target: Target, prompts: list[list[int]]) -> list[list[i
     return [answer[: answer.index(pad) + 1] if pad in answer else answer for answer in answers]
 
 
-def test_greedy_is_generate(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]]) -> None:
+def test_greedy_is_generate(target: Target, drafter: Any, prompts: list[list[int]]) -> None:
     """50 prompts, up to 128 tokens each, a tree of 8 nodes: not one token differs."""
     engine = Engine(target, drafter, TreeShape(4, 3, 8))
     results = []
@@ -81,7 +83,7 @@ def test_greedy_is_generate(target: Target, drafter: Eagle3Drafter, prompts: lis
 
 
 @pytest.mark.parametrize("rule", ["plain", "tree", "rejection"])
-def test_samples_have_the_targets_law(target: Target, drafter: Eagle3Drafter, rule: str) -> None:
+def test_samples_have_the_targets_law(target: Target, drafter: Any, rule: str) -> None:
     """χ² of three new tokens, n = 400 a rule, false alarm 1e-4 a rule (a third of it a token), fixed seed.
 
     The first token against its law; then the next ones, given that those before are the commonest. Bins are the
@@ -103,7 +105,7 @@ def test_samples_have_the_targets_law(target: Target, drafter: Eagle3Drafter, ru
         agreeing = [answer for answer in answers if answer[: len(prefix)] == prefix]
         assert len(agreeing) >= 40
         ids = torch.tensor([prompt + prefix])
-        law = target.logits(target.features(ids).hidden[0, -1]).double().softmax(-1)
+        law = target.logits(target.features(along.text(ids)).hidden[0, -1]).double().softmax(-1)
         counts = torch.bincount(torch.tensor([a[len(prefix)] for a in agreeing]), minlength=len(law))
         assert p_value(counts, law) > 1e-4 / 3
         prefix.append(int(counts.argmax()))

@@ -20,7 +20,7 @@ from goodness import p_value
 from overfit import PROMPTS, fluent_pair, random_drafter
 from processors import PROCESSORS, alternate, positional
 from vsd.decoding import Engine, Result, Sampling
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target
 

@@ -14,14 +14,15 @@ from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.decoding.stream import answer, pieces
 from vsd.paths import TreeShape
+from vsd.targets import Inputs
 
 
 def test_acceptance_by_hand() -> None:
     """Five passes deliver 3 + 1 + 2 + 1 + 1 tokens; the last pass of the second answer accepted two it cut off."""
     results = [
-        Result([1], tokens=[0] * 7, accepted=[2, 0, 1], delivered=[3, 1, 2]),
-        Result([1], tokens=[0] * 3, accepted=[0, 2], delivered=[1, 1]),
-        Result([1], tokens=[0]),
+        Result(Inputs([1]), tokens=[0] * 7, accepted=[2, 0, 1], delivered=[3, 1, 2]),
+        Result(Inputs([1]), tokens=[0] * 3, accepted=[0, 2], delivered=[1, 1]),
+        Result(Inputs([1]), tokens=[0]),
     ]
     assert acceptance_length(results) == pytest.approx(8 / 5)
     assert acceptance_per_position(results, 3) == pytest.approx([3 / 5, 2 / 5, 0])
@@ -64,7 +65,7 @@ def test_answer_prints_the_text_and_a_summary(drafting: bool) -> None:
     shape = TreeShape(3, 2, 6)
     result = answer(target, drafter, shape, "Hello?", Sampling(12), system="Be brief.", console=console)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-    assert result.prompt == prompt_ids(target.tokenizer, messages)
+    assert result.prompt.ids == prompt_ids(target.tokenizer, messages)
     expected = Engine(target, drafter, shape).generate([result.prompt], Sampling(12))[0]
     assert result.tokens == expected.tokens
     printed = out.getvalue()

@@ -9,11 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vsd.drafters import Eagle3Config, Eagle3Drafter, draft_vocabulary
+import along
+from vsd.drafters import draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3State
+from vsd.drafters.eagle3.model import default_layers
 from vsd.errors import VSDError
+from vsd.paths import Entries
 from vsd.targets import Target
 
 K = 4
+LAYERS = (0, 2, 3)
 CHECKPOINT = {
     "fc.weight",
     "midlayer.self_attn.q_proj.weight",
@@ -45,15 +50,16 @@ def drafter(tiny_target: Target) -> Eagle3Drafter:
     return drafter.eval()
 
 
-def inputs(target: Target, rows: int = 2, length: int = 11) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, T + K + 1], features [B, T, 3h] and embeddings of the tokens at 1 … T."""
+def inputs(target: Target, rows: int = 2, length: int = 11) -> tuple[Tensor, Entries]:
+    """Tokens [B, T + K + 1], and the entries of the first T."""
     ids = torch.randint(target.vocab_size, (rows, length + K + 1), generator=torch.Generator().manual_seed(5))
-    return ids, target.features(ids[:, :length]).aux, target.embed(ids[:, 1 : length + 1])
+    read = along.entries(target, ids[:, :length], LAYERS)
+    return ids, read._replace(next_ids=ids[:, 1 : length + 1])
 
 
-def path_of(target: Target, ids: Tensor, roots: Tensor) -> Tensor:
-    """What each step consumes, [K, B, Q, h]."""
-    return torch.stack([target.embed(ids.gather(1, roots + 1 + k)) for k in range(K)])
+def path_of(ids: Tensor, roots: Tensor) -> Tensor:
+    """The K tokens below each root, [B, P, K]."""
+    return torch.stack([ids.gather(1, roots + 2 + k) for k in range(K)], -1)
 
 
 def reference(drafter: Eagle3Drafter, aux: Tensor, next_embeds: Tensor, root: int, path: Tensor) -> Tensor:
@@ -106,67 +112,86 @@ def reference(drafter: Eagle3Drafter, aux: Tensor, next_embeds: Tensor, root: in
     return torch.stack(steps)
 
 
-def test_forward_equals_the_textbook(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    ids, aux, next_embeds = inputs(tiny_target)
+def test_states_equal_the_textbook(tiny_target: Target, drafter: Eagle3Drafter) -> None:
+    ids, entries = inputs(tiny_target)
     roots = torch.tensor([[0, 3, 9], [5, 1, 10]])
-    found = drafter(aux, next_embeds, roots, path_of(tiny_target, ids, roots))
+    found = along.states(drafter, entries, along.paths(roots, path_of(ids, roots)))
     for b in range(2):
         for q, root in enumerate(roots[b].tolist()):
             path = tiny_target.embed(ids[b, root + 1 : root + 1 + K])
-            wanted = reference(drafter, aux[b], next_embeds[b], root, path)
+            wanted = reference(drafter, entries.aux[b], tiny_target.embed(entries.next_ids[b]), root, path)
             torch.testing.assert_close(found[:, b, q].double(), wanted, rtol=2e-5, atol=2e-5)
 
 
-def test_forward_depends_on_nothing_behind_the_root(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    ids, aux, next_embeds = inputs(tiny_target)
+def test_states_depend_on_nothing_behind_the_root(tiny_target: Target, drafter: Eagle3Drafter) -> None:
+    ids, entries = inputs(tiny_target)
     roots = torch.tensor([[4], [6]])
-    path = path_of(tiny_target, ids, roots)
-    before = drafter(aux, next_embeds, roots, path)
-    spoilt_aux, spoilt_embeds = aux.clone(), next_embeds.clone()
+    paths = along.paths(roots, path_of(ids, roots))
+    before = along.states(drafter, entries, paths)
+    spoilt = entries._replace(aux=entries.aux.clone(), next_ids=entries.next_ids.clone())
     for b, root in enumerate([4, 6]):
-        spoilt_aux[b, root + 1 :], spoilt_embeds[b, root + 1 :] = 7.0, -3.0
-    torch.testing.assert_close(drafter(spoilt_aux, spoilt_embeds, roots, path), before)
-    spoilt_aux[0, 4] += 1.0
-    assert not torch.allclose(drafter(spoilt_aux, spoilt_embeds, roots, path)[:, 0], before[:, 0])
+        spoilt.aux[b, root + 1 :], spoilt.next_ids[b, root + 1 :] = 7.0, 3
+    torch.testing.assert_close(along.states(drafter, spoilt, paths), before)
+    spoilt.aux[0, 4] += 1.0
+    assert not torch.allclose(along.states(drafter, spoilt, paths)[:, 0], before[:, 0])
 
 
 def test_forward_hands_states_and_head_to_the_objective(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    ids, aux, next_embeds = inputs(tiny_target)
+    ids, entries = inputs(tiny_target)
     roots = torch.tensor([[4], [6]])
-    path = path_of(tiny_target, ids, roots)
-    hidden, head = drafter(aux, next_embeds, roots, path, objective=lambda hidden, head: (hidden, head))
-    torch.testing.assert_close(hidden, drafter(aux, next_embeds, roots, path))
+    paths = along.paths(roots, path_of(ids, roots))
+    hidden, head = drafter(entries, paths, lambda hidden, head: (hidden, head))
+    torch.testing.assert_close(hidden, drafter.states(entries, paths))
     assert head is drafter.lm_head.weight
 
 
 @torch.no_grad()
 def test_decoding_equals_training_along_two_branches(tiny_target: Target, drafter: Eagle3Drafter) -> None:
     """Ragged commits in three pieces, then two paths side by side: each node sees its own path alone."""
-    ids, aux, next_embeds = inputs(tiny_target)
+    ids, entries = inputs(tiny_target)
     roots = torch.tensor([[9], [5]])
-    other = ids.flip(1)
-    branches = [path_of(tiny_target, ids, roots), path_of(tiny_target, other, roots)]
-    branches[1][0] = branches[0][0]  # both begin with the token that is decided already
-    wanted = [drafter(aux, next_embeds, roots, branch)[:, :, 0] for branch in branches]  # [K, B, h] each
+    branches = [path_of(some, roots) for some in (ids, ids.flip(1))]
+    wanted = [along.states(drafter, entries, along.paths(roots, branch))[:, :, 0] for branch in branches]  # [K, B, h]
 
-    cache = drafter.new_cache(2, 4)  # too small: it has to grow
+    state = Eagle3State.empty(drafter.config, 2, 4, drafter.norm.weight)  # too small: it has to grow
     done = torch.zeros(2, dtype=torch.long)
     for counts in (torch.tensor([5, 2]), torch.tensor([1, 3]), torch.tensor([4, 1])):
-        index = (done[:, None] + torch.arange(int(counts.max()))).clamp(max=10)[..., None]
-        pick = lambda x: x.gather(1, index.expand(-1, -1, x.shape[-1]))  # noqa: B023, E731
-        hidden = drafter.extend(pick(aux), pick(next_embeds), counts, cache)
+        index = (done[:, None] + torch.arange(int(counts.max()))).clamp(max=10)
+        aux = entries.aux.gather(1, index[..., None].expand(-1, -1, entries.aux.shape[-1]))
+        drafter.advance(state, aux, entries.next_ids.gather(1, index), counts)
         done += counts
-    assert done.tolist() == [10, 6]
-    torch.testing.assert_close(drafter.norm(hidden[:, 0]), wanted[0][0], rtol=1e-4, atol=1e-5)
+    assert done.tolist() == [10, 6] == state.next.tolist()
+    torch.testing.assert_close(drafter.norm(state.hidden[:, 0]), wanted[0][0], rtol=1e-4, atol=1e-5)
 
-    hidden = hidden.expand(-1, 2, -1)
+    hidden = state.hidden.expand(-1, 2, -1)
     own = torch.eye(2, dtype=torch.bool).expand(2, 2, 2)
     for k in range(1, K):
-        embeds = torch.stack([branch[k, :, 0] for branch in branches], dim=1)
-        hidden = drafter.expand(hidden, embeds, k, own.repeat(1, 1, k), cache)
+        tokens = torch.stack([branch[:, 0, k - 1] for branch in branches], dim=1)
+        hidden = drafter.expand(state, hidden, tokens, k, own.repeat(1, 1, k))
         for w in range(2):
             torch.testing.assert_close(drafter.norm(hidden[:, w]), wanted[w][k], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wanted[0][1], wanted[1][1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_positions_behind_an_image_go_on_above_its_own(tiny_target: Target, drafter: Eagle3Drafter) -> None:
+    """Prompts whose positions are not 0 … N - 1: decoding and training use the same ones."""
+    ids, entries = inputs(tiny_target)
+    jump = torch.arange(11).expand(2, -1) + 7 * (torch.arange(11) > 3)
+    entries = entries._replace(positions=jump)
+    roots = torch.tensor([[9], [9]])
+    wanted = along.states(drafter, entries, along.paths(roots, path_of(ids, roots)))[:2, :, 0]
+    prompt = along.text(ids[:, :9])._replace(positions=jump[:, :9])
+    state = drafter.begin(prompt, entries.aux[:, :9], ids[:, 9], 20)
+    drafter.advance(state, entries.aux[:, 9:10], ids[:, 10:11], torch.ones(2, dtype=torch.long))
+    torch.testing.assert_close(drafter.norm(state.hidden[:, 0]), wanted[0], rtol=1e-4, atol=1e-5)
+    one = torch.ones(2, 1, 1, dtype=torch.bool)
+    hidden = drafter.expand(state, state.hidden, ids[:, 11:12], 1, one)
+    torch.testing.assert_close(drafter.norm(hidden[:, 0]), wanted[1], rtol=1e-4, atol=1e-5)
+    plain = along.states(
+        drafter, entries._replace(positions=torch.arange(11).expand(2, -1)), along.paths(roots, path_of(ids, roots))
+    )
+    assert not torch.allclose(plain[:2, :, 0], wanted, atol=1e-3)
 
 
 def test_log_probs_normalise_the_draft_vocabulary(drafter: Eagle3Drafter) -> None:
@@ -188,20 +213,37 @@ def test_parameter_names_are_those_of_eagle3_checkpoints(drafter: Eagle3Drafter)
 def test_for_target_takes_the_targets_rotary_embedding(tiny_target: Target, drafter: Eagle3Drafter) -> None:
     theirs = tiny_target.model.model.rotary_emb.inv_freq
     torch.testing.assert_close(drafter.rotary_emb.inv_freq, theirs)
-    assert drafter.config.target_fingerprint == tiny_target.fingerprint()
+    assert drafter.config.target_fingerprint == tiny_target.fingerprint(LAYERS)
     wide = Eagle3Drafter.for_target(tiny_target, draft_vocabulary(torch.arange(9), 128, 9), intermediate_size=48)
     assert wide.midlayer.mlp.gate_proj.weight.shape == (48, 32)
 
 
 def test_later_steps_of_fewer_roots_are_the_same(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    ids, aux, embeds = inputs(tiny_target)
+    ids, entries = inputs(tiny_target)
     roots = torch.tensor([[7, 2, 9, 4], [1, 8, 3, 3]])
-    path = path_of(tiny_target, ids, roots)
+    whole = along.paths(roots, path_of(ids, roots))
     widths = [4, 3, 1, 0]
-    found, whole = drafter(aux, embeds, roots, path, widths=widths), drafter(aux, embeds, roots, path)
+    valid = torch.stack([torch.arange(4) < width for width in widths], -1).expand(2, -1, -1)  # longest paths first
+    some = whole._replace(valid=valid)
+    assert some.widths() == widths
+    found, all_ = along.states(drafter, entries, some), along.states(drafter, entries, whole)
     for k, width in enumerate(widths):
-        torch.testing.assert_close(found[k, :, :width], whole[k, :, :width], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[k, :, :width], all_[k, :, :width], rtol=1e-5, atol=1e-6)
         assert not found[k, :, width:].any()
+
+
+def test_default_feature_layers() -> None:
+    assert default_layers(30) == (2, 15, 27)
+    assert default_layers(6) == (2, 3, 3)
+    assert default_layers(4) == (0, 2, 3)
+
+
+def test_a_drafter_without_a_target_says_so(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
+    drafter.save_pretrained(tmp_path)
+    ids, entries = inputs(tiny_target)
+    roots = torch.tensor([[4], [6]])
+    with pytest.raises(VSDError, match="call `attach` first"):
+        along.states(Eagle3Drafter.from_pretrained(tmp_path), entries, along.paths(roots, path_of(ids, roots)))
 
 
 def test_saved_and_loaded_bit_for_bit(drafter: Eagle3Drafter, tmp_path: Path) -> None:
@@ -212,7 +254,7 @@ def test_saved_and_loaded_bit_for_bit(drafter: Eagle3Drafter, tmp_path: Path) ->
     assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
     for name in ("aux_layers", "target_fingerprint", "draft_vocab_size", "rope_parameters", "num_key_value_heads"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
-    assert torch.equal(again.draft_ids(), drafter.draft_ids())
+    assert torch.equal(again.vocabulary.ids, drafter.vocabulary.ids)
     buffers = dict(again.named_buffers())  # also what a checkpoint does not hold: the rotary frequencies
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in drafter.named_buffers())
 
@@ -274,22 +316,22 @@ def test_nothing_is_unpickled(drafter: Eagle3Drafter, tmp_path: Path) -> None:
     [
         ("vocab_size", 129, "vocabulary 128, not 129"),
         ("hidden_size", 64, "hidden size 32, not 64"),
-        ("aux_layers", (0, 1, 2), r"features \[0, 2, 3\], not \[0, 1, 2\]"),
-        ("fingerprint", lambda: "another", "fingerprint .* not another"),
+        ("fingerprint", lambda layers: "another", "fingerprint .* not another"),
+        ("config", SimpleNamespace(num_hidden_layers=3), r"layers \[0, 2, 3\] of a target that has 3"),
     ],
 )
 def test_another_target_is_refused_by_what_differs(
     tiny_target: Target, drafter: Eagle3Drafter, field: str, value: object, what: str
 ) -> None:
-    same = {name: getattr(tiny_target, name) for name in ("vocab_size", "hidden_size", "aux_layers", "fingerprint")}
-    drafter.check_target(SimpleNamespace(**same))
+    same = {name: getattr(tiny_target, name) for name in ("vocab_size", "hidden_size", "fingerprint", "config")}
+    drafter.attach(SimpleNamespace(**same))
     with pytest.raises(VSDError, match=what):
-        drafter.check_target(SimpleNamespace(**(same | {field: value})))
+        drafter.attach(SimpleNamespace(**(same | {field: value})))
 
 
 def test_a_drafter_of_unknown_origin_fits_any_target_of_its_sizes(tiny_target: Target, drafter: Eagle3Drafter) -> None:
     drafter.config.target_fingerprint = None
-    drafter.check_target(tiny_target)
+    drafter.attach(tiny_target)
 
 
 def test_config_survives_json(tmp_path: Path) -> None:

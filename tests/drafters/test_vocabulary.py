@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import along
 import tiny
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.targets import Target
 
@@ -19,13 +21,15 @@ V = 20
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, V - 1), min_size=1, max_size=60), st.integers(1, V))
 def test_the_most_frequent_tokens_in_ascending_rows(tokens: list[int], size: int) -> None:
-    d2t, t2d, coverage = draft_vocabulary(torch.tensor(tokens), V, size)
+    found = draft_vocabulary(torch.tensor(tokens), V, size)
+    d2t, t2d, coverage = found.d2t, found.t2d, found.coverage
     ids = (torch.arange(size) + d2t).tolist()
     counts = Counter(tokens)
     wanted = sorted(range(V), key=lambda token: (-counts[token], token))[:size]  # ties: the smaller id
     assert ids == sorted(wanted)
     assert (d2t.dtype, t2d.dtype, t2d.shape) == (torch.int64, torch.bool, (V,))
-    assert t2d.nonzero()[:, 0].tolist() == ids
+    assert t2d.nonzero()[:, 0].tolist() == ids == found.ids.tolist()
+    assert [found.rows[token] for token in ids] == list(range(size)) and int((found.rows < 0).sum()) == V - size
     assert (d2t >= 0).all() and (d2t[1:] >= d2t[:-1]).all()
     assert coverage == pytest.approx(sum(counts[token] for token in ids) / len(tokens))
 
@@ -64,8 +68,7 @@ def test_tied_and_untied_targets(tied: bool) -> None:
     drafter = Eagle3Drafter.for_target(target, draft_vocabulary(torch.arange(30), target.vocab_size, 16))
     assert not drafter.config.tie_word_embeddings
     assert not any("embed" in name for name in drafter.state_dict())
-    drafter.check_target(target)
-    ids = torch.arange(8)[None]
-    roots = torch.tensor([[2]])
-    found = drafter(target.features(ids).aux, target.embed(ids.roll(-1, 1)), roots, target.embed(ids[:, 3:4])[None])
+    drafter.attach(target)
+    entries = along.entries(target, torch.arange(8)[None], drafter.needs.layers)
+    found = along.states(drafter, entries, along.paths(torch.tensor([[2]]), torch.tensor([[[4]]])))
     assert found.shape == (1, 1, 1, 32)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import tiny_run
 from vsd.decoding import Engine, Sampling
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, load_prompts, print_table, write_json
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval

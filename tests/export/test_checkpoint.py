@@ -9,30 +9,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import FAMILIES, draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Drafter
+from vsd.drafters.load import read_drafter
 from vsd.errors import VSDError
-from vsd.export import FORMATS, export_drafter, import_drafter
+from vsd.export import FORMATS, export_drafter
 from vsd.export.checkpoint import serve_line
 from vsd.targets import Target
-
-
-@pytest.fixture
-def tiny_target(tiny_target: Target) -> Target:
-    """With features that SGLang, too, can name."""
-    return Target(tiny_target.model, tiny_target.tokenizer, aux_layers=(1, 2, 3), name="tiny")
 
 
 @pytest.fixture
 def drafter(tiny_target: Target) -> Eagle3Drafter:
     torch.manual_seed(3)
     vocabulary = draft_vocabulary(torch.randint(tiny_target.vocab_size, (400,)), tiny_target.vocab_size, 40)
-    made = Eagle3Drafter.for_target(tiny_target, vocabulary, intermediate_size=48)
+    layers = [1, 2, 3]  # SGLang can name them
+    made = Eagle3Drafter.for_target(tiny_target, vocabulary, intermediate_size=48, aux_layers=layers)
     return made.to(torch.bfloat16).eval()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_round_trip_is_bit_exact(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path, kind: str) -> None:
-    again = import_drafter(export_drafter(drafter, tiny_target, tmp_path / "out", kind), tiny_target)
+    again = read_drafter(export_drafter(drafter, tiny_target, tmp_path / "out", kind), tiny_target)
     mine, theirs = drafter.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
@@ -70,10 +67,10 @@ def test_what_engines_read(tiny_target: Target, drafter: Eagle3Drafter, tmp_path
 def test_a_whole_vocabulary_has_no_map(tiny_target: Target, tmp_path: Path, kind: str) -> None:
     """vLLM refuses a map that maps nothing; reading it back gives one."""
     vocabulary = draft_vocabulary(torch.arange(tiny_target.vocab_size), tiny_target.vocab_size, tiny_target.vocab_size)
-    drafter = Eagle3Drafter.for_target(tiny_target, vocabulary)
+    drafter = Eagle3Drafter.for_target(tiny_target, vocabulary, aux_layers=[1, 2, 3])
     out = export_drafter(drafter, tiny_target, tmp_path / "out", kind)
     assert not load_file(out / "model.safetensors").keys() & {"d2t", "t2d"}
-    again = import_drafter(out, tiny_target)
+    again = read_drafter(out, tiny_target)
     assert torch.equal(again.d2t, drafter.d2t) and torch.equal(again.t2d, drafter.t2d)
 
 
@@ -92,7 +89,7 @@ def rewrite(
 @pytest.mark.parametrize(
     ("config", "tensors", "reason"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "not an EAGLE-3 drafter"),
+        ({"architectures": ["Nobody"]}, {}, "no drafter family reads it"),
         ({"norm_before_residual": True}, {}, "norm_before_residual"),
         ({"num_hidden_layers": 2}, {}, "2 layers"),
         ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, {}, "do not agree"),
@@ -117,7 +114,7 @@ def test_a_wrong_checkpoint_is_refused_by_name(
     folder = export_drafter(drafter, tiny_target, tmp_path / "out", "sglang")
     rewrite(folder, config, tensors)
     with pytest.raises(VSDError, match=reason):
-        import_drafter(folder, tiny_target)
+        read_drafter(folder, tiny_target)
 
 
 def test_checkpoints_of_other_hands(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
@@ -128,14 +125,14 @@ def test_checkpoints_of_other_hands(tiny_target: Target, drafter: Eagle3Drafter,
     del tensors["model.t2d"]
     save_file(tensors, folder / "model.safetensors")
     rewrite(folder, {"eagle_aux_hidden_state_layer_ids": None, "rope_parameters": None, "head_dim": None})
-    again = import_drafter(folder, tiny_target)
+    again = read_drafter(folder, tiny_target)
     assert torch.equal(again.t2d, drafter.t2d)
     assert again.config.aux_layers == [1, 2, 3]
     assert again.config.rope_parameters["rope_theta"] == drafter.config.rope_parameters["rope_theta"]
 
 
 def test_exports_that_would_be_served_wrong(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="unknown format"):
+    with pytest.raises(VSDError, match="has no format 'onnx'"):
         export_drafter(drafter, tiny_target, tmp_path / "a", "onnx")
     export_drafter(drafter, tiny_target, tmp_path / "full", "vllm")
     with pytest.raises(VSDError, match="not empty"):
@@ -151,19 +148,19 @@ def test_exports_that_would_be_served_wrong(tiny_target: Target, drafter: Eagle3
 
 
 def test_missing_and_pickled_checkpoints(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="no checkpoint at"):
-        import_drafter(tmp_path / "no", tiny_target)
+    with pytest.raises(VSDError, match="no config.json"):
+        read_drafter(tmp_path / "no", tiny_target)
     folder = export_drafter(drafter, tiny_target, tmp_path / "out", "sglang")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(VSDError, match="pickles"):
-        import_drafter(folder, tiny_target)
+        read_drafter(folder, tiny_target)
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(VSDError, match="cannot read the weights"):
-        import_drafter(folder, tiny_target)
+        read_drafter(folder, tiny_target)
 
 
 def test_serve_lines() -> None:
-    assert "--speculative-algorithm EAGLE3" in serve_line("sglang", "org/model", "out")
-    line = serve_line("vllm", "org/model", "out", 5)
+    assert "--speculative-algorithm EAGLE3" in serve_line(FAMILIES["eagle3"], "sglang", "org/model", "out")
+    line = serve_line(FAMILIES["eagle3"], "vllm", "org/model", "out", 5)
     options = json.loads(line.partition("--speculative-config ")[2].strip("'"))
     assert options == {"method": "eagle3", "model": "out", "num_speculative_tokens": 5}

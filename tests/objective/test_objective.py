@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+import along as helper
+from vsd.drafters import draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.objective import (
     OBJECTIVES,
@@ -32,7 +34,7 @@ from vsd.objective.divergence import cross_entropy, negative_log_likelihood
 from vsd.objective.dpace import Credit
 from vsd.objective.eagle3 import Decay
 from vsd.objective.elbo import Advantage
-from vsd.paths import Paths, consumed, cut, longest_first, recorded, widths
+from vsd.paths import Paths, cut, longest_first, recorded
 from vsd.targets import Target
 
 V, VD, H, S = 30, 12, 6, 4
@@ -470,7 +472,7 @@ def test_cut_paths_are_prefixes_longest_first(rows: list[list[bool]], steps: int
         }
 
     assert content(ordered) == content(shorter)
-    for k, width in enumerate(widths(ordered.valid)):
+    for k, width in enumerate(ordered.widths()):
         assert not ordered.valid[:, width:, k:].any()
         assert width == 0 or ordered.valid[:, width - 1, k].any()
 
@@ -496,8 +498,9 @@ def drafter(tiny_target: Target) -> Eagle3Drafter:
 
 def naive_loss(target: Target, drafter: Eagle3Drafter, ids: Tensor, drafted: list[bool], steps: int) -> Tensor:
     """EAGLE-3's loss of one sequence ids [T], one root and one step at a time."""
-    features = target.features(ids[None])
-    log_p = target.logits(features.hidden[0]).log_softmax(-1)[:, drafter.draft_ids()]  # [T, Vd]
+    features = target.features(helper.text(ids[None]))
+    entries = helper.entries(target, ids[None], drafter.needs.layers)
+    log_p = target.logits(features.hidden[0]).log_softmax(-1)[:, drafter.vocabulary.ids]  # [T, Vd]
     loss = torch.zeros(())
     for root in range(len(ids) - 2):
         steps_here = 0
@@ -505,8 +508,8 @@ def naive_loss(target: Target, drafter: Eagle3Drafter, ids: Tensor, drafted: lis
             steps_here += 1
         if steps_here == 0:
             continue
-        path = target.embed(ids[root + 1 : root + 1 + steps_here])[:, None, None]
-        hidden = drafter(features.aux, target.embed(ids.roll(-1))[None], torch.tensor([[root]]), path)[:, 0, 0]
+        path = helper.paths(torch.tensor([[root]]), ids[None, None, root + 2 : root + 2 + steps_here])
+        hidden = helper.states(drafter, entries, path)[:, 0, 0]
         log_q = drafter.lm_head(hidden).log_softmax(-1)
         for k in range(steps_here):
             loss = loss - 0.8**k * (log_p[root + 1 + k].exp() * log_q[k]).sum()
@@ -526,11 +529,11 @@ def test_the_whole_loss_equals_eagle3_root_by_root(tiny_target: Target, drafter:
     drafter.zero_grad()
 
     drafted, valid = laid_out(rows)
-    features = tiny_target.features(ids)
+    features = tiny_target.features(helper.text(ids))
     before = features.hidden.gather(1, (drafted - 1)[..., None].expand(-1, -1, 32))
     rows_of = HeadTarget(
         before.flatten(0, 1),
-        tiny_target.head_weight[drafter.draft_ids()],
+        tiny_target.head_weight[drafter.vocabulary.ids],
         None,
         tiny_target.logits(before).logsumexp(-1).flatten(),
         tiny_target.cap,
@@ -545,8 +548,7 @@ def test_the_whole_loss_equals_eagle3_root_by_root(tiny_target: Target, drafter:
     def loss(hidden: Tensor, head: Tensor) -> FusedLoss:
         return fused_loss(hidden.flatten(1, 2), head, rows_of, along, EAGLE3)
 
-    embeds = tiny_target.embed(consumed(ids.roll(-1, 1), paths))
-    found = drafter(features.aux, tiny_target.embed(ids.roll(-1, 1)), paths.roots, embeds, loss)
+    found = drafter(helper.entries(tiny_target, ids, drafter.needs.layers), paths, loss)
     torch.testing.assert_close(found.loss, wanted, rtol=1e-5, atol=1e-5)
     found.loss.backward()
     for name, weight in drafter.named_parameters():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import along
 from architectures import ARCHITECTURES, llama
-from vsd.drafters import DraftCache, Eagle3Drafter, draft_vocabulary
+from vsd.drafters import FAMILIES, draft_vocabulary, new_drafter
 from vsd.errors import VSDError
-from vsd.paths import NO_TOKEN, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
+from vsd.paths import NO_TOKEN, Entries, Tree, TreeShape, ancestors, graft
 from vsd.targets import Target
 
 Path = tuple[int, ...]
@@ -37,41 +39,44 @@ def test_ancestors_are_what_brute_force_finds(draws: list[list[int]]) -> None:
 
 
 class Setting:
-    """A target, a random drafter, and ragged contexts that both have read; the draft cache is filled in two steps."""
+    """A target, a random drafter, and ragged contexts that both have read; the drafter reads them in two steps."""
 
-    def __init__(self, target: Target, seed: int = 0, vocabulary: int = 40) -> None:
+    def __init__(self, target: Target, family: str = "eagle3", seed: int = 0, vocabulary: int = 40) -> None:
         torch.manual_seed(seed)
         self.target = target
         common = draft_vocabulary(torch.randperm(128)[:vocabulary], 128, vocabulary)
-        self.drafter = Eagle3Drafter.for_target(target, common, initializer_range=0.3).eval().requires_grad_(False)
+        self.drafter = new_drafter(target, common, family, initializer_range=0.3).eval().requires_grad_(False)
         self.first, self.second = torch.tensor([6, 1, 11]), torch.tensor([2, 4, 1])
         self.lengths = self.first + self.second
         self.ids = torch.randint(15, 128, (3, int(self.lengths.max()) + 1))  # the last real one is the root
         self.root = self.ids.gather(1, self.lengths[:, None])[:, 0]
-        self.aux = target.features(self.ids[:, :-1]).aux
-        self.embeds = target.embed(self.ids[:, 1:])
+        read = along.entries(target, self.ids[:, :-1], self.drafter.needs.layers)
+        self.entries = read._replace(next_ids=self.ids[:, 1:])
 
-    def read(self) -> tuple[Tensor, DraftCache]:
-        """The drafter's output at the root, and its cache, with a tree drawn in between whose slots are reused."""
-        cache = self.drafter.new_cache(3, capacity=4)
-        hidden = self.drafter.extend(self.aux[:, :11], self.embeds[:, :11], self.first, cache)
-        draw_tree(self.drafter, self.target.embed, hidden, self.root, cache, TreeShape(3, 3, 8))
-        rest = self.first[:, None] + torch.arange(4)
-        pick = lambda x: x.gather(1, rest.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
-        return self.drafter.extend(pick(self.aux), pick(self.embeds), self.second, cache), cache
+    def read(self) -> Any:
+        """The drafter's state at the root, with a tree drafted in between whose slots are used again."""
+        prompt, next_ids, aux = along.text(self.ids[:, :11], self.first), self.entries.next_ids, self.entries.aux
+        first = self.ids.gather(1, self.first[:, None])[:, 0]
+        state = self.drafter.begin(prompt, aux[:, :11], first, 12)
+        self.drafter.propose(state, first, TreeShape(3, 3, 8))
+        rest = (self.first[:, None] + torch.arange(4)).clamp(max=next_ids.shape[1] - 1)
+        features = aux.gather(1, rest[..., None].expand(-1, -1, aux.shape[-1]))
+        self.drafter.advance(state, features, next_ids.gather(1, rest), self.second)
+        return state
 
     def log_probs(self, row: int, path: Path) -> Tensor:
         """log q of the token after the root and `path`, recomputed from nothing by the training pass, [Vd]."""
         n = int(self.lengths[row])
-        consumed = torch.tensor([int(self.root[row]), *path])
-        steps = self.target.embed(consumed)[:, None, None]  # [K, 1, 1, h]
-        roots = torch.tensor([[n - 1]])
-        hidden = self.drafter(self.aux[row : row + 1, :n], self.embeds[row : row + 1, :n], roots, steps)
-        return self.drafter.lm_head(hidden[-1, 0, 0]).log_softmax(-1)
+        some = Entries(
+            *(field[row : row + 1, :n] for field in self.entries[:2]),
+            self.ids[row : row + 1, 0],
+            self.entries.positions[row : row + 1, :n],
+        )
+        paths = along.paths(torch.tensor([[n - 1]]), torch.tensor([[[*path, 0]]]))
+        return self.drafter.lm_head(along.states(self.drafter, some, paths)[-1, 0, 0]).log_softmax(-1)
 
     def tree(self, shape: TreeShape) -> Tree:
-        hidden, cache = self.read()
-        return draw_tree(self.drafter, self.target.embed, hidden, self.root, cache, shape)
+        return self.drafter.propose(self.read(), self.root, shape)
 
 
 def reference_tree(log_probs: Callable[[Path], Tensor], ids: list[int], shape: TreeShape) -> list[tuple[Path, float]]:
@@ -102,12 +107,13 @@ def paths_of(tree: Tree, row: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [TreeShape(4, 3, 14), TreeShape(5, 4, 12), TreeShape(1, 5, 6)], ids=str)
 @torch.no_grad()
-def test_drawn_tree_is_the_reference_tree(name: str, shape: TreeShape) -> None:
+def test_proposed_tree_is_the_reference_tree(name: str, family: str, shape: TreeShape) -> None:
     """Same nodes and same log-probabilities: so decoding drafts exactly what training supervises."""
-    setting = Setting(ARCHITECTURES[name]())
-    tree, ids = setting.tree(shape), setting.drafter.draft_ids().tolist()
+    setting = Setting(ARCHITECTURES[name](), family)
+    tree, ids = setting.tree(shape), setting.drafter.vocabulary.ids.tolist()
     for row in range(3):
         expected = dict(reference_tree(lambda path, row=row: setting.log_probs(row, path), ids, shape))
         found = dict(zip(paths_of(tree, row)[1:], tree.log_q[row, 1:].tolist()))
@@ -119,6 +125,7 @@ def test_drawn_tree_is_the_reference_tree(name: str, shape: TreeShape) -> None:
 
 
 SETTING = Setting(llama(), seed=1)
+SETTINGS = {family: SETTING if family == "eagle3" else Setting(llama(), family, seed=1) for family in FAMILIES}
 
 
 @st.composite
@@ -140,12 +147,12 @@ def test_tree_invariants(shape: TreeShape) -> None:
     assert torch.equal(tree.depths[:, 1:], 1 + tree.depths.gather(1, tree.parents)[:, 1:])
     assert int(tree.depths.max()) <= shape.depth
     assert (tree.log_q[:, 1:] <= tree.log_q.gather(1, tree.parents)[:, 1:]).all()
-    assert torch.isin(tree.tokens[:, 1:], SETTING.drafter.draft_ids()).all()
+    assert torch.isin(tree.tokens[:, 1:], SETTING.drafter.vocabulary.ids).all()
     for row in range(3):
         paths = paths_of(tree, row)
         assert len(set(paths)) == N  # siblings are distinct
         node = N - 1
-        logp = SETTING.log_probs(row, paths[node][:-1])[SETTING.drafter.draft_ids() == paths[node][-1]]
+        logp = SETTING.log_probs(row, paths[node][:-1])[SETTING.drafter.vocabulary.ids == paths[node][-1]]
         step = tree.log_q[row, node] - tree.log_q[row, tree.parents[row, node]]
         assert float(step) == pytest.approx(float(logp), abs=2e-4)
 
@@ -200,7 +207,7 @@ def test_a_chain_is_a_tree_of_one_branch() -> None:
     tree = SETTING.tree(shape)
     assert tree.parents.tolist() == [[0, 0, 1, 2, 3]] * 3
     assert tree.depths.tolist() == [[0, 1, 2, 3, 4]] * 3
-    ids = SETTING.drafter.draft_ids()
+    ids = SETTING.drafter.vocabulary.ids
     for row in range(3):
         path: Path = ()
         for _ in range(4):
@@ -208,27 +215,30 @@ def test_a_chain_is_a_tree_of_one_branch() -> None:
         assert paths_of(tree, row)[-1] == path
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @torch.no_grad()
-def test_sampled_chain_reports_the_distribution_it_was_drawn_from(temperature: float) -> None:
+def test_sampled_chain_reports_the_distribution_it_was_drawn_from(family: str, temperature: float) -> None:
+    setting = SETTINGS[family]
+
     def chain(seed: int):  # type: ignore[no-untyped-def]
-        hidden, cache = SETTING.read()
         generators = [torch.Generator().manual_seed(seed + row) for row in range(3)]
-        given = (SETTING.drafter, SETTING.target.embed, hidden, SETTING.root, cache)
-        return draw_chain(*given, TreeShape.chain(3), [temperature] * 3, generators)
+        return setting.drafter.draw(setting.read(), setting.root, TreeShape.chain(3), [temperature] * 3, generators)
 
     tree, draft_logp, ids = chain(0)
-    assert torch.equal(ids, SETTING.drafter.draft_ids())
+    assert torch.equal(ids, setting.drafter.vocabulary.ids)
     assert draft_logp.shape == (3, 3, len(ids)) and tree.parents.tolist() == [[0, 0, 1, 2]] * 3
     for row in range(3):
         path, total = paths_of(tree, row)[-1], 0.0
         for k in range(3):
-            expected = (SETTING.log_probs(row, path[:k]) / temperature).log_softmax(-1)
+            expected = (setting.log_probs(row, path[:k]) / temperature).log_softmax(-1)
             torch.testing.assert_close(draft_logp[row, k], expected, rtol=0, atol=5e-4)
             total += float(expected[ids == path[k]])
             assert float(tree.log_q[row, k + 1]) == pytest.approx(total, abs=1e-3)
     assert torch.equal(chain(0).tree.tokens, tree.tokens)
     assert any(not torch.equal(chain(seed).tree.tokens, tree.tokens) for seed in (1, 2))
+    given = setting.drafter.log_q(setting.read(), tree.tokens[:, 1:], temperature)
+    torch.testing.assert_close(given.cumsum(1), tree.log_q[:, 1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 2, 1), (2, 2, 8), (3, 1, 5), (-1, 1, 2)])

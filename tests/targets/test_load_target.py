@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import along
 import tiny
 from architectures import llama
 from vsd.errors import VSDError
@@ -24,12 +25,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Path]:
 def test_a_saved_folder_loads(saved: tuple[Target, Path]) -> None:
     target, folder = saved
     ids = torch.arange(20, 32)[None]
-    expected = target.features(ids)
+    expected = target.features(along.text(ids), (1, 2))
     for pack in (False, True):
         loaded = load_target(str(folder), dtype="float32", device="cpu", pack=pack)
         assert any(isinstance(m, PackedLinear) for m in loaded.model.modules()) == pack
-        torch.testing.assert_close(loaded.features(ids).aux, expected.aux)
-        torch.testing.assert_close(loaded.logits(loaded.features(ids).hidden), target.logits(expected.hidden))
+        torch.testing.assert_close(loaded.features(along.text(ids), (1, 2)).aux, expected.aux)
+        torch.testing.assert_close(
+            loaded.logits(loaded.features(along.text(ids)).hidden), target.logits(expected.hidden)
+        )
         assert loaded.fingerprint() == target.fingerprint()
         assert loaded.name == str(folder)
         assert loaded.tokenizer.encode("Hi!") == target.tokenizer.encode("Hi!")

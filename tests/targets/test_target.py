@@ -13,11 +13,11 @@ import tiny
 from architectures import ARCHITECTURES, SIZES, build, llama
 from vsd.errors import VSDError
 from vsd.paths import ancestors
-from vsd.targets import Target, TargetOutput
+from vsd.targets import Inputs, Output, Padded, Target
 from vsd.targets.attention import grouped_attention
 from vsd.targets.packed import pack_linears
-from vsd.targets.target import default_aux_layers
 
+LAYERS = (0, 2, 3)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # hidden states are of order 1; a wrong mask or position moves them by 0.01 to 1
 
 
@@ -30,28 +30,25 @@ def tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(15, tiny.VOCAB) for _ in range(count)]
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = torch.tensor(row)
-    return ids, lengths
+def padded(*rows: list[int]) -> Padded:
+    return Padded.of([Inputs(row) for row in rows])
 
 
 @torch.no_grad()
-def plain(target: Target, ids: list[int]) -> TargetOutput:
+def plain(target: Target, ids: list[int], layers: tuple[int, ...] = LAYERS) -> Output:
     """A plain pass of the model over one sequence, with the model's own positions, masks and hidden states."""
     output = target.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    aux = torch.cat([output.hidden_states[i] for i in target.aux_layers], dim=-1)
-    return TargetOutput(output.hidden_states[-1][0], aux[0])
+    aux = torch.cat([output.hidden_states[i] for i in layers], dim=-1)
+    return Output(output.hidden_states[-1][0], aux[0])
 
 
 @torch.no_grad()
 def test_features_and_logits_are_the_models_own(target: Target) -> None:
     rng = random.Random(0)
     rows = [tokens(rng, n) for n in (20, 7, 1, 13)]
-    ids, lengths = padded(rows)
-    hidden, aux = target.features(ids)
+    inputs = padded(*rows)
+    ids, lengths = inputs.ids, inputs.lengths
+    hidden, aux = target.features(inputs, LAYERS)
     assert aux.shape == (4, 20, 3 * target.hidden_size)
     for b, row in enumerate(rows):
         own = plain(target, row)
@@ -83,15 +80,16 @@ def test_tree_passes_equal_plain_sequences(target: Target) -> None:
     """Three passes over a ragged batch; after each some path is committed, after the second rows leave."""
     rng = random.Random(1)
     sequences = [tokens(rng, n) for n in (9, 4, 14, 1)]
-    ids, lengths = padded(sequences)
+    inputs = padded(*sequences)
+    lengths = inputs.lengths
     cache = target.new_cache(len(sequences), capacity=20)  # smaller than needed: it grows
-    prefilled = target.prefill(ids, lengths, cache)
+    prefilled = target.prefill(inputs, cache, LAYERS)
     for b, sequence in enumerate(sequences):
         torch.testing.assert_close(prefilled.hidden[b, : lengths[b]], plain(target, sequence).hidden, **CLOSE)
     for turn in range(3):
         nodes, parents, depths = random_forest(rng, len(sequences), nodes=9)
         above = ancestors(parents, int(depths.max()))
-        hidden, aux = target.forward(nodes, cache.lengths[:, None] + depths, above, cache)
+        hidden, aux = target.forward(nodes, cache.next[:, None] + depths, above, cache, layers=LAYERS)
         accepted = []
         for b, sequence in enumerate(sequences):
             for node in range(9):
@@ -100,10 +98,12 @@ def test_tree_passes_equal_plain_sequences(target: Target) -> None:
                 torch.testing.assert_close(hidden[b, node], own.hidden[-1], **CLOSE)
                 torch.testing.assert_close(aux[b, node], own.aux[-1], **CLOSE)
             accepted.append(path_to(rng.randrange(9), parents[b].tolist()))
-        kept, counts = padded(accepted)
-        cache.commit(kept, counts)
+        kept = padded(*accepted)
+        cache.commit(kept.ids, kept.lengths)
         sequences = [s + nodes[b, accepted[b]].tolist() for b, s in enumerate(sequences)]
-        assert cache.lengths.tolist() == [len(s) for s in sequences]
+        assert cache.lengths.tolist() == cache.next.tolist() == [len(s) for s in sequences]
+        for b, sequence in enumerate(sequences):
+            assert cache.positions[b, : len(sequence)].tolist() == list(range(len(sequence)))
         if turn == 1:
             cache.select(torch.tensor([3, 1]))
             sequences = [sequences[3], sequences[1]]
@@ -123,15 +123,15 @@ def test_compiled_passes_equal_plain_ones_and_are_compiled_once(name: str, stati
     torch.compiler.reset()
     compiled.compile(static, backend=backend, fullgraph=True)
     rng, caches = random.Random(2), []
-    ids, lengths = padded([tokens(rng, n) for n in (9, 4)])
+    inputs = padded(*(tokens(rng, n) for n in (9, 4)))
     for one in (target, compiled):
         caches.append(one.new_cache(2, capacity=40))
-        one.prefill(ids, lengths, caches[-1])
+        one.prefill(inputs, caches[-1])
     for count in (5, 5, 3, 5, 3):
         nodes, parents, depths = random_forest(rng, 2, count)
         above = ancestors(parents, int(depths.max()))
         found = [
-            one.forward(nodes, cache.lengths[:, None] + depths, above, cache)
+            one.forward(nodes, cache.next[:, None] + depths, above, cache, layers=LAYERS)
             for one, cache in zip((target, compiled), caches)
         ]
         torch.testing.assert_close(found[1].hidden, found[0].hidden, **CLOSE)
@@ -153,12 +153,12 @@ def test_windows_matter_in_these_tests(name: str) -> None:
     """The sliding windows above are really shorter than the sequences: without them, the output differs."""
     target = ARCHITECTURES[name]()
     row = tokens(random.Random(2), 20)
-    ids = torch.tensor([row])
-    windowed = target.features(ids).hidden
-    target.window = None
-    causal = torch.zeros(1, 1, 20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), torch.finfo(torch.float32).min)
-    masks = {"full_attention": causal, "sliding_attention": causal} if name == "gemma3" else causal
-    full = target._run(ids, torch.arange(20)[None], masks, None).hidden
+    inputs, causal = padded(row), torch.ones(1, 20, 20, dtype=torch.bool).tril()
+    windowed = target.features(inputs).hidden
+    decoder = target.decoder
+    torch.testing.assert_close(decoder.packed(inputs.ids, inputs.positions, causal).hidden, windowed, **CLOSE)
+    decoder.window = 1000
+    full = decoder.packed(inputs.ids, inputs.positions, causal).hidden
     assert (full - windowed)[0, -1].abs().max() > 0.05
     torch.testing.assert_close(full[:, :5], windowed[:, :5], **CLOSE)
 
@@ -166,14 +166,14 @@ def test_windows_matter_in_these_tests(name: str) -> None:
 def test_packed_linears_equal_plain_ones() -> None:
     for name in ("llama", "phi"):  # without and with biases
         target = ARCHITECTURES[name]()
-        ids = torch.tensor([tokens(random.Random(3), 11)])
-        before = target.features(ids)
+        inputs = padded(tokens(random.Random(3), 11))
+        before = target.features(inputs, LAYERS)
         logits = target.logits(before.hidden)
         fingerprint = target.fingerprint()
         plain_linears = sum(type(m) is torch.nn.Linear for m in target.model.modules())
         assert pack_linears(target.model) == plain_linears
         assert not any(type(m) is torch.nn.Linear for m in target.model.modules())
-        after = target.features(ids)
+        after = target.features(inputs, LAYERS)
         torch.testing.assert_close(after.hidden, before.hidden, **CLOSE)
         torch.testing.assert_close(after.aux, before.aux, **CLOSE)
         torch.testing.assert_close(target.logits(after.hidden), logits, **CLOSE)
@@ -250,22 +250,23 @@ def test_a_model_without_a_head_is_refused() -> None:
         Target(llama().model.model, tiny.tiny_tokenizer())
 
 
-def test_auxiliary_layers() -> None:
-    assert default_aux_layers(30) == (2, 15, 27)
-    assert default_aux_layers(6) == (2, 3, 3)
-    assert default_aux_layers(4) == (0, 2, 3)
-    model = llama().model
-    target = Target(model, tiny.tiny_tokenizer(), aux_layers=(1, 3))
-    row = tokens(random.Random(4), 6)
-    torch.testing.assert_close(target.features(torch.tensor([row])).aux[0], plain(target, row).aux)
-    assert target.features(torch.tensor([row])).aux.shape[-1] == 64
+def test_a_pass_yields_the_layers_it_is_asked_for() -> None:
+    target, row = llama(), tokens(random.Random(4), 6)
+    for layers in ((1, 3), (0,), ()):
+        aux = target.features(padded(row), layers).aux
+        assert aux.shape == (1, 6, 32 * len(layers))
+        if layers:
+            torch.testing.assert_close(aux[0], plain(target, row, layers).aux)
+    target.check_layers((0, 3))
+    with pytest.raises(VSDError, match=r"layers \[1, 4\] of a target that has 4"):
+        target.check_layers((1, 4))
 
 
 def test_fingerprint_changes_with_weights_and_features_only() -> None:
     first = llama()
     model, tokenizer = first.model, first.tokenizer
     assert llama().fingerprint() == first.fingerprint()
-    assert Target(model, tokenizer, aux_layers=(0, 1, 2)).fingerprint() != first.fingerprint()
+    assert first.fingerprint((0, 1, 2)) != first.fingerprint() != first.fingerprint((1, 2))
     assert build(LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=8), seed=1).fingerprint() != first.fingerprint()
     assert Target(llama().model.bfloat16(), tokenizer).fingerprint() == first.fingerprint()
     for weight in (
@@ -286,12 +287,12 @@ def test_target_is_frozen_and_knows_where_answers_end() -> None:
     target = llama()
     assert not any(p.requires_grad for p in target.model.parameters()) and not target.model.training
     target.model.generation_config.eos_token_id = [2, 4]
-    assert target.eos_ids == (2, 4)
+    assert Target(target.model, target.tokenizer).eos_ids == (2, 4)
     target.model.generation_config.eos_token_id = None
-    assert target.eos_ids == (target.tokenizer.eos_token_id,)
+    assert Target(target.model, target.tokenizer).eos_ids == (target.tokenizer.eos_token_id,)
 
 
 def test_learned_positions_work() -> None:
     target = build(GPT2Config(**SIZES))
     row = tokens(random.Random(5), 12)
-    torch.testing.assert_close(target.features(torch.tensor([row])).hidden[0], plain(target, row).hidden, **CLOSE)
+    torch.testing.assert_close(target.features(padded(row)).hidden[0], plain(target, row).hidden, **CLOSE)

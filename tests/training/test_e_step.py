@@ -1,16 +1,19 @@
-"""Where the target's roads not taken begin, and how long they are remembered."""
+"""Where alternative continuations begin, and how long they are kept."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+import along
 import tiny_run
 from vsd.data import Example
-from vsd.objective import Continued
-from vsd.targets import Target
-from vsd.training import e_step
-from vsd.training.e_step import Batch, EStep, Posterior
+from vsd.features import Features
+from vsd.targets import Inputs, Target
+from vsd.training.chance import Chance
+from vsd.training.e_step import Batch, continued
+from vsd.training.e_step.continued import ContinuedStep
+from vsd.training.job import prompt_of
 from vsd.training.trainer import VSDTrainer
 
 
@@ -18,8 +21,8 @@ from vsd.training.trainer import VSDTrainer
 def examples(tiny_target: Target) -> list[Example]:
     """Answers of different lengths, so that a batch has padding."""
     return [
-        Example(ids[:end], drafted[:end])
-        for i, (ids, drafted) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
+        Example(Inputs(inputs.ids[:end]), drafted[:end])
+        for i, (inputs, drafted) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
         for end in [drafted.index(True) + 3 + 3 * i]
     ]
 
@@ -34,44 +37,49 @@ def whole(trainer: VSDTrainer) -> Batch:
     return trainer.batch(next(iter(trainer.get_train_dataloader())))
 
 
-def test_roads_begin_where_the_target_was_in_doubt(tiny_target: Target, trainer: VSDTrainer) -> None:
+def some(batch: Batch, rows: list[int]) -> Batch:
+    return Batch(batch.texts.some(rows), Features(*(field[rows] for field in batch.features)), batch.steps)
+
+
+def test_they_begin_where_the_target_is_unsure(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """Shares of 3,000 roots at every drafted position of every text are those of 1 - p; padding has none."""
-    batch, find = whole(trainer), trainer._posterior_of
-    generators = [torch.Generator().manual_seed(i) for i in range(len(batch.ids))]
-    found = find._continue(batch, Continued(3000, 2), generators)
-    assert not batch.real.all()
-    for b, (ids, roots) in enumerate(zip(batch.ids, found.roots)):
-        drafted = batch.drafted[b][batch.real[b]]
-        p = tiny_target.logits(tiny_target.features(ids[None]).hidden[0, drafted - 1]).softmax(-1)
-        doubt = 1 - p.gather(1, ids[drafted][:, None])[:, 0]
+    options = {"anchors": 3000, "length": 2}
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, objective="vsd", objective_options=options)
+    batch = whole(trainer)
+    ids, texts = batch.texts.inputs.ids, batch.texts
+    generators = [torch.Generator().manual_seed(i) for i in range(len(ids))]
+    found = trainer._e_steps[1]._draw(batch, list(range(len(ids))), generators)
+    assert not texts.real.all()
+    for b, roots in enumerate(found.roots):
+        drafted = texts.drafted[b][texts.real[b]]
+        p = tiny_target.logits(tiny_target.features(along.text(ids[b : b + 1])).hidden[0, drafted - 1]).softmax(-1)
+        doubt = 1 - p.gather(1, ids[b, drafted][:, None])[:, 0]
         share = torch.stack([(roots + 2 == position).float().mean() for position in drafted])
         assert share.sum() == pytest.approx(1)
         assert (share - doubt / doubt.sum()).abs().sum() / 2 < 0.05
 
 
-def test_they_are_remembered_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in epochs 0 and 1, others in 2; of what there is no room for, all again, and the same again."""
-    batch, find, drawn = whole(trainer), trainer._posterior_of, []
-    real_one = EStep._continue
+def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in epochs 0 and 1, others in 2; texts without room are drawn again, and are the same again."""
+    batch, step, drawn = whole(trainer), trainer._e_steps[1], []
+    real_one = ContinuedStep._draw
 
-    def counted(self: EStep, some: Batch, *rest: object) -> object:
-        drawn.append(some.examples.tolist())
-        return real_one(self, some, *rest)  # type: ignore[arg-type]
+    def counted(self: ContinuedStep, given: Batch, rows: list[int], generators: object) -> object:
+        drawn.append(given.texts.examples[rows].tolist())
+        return real_one(self, given, rows, generators)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(EStep, "_continue", counted)
-    part = trainer._objective.parts[1]
-    assert isinstance(part.paths, Continued)
+    monkeypatch.setattr(ContinuedStep, "_draw", counted)
 
     def tokens(epoch: int, rows: list[int]) -> torch.Tensor:
-        found: Posterior = find.continued(part, part.paths, batch.some(rows), epoch, trainer._seeded)
-        return found.entries.next_ids[:, batch.ids.shape[1] :]  # type: ignore[union-attr]
+        posterior, _ = step(some(batch, rows), Chance(0, epoch, "", torch.device("cpu")))
+        return posterior.entries.next_ids[:, batch.texts.inputs.ids.shape[1] :]
 
     first = tokens(0, [0, 1])
     assert torch.equal(tokens(1, [2, 1, 0])[1:], first.flip(0))
-    names = batch.examples.tolist()
+    names = batch.texts.examples.tolist()
     assert drawn == [names[:2], names[2:3]]
     assert not torch.equal(tokens(2, [0, 1]), first)
-    monkeypatch.setattr(e_step, "_MEMORY", 1)
+    monkeypatch.setattr(continued, "_MEMORY", 1)
     again = tokens(4, [0, 1, 2, 3])
     drawn.clear()
     assert torch.equal(tokens(4, [0, 1, 2, 3]), again)
@@ -79,7 +87,7 @@ def test_they_are_remembered_for_some_epochs(trainer: VSDTrainer, monkeypatch: p
 
 
 def test_measuring_stops_the_clock(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    prompts = [example.input_ids[: example.drafted.index(True) - 1] for example in examples]
+    prompts = [prompt_of(example) for example in examples]
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, eval_prompts=prompts, max_minutes=1)
     assert trainer._budget is not None
     trainer._budget.start = 100.0

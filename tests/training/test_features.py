@@ -1,5 +1,6 @@
 """Batches and the feature store: right shapes, the same features as online, and no shard of anything else."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,16 @@ import tiny
 import tiny_run
 from vsd.data import Example
 from vsd.errors import VSDError
-from vsd.targets import Target
-from vsd.training import Collator, DraftDataset, FeatureStore, features
-from vsd.training.features import affordable, compute_features
+from vsd.features import FeatureStore, affordable, compute_features, store
+from vsd.targets import Inputs, Padded, Target, load_target_info
+from vsd.training import Collator, DraftDataset
+from vsd.training.batch import texts_of
 
+LAYERS = (0, 2, 3)
 T, F = True, False
 MULTI_TURN = [
-    Example([10, 11, 12, 13, 14, 15, 16, 17], [F, F, F, T, T, F, F, T]),
-    Example([20, 21, 22, 23], [F, F, T, F]),
+    Example(Inputs([10, 11, 12, 13, 14, 15, 16, 17]), [F, F, F, T, T, F, F, T]),
+    Example(Inputs([20, 21, 22, 23]), [F, F, T, F]),
 ]
 
 
@@ -50,30 +53,31 @@ def test_drafted_tokens_are_those_of_every_answer() -> None:
 def test_stored_features_are_the_online_ones(
     tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)  # several shards
-    monkeypatch.setattr(features, "_BATCH_TOKENS", 100)  # and several passes of mixed lengths in each
-    store = FeatureStore.build(tmp_path, tiny_target, examples)
+    monkeypatch.setattr(store, "_SHARD_TOKENS", 120)  # several shards
+    monkeypatch.setattr(store, "_BATCH_TOKENS", 100)  # and several passes of mixed lengths in each
+    stored = FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for indices in ([0, 1], [5, 2, 9], [11]):
-        batch = Collator(store)(items(examples, indices))
-        online = compute_features(tiny_target, batch["input_ids"], batch["drafted"])
-        length, count = batch["input_ids"].shape[1], batch["drafted"].shape[1]
-        assert batch["aux"].shape == (len(indices), length, 96) and batch["aux"].dtype == torch.float32
-        assert batch["hidden"].shape == (len(indices), count, 32)
-        assert batch["log_normaliser"].shape == (len(indices), count)
+        texts = texts_of(Collator()(items(examples, indices)))
+        batch = stored.batch(texts)
+        online = compute_features(tiny_target, texts.inputs, texts.drafted, LAYERS)
+        length, count = texts.inputs.ids.shape[1], texts.drafted.shape[1]
+        assert batch.aux.shape == (len(indices), length, 96) and batch.aux.dtype == torch.float32
+        assert batch.hidden.shape == (len(indices), count, 32)
+        assert batch.log_normaliser.shape == (len(indices), count)
         for b, i in enumerate(indices):
-            ids, drafted = examples[i]
+            ids, drafted = examples[i].inputs.ids, examples[i].drafted
             real = slice(0, len(ids)), slice(0, sum(drafted))
-            torch.testing.assert_close(batch["aux"][b, real[0]], online.aux[b, real[0]], rtol=1e-2, atol=1e-2)
-            torch.testing.assert_close(batch["hidden"][b, real[1]], online.hidden[b, real[1]], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(batch.aux[b, real[0]], online.aux[b, real[0]], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(batch.hidden[b, real[1]], online.hidden[b, real[1]], rtol=1e-2, atol=1e-2)
             wanted = online.log_normaliser[b, real[1]]
-            torch.testing.assert_close(batch["log_normaliser"][b, real[1]], wanted, rtol=1e-5, atol=1e-4)
-            assert not batch["aux"][b, len(ids) :].any() and not batch["hidden"][b, sum(drafted) :].any()
+            torch.testing.assert_close(batch.log_normaliser[b, real[1]], wanted, rtol=1e-5, atol=1e-4)
+            assert not batch.aux[b, len(ids) :].any() and not batch.hidden[b, sum(drafted) :].any()
 
 
 def test_hidden_states_are_those_that_predict_the_drafted_tokens(tiny_target: Target) -> None:
-    found = compute_features(tiny_target, torch.tensor([MULTI_TURN[0].input_ids]), torch.tensor([[3, 4, 7]]))
-    logits = tiny_target.model(torch.tensor([MULTI_TURN[0].input_ids])).logits[0]
+    found = compute_features(tiny_target, Padded.of([MULTI_TURN[0].inputs]), torch.tensor([[3, 4, 7]]), ())
+    logits = tiny_target.model(torch.tensor([MULTI_TURN[0].inputs.ids])).logits[0]
     torch.testing.assert_close(tiny_target.logits(found.hidden[0]), logits[[2, 3, 6]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.log_normaliser[0], logits[[2, 3, 6]].logsumexp(-1), rtol=1e-5, atol=1e-4)
 
@@ -81,17 +85,17 @@ def test_hidden_states_are_those_that_predict_the_drafted_tokens(tiny_target: Ta
 def test_an_interrupted_build_computes_only_what_is_missing(
     tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)
-    FeatureStore.build(tmp_path, tiny_target, examples)
+    monkeypatch.setattr(store, "_SHARD_TOKENS", 120)
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     shards = sorted(tmp_path.glob("*.safetensors"))
     before = {path: path.read_bytes() for path in shards}
     written = {path: path.stat().st_mtime_ns for path in shards}
     shards[1].unlink()
     (tmp_path / f"{shards[1].name}.part").write_bytes(before[shards[1]][:100])
     computed = []
-    real = features._shard
-    monkeypatch.setattr(features, "_shard", lambda target, some, t: computed.append(some) or real(target, some, t))
-    FeatureStore.build(tmp_path, tiny_target, examples)
+    real = store._shard
+    monkeypatch.setattr(store, "_shard", lambda target, some, *rest: computed.append(some) or real(target, some, *rest))
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     assert len(computed) == 1
     assert {path: path.read_bytes() for path in sorted(tmp_path.glob("*.safetensors"))} == before
     assert not list(tmp_path.glob("*.part"))
@@ -101,10 +105,12 @@ def test_an_interrupted_build_computes_only_what_is_missing(
 def test_workers_compute_what_one_would(
     tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_SHARD_TOKENS", 120)
+    monkeypatch.setattr(store, "_SHARD_TOKENS", 120)
     found: list[dict[str, bytes]] = []
     for folder, worker in (("one", (0, 1)), ("several", (1, 2)), ("several", (0, 2))):
-        FeatureStore.build(tmp_path / folder, tiny_target, examples, worker=worker)
+        alone = worker == (1, 2)  # the first of two finds that the other's shards are missing
+        with pytest.raises(VSDError, match="no complete feature store") if alone else nullcontext():
+            FeatureStore.build(tmp_path / folder, tiny_target, examples, LAYERS, worker=worker)
         found.append({path.name: path.read_bytes() for path in sorted((tmp_path / folder).iterdir())})
     one, half, both = found
     shards = [name for name in one if name != "manifest.json"]
@@ -113,34 +119,57 @@ def test_workers_compute_what_one_would(
 
 
 def test_features_of_anything_else_are_refused(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    FeatureStore.build(tmp_path, tiny_target, examples)
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     other = tiny.tiny_target(seed=1)
     with pytest.raises(VSDError, match=r"made with another target\b"):
-        FeatureStore.build(tmp_path, other, examples)
+        FeatureStore.build(tmp_path, tiny_target, examples, (0, 1, 3))  # other layers
+    with pytest.raises(VSDError, match=r"made with another target\b"):
+        FeatureStore.build(tmp_path, other, examples, LAYERS)
     with pytest.raises(VSDError, match=r"made with another text\b"):
-        FeatureStore.build(tmp_path, tiny_target, examples[1:])
+        FeatureStore.build(tmp_path, tiny_target, examples[1:], LAYERS)
     unmasked = [Example(ids, [False] * 3 + drafted[3:]) for ids, drafted in examples[2:]]
-    FeatureStore.build(tmp_path / "mask", tiny_target, examples[2:])
+    FeatureStore.build(tmp_path / "mask", tiny_target, examples[2:], LAYERS)
     moved = [Example(ids, [*drafted[1:], True]) for ids, drafted in unmasked]
     with pytest.raises(VSDError, match=r"made with another text\b"):
-        FeatureStore.build(tmp_path / "mask", tiny_target, moved)
+        FeatureStore.build(tmp_path / "mask", tiny_target, moved, LAYERS)
     tokenizer = tiny_target.tokenizer
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template + " "
         with pytest.raises(VSDError, match=r"made with another (chat )?template\b"):
-            FeatureStore.build(tmp_path, tiny_target, examples)
+            FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     finally:
         tokenizer.chat_template = template
-    FeatureStore.build(tmp_path, tiny_target, examples)  # and still serves its own
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)  # and still serves its own
 
 
 def test_no_store_no_features(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="no feature store"):
-        FeatureStore(tmp_path / "nowhere", tiny_target, examples)
+    with pytest.raises(VSDError, match="no complete feature store"):
+        FeatureStore(tmp_path / "nowhere", tiny_target, examples, LAYERS)
 
 
 def test_affordable_is_bounded_by_the_text_and_never_nothing(tiny_target: Target, examples: list[Example]) -> None:
     many = examples * 4
     assert affordable(tiny_target, many, 1e6) == len(many)
     assert affordable(tiny_target, many, 0.0) == 16
+
+
+def test_a_drafter_that_reads_no_features_has_a_store_without(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    stored = FeatureStore.build(tmp_path, tiny_target, examples, ())
+    texts = texts_of(Collator()(items(examples, [0, 1, 4])))
+    batch, online = stored.batch(texts), compute_features(tiny_target, texts.inputs, texts.drafted, ())
+    assert batch.aux.shape == online.aux.shape == (3, texts.inputs.ids.shape[1], 0)
+    real = texts.real
+    torch.testing.assert_close(batch.log_normaliser[real], online.log_normaliser[real], rtol=1e-5, atol=1e-4)
+
+
+def test_a_complete_store_is_read_without_the_targets_layers(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    tiny_run.write_target(tiny_target, tmp_path / "target")
+    FeatureStore.build(tmp_path / "features", tiny_target, examples, LAYERS)
+    info = load_target_info(str(tmp_path / "target"))
+    stored = FeatureStore(tmp_path / "features", info, examples, LAYERS)
+    assert stored.batch(texts_of(Collator()(items(examples, [3])))).aux.any()

@@ -12,16 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import along
 import tiny_run
 from vsd.data import Example
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
-from vsd.paths import TreeShape, draw_trees
-from vsd.targets import Target
-from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+from vsd.features import Features, FeatureStore
+from vsd.paths import TreeShape
+from vsd.targets import Inputs, Target
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
+from vsd.training.e_step.proposed import trees
 from vsd.training.job import prompt_of
 
+LAYERS = (0, 2, 3)
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
 
 
@@ -33,8 +37,8 @@ def examples(tiny_target: Target) -> list[Example]:
 def uneven(examples: list[Example]) -> list[Example]:
     """Answers of very different lengths: a mean of means would not be the mean."""
     return [
-        Example(ids[:ids_end], drafted[:ids_end])
-        for i, (ids, drafted) in enumerate(examples)
+        Example(Inputs(inputs.ids[:ids_end]), drafted[:ids_end])
+        for i, (inputs, drafted) in enumerate(examples)
         for ids_end in [drafted.index(True) + 1 + 3 * i]
     ]
 
@@ -61,9 +65,9 @@ def test_accumulated_batches_are_one_batch(tiny_target: Target, examples: list[E
 
 
 def test_stored_and_online_features_train_alike(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    store = FeatureStore.build(tmp_path / "features", tiny_target, examples)
+    store = FeatureStore.build(tmp_path / "features", tiny_target, examples, LAYERS)
     online = weights_after(tiny_target, examples, tmp_path, optim="sgd")
-    stored = weights_after(tiny_target, examples, tmp_path, optim="sgd", store=store)
+    stored = weights_after(tiny_target, examples, tmp_path, optim="sgd", features=store)
     start = dict(tiny_run.tiny_drafter(tiny_target, examples).named_parameters())
     for name in online:
         moved = (online[name] - start[name]).norm()
@@ -89,29 +93,29 @@ def test_the_served_temperature_is_the_targets_law(
     """By rule target, recorded states: CE to p at that temperature, the drafter's q as it is."""
     options = {"rule": "target", "e_step": None}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 1, "temperature": 0.5}
-    store = FeatureStore.build(tmp_path / "features", tiny_target, examples, 0.5)
-    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, store=store, **choice)
+    store = FeatureStore.build(tmp_path / "features", tiny_target, examples, LAYERS, 0.5)
+    trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, features=store, **choice)
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1.0))
     total, drafter = torch.zeros(()), trainer.model
-    for ids, drafted in examples:
-        text = torch.tensor([ids])
-        features = tiny_target.features(text)
+    for inputs, drafted in examples:
+        text = torch.tensor([inputs.ids])
+        features = tiny_target.features(along.text(text))
         roots = torch.tensor(drafted).nonzero()[:, 0] - 2
-        law = (tiny_target.logits(features.hidden[0, roots + 1]) / 0.5).softmax(-1)[:, drafter.draft_ids()]
-        words = tiny_target.embed(text[0, roots + 1])[None, None]
-        hidden = drafter(features.aux, tiny_target.embed(text.roll(-1, 1)), roots[None], words)[0, 0]
+        law = (tiny_target.logits(features.hidden[0, roots + 1]) / 0.5).softmax(-1)[:, drafter.vocabulary.ids]
+        paths = along.paths(roots[None], text[:, roots + 2, None])
+        hidden = along.states(drafter, along.entries(tiny_target, text, LAYERS), paths)[0, 0]
         total = total - (law * drafter.lm_head(hidden).log_softmax(-1)).sum()
     torch.testing.assert_close(loss, total, rtol=2e-2, atol=0)  # features are kept in bfloat16
     with pytest.raises(VSDError, match="another temperature"):
-        FeatureStore.build(tmp_path / "features", tiny_target, examples)
+        FeatureStore.build(tmp_path / "features", tiny_target, examples, LAYERS)
     with pytest.raises(VSDError, match="must be positive"):
         VSDConfig(output_dir=str(tmp_path), temperature=0.0)
 
 
 def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """Fewer drafted tokens than steps in the whole batch."""
-    text = [Example(ids[: d.index(True) + 2], d[: d.index(True) + 2]) for ids, d in examples]
+    text = [Example(Inputs(one.ids[: d.index(True) + 2]), d[: d.index(True) + 2]) for one, d in examples]
     assert max(sum(example.drafted) for example in text) == 2
     weights = weights_after(tiny_target, text, tmp_path, draft_steps=6)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
@@ -231,7 +235,7 @@ def test_every_objective_trains(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_roads_not_taken_are_trained_like_texts(
+def test_alternative_continuations_are_trained_like_texts(
     tiny_target: Target,
     examples: list[Example],
     tmp_path: Path,
@@ -240,8 +244,8 @@ def test_roads_not_taken_are_trained_like_texts(
 ) -> None:
     """From E-step to loss and gradient, against a text of its own for every continuation."""
     A, L = 3, 5
-    common = int(torch.tensor([example.input_ids[-8:] for example in examples]).mode().values.mode().values)
-    monkeypatch.setattr(Target, "eos_ids", (tiny_target.eos_ids[0], common))  # so that some paths end early
+    common = int(torch.tensor([example.inputs.ids[-8:] for example in examples]).mode().values.mode().values)
+    monkeypatch.setattr(tiny_target, "eos_ids", (tiny_target.eos_ids[0], common))  # so that some paths end early
     options = {"anchors": A, "length": L, "weight": 2.0}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 3, "temperature": temperature}
     trainer = tiny_run.tiny_trainer(tiny_target, uneven(examples), tmp_path, **choice)
@@ -255,29 +259,34 @@ def test_roads_not_taken_are_trained_like_texts(
     drafter.zero_grad()
 
     entries, paths = posteriors[1].entries, posteriors[1].paths
-    T, totals, roots, ended = batch.ids.shape[1], [torch.zeros(())] * len(batch.ids), [0] * len(batch.ids), 0
-    for b, p in itertools.product(range(len(batch.ids)), range(A)):
+    T, totals, roots, ended = (
+        batch.texts.inputs.ids.shape[1],
+        [torch.zeros(())] * len(batch.texts.inputs.ids),
+        [0] * len(batch.texts.inputs.ids),
+        0,
+    )
+    for b, p in itertools.product(range(len(batch.texts.inputs.ids)), range(A)):
         below = T + p * (L - 1) + torch.arange(L - 1)
         at = int(entries.positions[b, below[0]])  # the path's first token stands at at + 1
         first = entries.next_ids[b, below]
         rest = paths.tokens[b][(paths.roots[b] == below[-1]) & paths.valid[b, :, 0]]
-        own = torch.cat([batch.ids[b, : at + 1], first, rest[0, :1] if len(rest) else first[:0]])[None]
+        own = torch.cat([batch.texts.inputs.ids[b, : at + 1], first, rest[0, :1] if len(rest) else first[:0]])[None]
         eos = torch.isin(own[0, at + 1 :], torch.tensor(tiny_target.eos_ids)).nonzero()
         if len(eos):
             own, ended = own[:, : at + 2 + int(eos[0])], ended + 1
-        features = tiny_target.features(own)
+        features = tiny_target.features(along.text(own))
         n = own.shape[1] - at - 1
         where = at - 1 + torch.arange(n)[None]
-        law = (tiny_target.logits(features.hidden[0, at:-1]) / temperature).softmax(-1)[:, drafter.draft_ids()]
-        words = own[0, (where[0] + 1 + torch.arange(3)[:, None]).clamp(max=own.shape[1] - 1)]  # [K, n]
-        hidden = drafter(features.aux, tiny_target.embed(own.roll(-1, 1)), where, tiny_target.embed(words)[:, None])
+        law = (tiny_target.logits(features.hidden[0, at:-1]) / temperature).softmax(-1)[:, drafter.vocabulary.ids]
+        tokens = own[0, (where[0, :, None] + 2 + torch.arange(3)).clamp(max=own.shape[1] - 1)][None]  # [1, n, K]
+        hidden = along.states(drafter, along.entries(tiny_target, own, LAYERS), along.paths(where, tokens))
         log_q = drafter.lm_head(hidden)[:, 0].log_softmax(-1)  # [K, n, Vd]
         for k, i in itertools.product(range(3), range(n)):
             if i + k < n:
                 totals[b] = totals[b] - 0.8**k * (law[i + k] * log_q[k, i]).sum()
         roots[b] += n
     assert ended > 0
-    shares = (2 * int(real) / n for real, n in zip(batch.real.sum(1), roots))
+    shares = (2 * int(real) / n for real, n in zip(batch.texts.real.sum(1), roots))
     total = torch.stack([share * each for share, each in zip(shares, totals)]).sum()
     torch.testing.assert_close(both - loss, total, rtol=1e-4, atol=1e-3)
     total.backward()
@@ -308,19 +317,18 @@ def test_drawn_paths_are_trained_as_they_should_one_by_one(
     for b, p in itertools.product(range(len(ids)), range(6)):
         root, tokens = int(paths.roots[b, p]), paths.tokens[b, p]
         text = torch.cat([ids[b, : root + 2], tokens])[None]
-        features = tiny_target.features(text)
+        features = tiny_target.features(along.text(text))
         logits = tiny_target.logits(features.hidden[0, root + 1 : -1])
-        law = (logits / temperature).softmax(-1)[:, drafter.draft_ids()]  # [K, Vd]
-        words = tiny_target.embed(text[0, root + 1 : -1])[:, None, None]
-        aux = features.aux[:, : root + 1]
-        hidden = drafter(aux, tiny_target.embed(text[:, 1 : root + 2]), torch.tensor([[root]]), words)[:, 0, 0]
+        law = (logits / temperature).softmax(-1)[:, drafter.vocabulary.ids]  # [K, Vd]
+        path = along.paths(torch.tensor([[root]]), tokens[None, None])
+        hidden = along.states(drafter, along.entries(tiny_target, text, LAYERS), path)[:, 0, 0]
         log_q = (drafter.lm_head(hidden) / temperature).log_softmax(-1)
         for k in range(4):
             total = total - (law[k] * log_q[k]).sum() / 3 * real / (2 * len(ids))
             if int(tokens[k]) in tiny_target.eos_ids:
                 ended += 1
                 break
-    assert ended > 0 or all(eos not in drafter.draft_ids() for eos in tiny_target.eos_ids)
+    assert ended > 0 or all(eos not in drafter.vocabulary.ids for eos in tiny_target.eos_ids)
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-4)
     total.backward()
     for name, weight in drafter.named_parameters():
@@ -336,13 +344,13 @@ def test_beyond_lookup_only_other_roots_are_trained(
     paths = trainer._e_step(batch)[0].paths
     trained = {(b, int(root)) for b in range(8) for root in paths.roots[b][paths.valid[b, :, 0]]}
     wanted = set()
-    for b, ids in enumerate(batch.ids.tolist()):
-        for root in (batch.drafted[b][batch.real[b]] - 2).tolist():
+    for b, ids in enumerate(batch.texts.inputs.ids.tolist()):
+        for root in (batch.texts.drafted[b][batch.texts.real[b]] - 2).tolist():
             newest = ids[root - 1 : root + 2]
             if not any(ids[t : t + 3] == newest for t in range(root - 1)):
                 wanted.add((b, root))
     assert trained == wanted
-    assert len(wanted) < int(batch.real.sum())
+    assert len(wanted) < int(batch.texts.real.sum())
 
 
 @pytest.mark.parametrize("rule", ["greedy", "target"])
@@ -353,24 +361,25 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
     options = {"tree": "3x3x9", "anchors": 4, "rule": rule}
     choice = {"objective": "gto", "objective_options": options}
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
-    assert trainer._beginning is not None
+    reference = trainer._e_steps[1].reference
     torch.manual_seed(1)
     for weight in trainer.model.parameters():  # as if training had gone on
         weight.data += 0.05 * torch.randn_like(weight)
     inputs = next(iter(trainer.get_train_dataloader()))
     batch = trainer.batch(inputs)
-    found = trainer._e_step(batch)[1]
-    drafters, shape = (trainer.model, trainer._beginning), TreeShape(3, 3, 9)
+    found, info = trainer._e_steps[1](batch, trainer._chance())
+    drafters, shape = (trainer.model, reference), TreeShape(3, 3, 9)
     ended = torch.tensor(tiny_target.eos_ids)
     better = torch.zeros(8, 4)
     for b, a in itertools.product(range(8), range(4)):
         root = int(found.paths.roots[b, a])
-        text = batch.ids[b, : root + 2].tolist()
+        text = batch.texts.inputs.ids[b, : root + 2].tolist()
         rewards, best = [], None
         for drafter in drafters:
-            tokens, fresh = draw_trees(
-                drafter, tiny_target, batch.features.aux[b : b + 1], batch.ids[b : b + 1], torch.tensor([[root]]), shape
+            alone = batch._replace(
+                texts=batch.texts.some([b]), features=Features(*(f[b : b + 1] for f in batch.features))
             )
+            tokens, fresh = trees(trainer._models, drafter, shape, alone, torch.tensor([[root]]))
             reward, worths = 0.0, []
             for path, new in zip(tokens[0, 0].tolist(), fresh[0, 0].tolist()):
                 kappa, worth = 1.0, 0.0
@@ -379,11 +388,11 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
                         break
                     place = root + 2 + k
                     if rule == "greedy":
-                        answered = place < batch.ids.shape[1] and int(inputs["labels"][b, place]) == token
+                        answered = place < batch.texts.inputs.ids.shape[1] and int(inputs["labels"][b, place]) == token
                         kappa *= float(answered)
                     else:
                         so_far = torch.tensor([text + path[:k]])
-                        law = tiny_target.logits(tiny_target.features(so_far).hidden[0, -1]).softmax(-1)
+                        law = tiny_target.logits(tiny_target.features(along.text(so_far)).hidden[0, -1]).softmax(-1)
                         kappa *= float(law[token])
                     worth += kappa
                     reward += kappa * new[k]
@@ -393,11 +402,11 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
                 best = max(worths)
                 taken = tokens[0, 0, worths.index(best)].tolist()
         better[b, a] = rewards[0] - rewards[1]
-        assert float(found.utility[b, a]) == pytest.approx(rewards[0], abs=1e-3)
+        assert float(info.utility[b, a]) == pytest.approx(rewards[0], abs=1e-3)
         path = found.paths.tokens[b, a][found.paths.valid[b, a]].tolist()
         assert len(path) == best if rule == "greedy" else path == taken[: len(path)]
     wanted = (better - better.mean(1, keepdim=True)) / better.std(1, keepdim=True).clamp(min=1e-4)
-    scale = batch.real.sum() / 32
+    scale = batch.texts.real.sum() / 32
     torch.testing.assert_close(found.share[..., 0], wanted * scale, rtol=2e-2, atol=2e-2)
     assert better.abs().sum() > 0.1
 
@@ -473,8 +482,8 @@ from pathlib import Path
 import tiny, tiny_run
 from vsd.training.job import end_processes
 target = tiny.tiny_target()
-text = [tiny_run.Example(ids[: d.index(True) + 1 + 3 * i], d[: d.index(True) + 1 + 3 * i])
-        for i, (ids, d) in enumerate(tiny_run.tiny_examples(target, 8))]
+text = [tiny_run.Example(tiny_run.Inputs(one.ids[: d.index(True) + 1 + 3 * i]), d[: d.index(True) + 1 + 3 * i])
+        for i, (one, d) in enumerate(tiny_run.tiny_examples(target, 8))]
 out = Path(sys.argv[1])
 trainer = tiny_run.tiny_trainer(target, text, out, optim="sgd", per_device_train_batch_size=4, **eval(sys.argv[2]))
 trainer.train()

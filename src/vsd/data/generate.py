@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
+from vsd.targets.inputs import Inputs, Padded
 from vsd.targets.sampling import choose
 from vsd.targets.target import Target
 
@@ -69,10 +69,10 @@ def generate_batch(
     device = target.device
     stops = torch.tensor(sorted(target.eos_ids if stop_ids is None else stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    ids, lengths = pad([*prompts], device)
-    cache = target.new_cache(len(prompts), ids.shape[1] + max_new_tokens)
+    inputs = Padded.of([Inputs(ids) for ids in prompts], device)
+    cache = target.new_cache(len(prompts), inputs.ids.shape[1] + max_new_tokens)
     rows = torch.arange(len(prompts), device=device)  # [B] the prompts still in the batch
-    hidden = target.prefill(ids, lengths, cache).hidden[rows, lengths - 1]  # [B, h]
+    hidden = target.prefill(inputs, cache).hidden[rows, inputs.lengths - 1]  # [B, h]
     tokens = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
     running = torch.ones_like(rows, dtype=torch.bool)
     myself = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
@@ -87,16 +87,9 @@ def generate_batch(
             keep = running.nonzero()[:, 0]
             cache.select(keep)
             rows, token, running = rows[keep], token[keep], running[keep]
-        hidden = target.forward(token[:, None], cache.lengths[:, None], myself, cache).hidden[:, 0]
+        hidden = target.forward(token[:, None], cache.next[:, None], myself, cache).hidden[:, 0]
         cache.commit(torch.zeros_like(rows)[:, None], torch.ones_like(rows))
     return [_answer(row, target.eos_ids if stop_ids is None else stop_ids) for row in tokens.tolist()]
-
-
-def pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [B, N] and lengths [B]."""
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = int(lengths.max())
-    return torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device), lengths
 
 
 def derive_seed(*parts: object) -> int:

@@ -10,7 +10,7 @@ from vsd.data.generate import Answer
 from vsd.data.records import Record
 from vsd.data.template import prompt_ids, spell
 from vsd.errors import VSDError
-from vsd.targets.lexicon import Lexicon
+from vsd.targets.info import TargetInfo
 
 
 class Question(NamedTuple):
@@ -55,18 +55,18 @@ class Chat:
     exact: list[int] | None
     asked: int = 0
 
-    def question(self, lexicon: Lexicon) -> Question | None:
+    def question(self, info: TargetInfo) -> Question | None:
         """The next user turn, if there is one."""
         if self.asked == len(self.turns):
             return None
         messages = [*self.history, {"role": "user", "content": self.turns[self.asked]}]
         if self.exact is not None:
             return Question(f"{self.id}/{self.asked}", [], self.exact)
-        return Question(f"{self.id}/{self.asked}", messages, prompt_ids(lexicon.tokenizer, messages))
+        return Question(f"{self.id}/{self.asked}", messages, prompt_ids(info.tokenizer, messages))
 
-    def question_within(self, lexicon: Lexicon, room: int, report: Report) -> Question | None:
+    def question_within(self, info: TargetInfo, room: int, report: Report) -> Question | None:
         """The next user turn; one longer than `room` tokens ends the conversation, and is reported."""
-        question = self.question(lexicon)
+        question = self.question(info)
         if question is None or len(question.ids) <= room:
             return question
         self.end()
@@ -84,13 +84,13 @@ class Chat:
         self.asked = len(self.turns)
 
 
-def room_for_prompts(lexicon: Lexicon, max_length: int | None, max_new_tokens: int) -> int:
+def room_for_prompts(info: TargetInfo, max_length: int | None, max_new_tokens: int) -> int:
     """Tokens a prompt may have; `max_length` (default: the target's context) is for prompt and answer together."""
-    return (max_length or lexicon.context or sys.maxsize) - max_new_tokens
+    return (max_length or info.context or sys.maxsize) - max_new_tokens
 
 
 def open_chats(
-    lexicon: Lexicon,
+    info: TargetInfo,
     conversations: Iterable[Conversation],
     room: int,
     on_bad_line: OnBadLine,
@@ -106,10 +106,10 @@ def open_chats(
         exact = None if turns else given.prompt_ids
         chat = Chat(name, given.where, system, turns or [""], exact)
         try:
-            question = chat.question(lexicon)
+            question = chat.question(info)
             if question is None or len(question.ids) > room:
                 raise BadLineError(f"too long: the prompt leaves no room for an answer ({max(room, 0)} tokens allowed)")
-            if max(question.ids) >= lexicon.vocab_size:
+            if max(question.ids) >= info.vocab_size:
                 raise BadLineError(
                     f"token {max(question.ids)} is not in this target's vocabulary: made by another target?"
                 )
@@ -123,9 +123,9 @@ def open_chats(
     return chats, skipped
 
 
-def record_of(lexicon: Lexicon, question: Question, answer: Answer, batch: int, sampling: Sampling) -> Record | None:
+def record_of(info: TargetInfo, question: Question, answer: Answer, batch: int, sampling: Sampling) -> Record | None:
     """The line for one answer; None if there is no text in it, hence nothing to draft."""
-    text = spell(lexicon.tokenizer, answer.ids)
+    text = spell(info.tokenizer, answer.ids)
     if not text.strip() or len(answer.ids) < 2:
         return None
     messages = [*question.messages, {"role": "assistant", "content": text}] if question.messages else None

@@ -16,7 +16,7 @@ from vsd.data.chat import LOG, Conversation, OnBadLine, Report
 from vsd.data.generate import derive_seed, generate_batch, plan_batches
 from vsd.data.questions import Chat, Question, Sampling, Summary, open_chats, record_of, room_for_prompts
 from vsd.data.records import Entry, RecordLog, progress_bar
-from vsd.targets.lexicon import Lexicon
+from vsd.targets.info import TargetInfo
 from vsd.targets.target import Target
 
 _WINDOW = 16  # batches' worth of conversations that are sorted by length together
@@ -47,9 +47,9 @@ def regenerate(
         VSDError: a bad line, when fatal; `out` cannot be resumed; nothing to answer.
     """
     report = report or LOG.warning
-    lexicon = Lexicon.of(target)
-    room = room_for_prompts(lexicon, max_length, max_new_tokens)
-    chats, skipped = open_chats(lexicon, conversations, room, on_bad_line, report)
+    info = target
+    room = room_for_prompts(info, max_length, max_new_tokens)
+    chats, skipped = open_chats(info, conversations, room, on_bad_line, report)
     settings = {
         "kind": "regenerate",
         **describe(target),
@@ -65,7 +65,7 @@ def regenerate(
     with RecordLog(Path(out), settings) as log, progress_bar(enabled=progress) as bar:
         total = sum(len(c.turns) for c in chats)
         task = bar.add_task("regenerate", total=total, completed=len(log.entries), tokens=0)
-        for number, batch in enumerate(_batches(lexicon, chats, batch_size, room, report)):
+        for number, batch in enumerate(_batches(info, chats, batch_size, room, report)):
             answers = answer_batch(target, log, number, [question for _, question in batch], sampling)
             for (chat, question), entry in zip(batch, answers, strict=True):
                 if entry is None:
@@ -93,8 +93,8 @@ def answer_batch(
         temperature=sampling.temperature,
         seed=derive_seed(sampling.seed, [q.ids for q in questions]),
     )
-    lexicon = Lexicon.of(target)
-    made = [record_of(lexicon, q, a, number, sampling) for q, a in zip(questions, answers, strict=True)]
+    info = target
+    made = [record_of(info, q, a, number, sampling) for q, a in zip(questions, answers, strict=True)]
     log.append([record for record in made if record is not None and record["id"] not in log.entries])
     return [
         log.entries.get(q.id) or (None if record is None else Entry.of(record))
@@ -108,13 +108,13 @@ def describe(target: Target) -> dict[str, str]:
 
 
 def _batches(
-    lexicon: Lexicon, chats: list[Chat], batch_size: int, room: int, report: Report
+    info: TargetInfo, chats: list[Chat], batch_size: int, room: int, report: Report
 ) -> Iterator[list[tuple[Chat, Question]]]:
     """All turns to answer, in batches of like length; answer each batch before taking the next."""
     for begin in range(0, len(chats), batch_size * _WINDOW):
         live = chats[begin : begin + batch_size * _WINDOW]
         while live:
-            asked = [(chat, chat.question_within(lexicon, room, report)) for chat in live]
+            asked = [(chat, chat.question_within(info, room, report)) for chat in live]
             fits = [(chat, question) for chat, question in asked if question is not None]
             for rows in plan_batches([question.ids for _, question in fits], batch_size):
                 yield [fits[i] for i in rows]

@@ -23,12 +23,12 @@ from vsd.data.regenerate import digest
 from vsd.data.server import Reply, Server
 from vsd.data.template import render, spell, tokenize
 from vsd.errors import VSDError
-from vsd.targets.lexicon import Lexicon
+from vsd.targets.info import TargetInfo
 
 
 def regenerate_by_server(
     server: Server,
-    lexicon: Lexicon,
+    info: TargetInfo,
     conversations: Iterable[Conversation],
     out: Path,
     *,
@@ -44,7 +44,7 @@ def regenerate_by_server(
     """Answer every user turn of `conversations` with the server's model; `out` is resumed when it exists.
 
     Args:
-        lexicon: of the target that the server serves.
+        info: of the target that the server serves.
         concurrency: how many questions are asked at once.
         max_length, on_bad_line, report: as in `regenerate`; what the server refuses is a bad line too.
 
@@ -55,13 +55,13 @@ def regenerate_by_server(
     if concurrency < 1:
         raise VSDError("concurrency must be at least 1")
     report = report or LOG.warning
-    room = room_for_prompts(lexicon, max_length, max_new_tokens)
-    chats, skipped = open_chats(lexicon, conversations, room, on_bad_line, report)
+    room = room_for_prompts(info, max_length, max_new_tokens)
+    chats, skipped = open_chats(info, conversations, room, on_bad_line, report)
     settings = {
         "kind": "regenerate by a server",
-        "target": lexicon.name,
+        "target": info.name,
         "model": server.model,
-        "chat_template": digest(lexicon.tokenizer.chat_template),
+        "chat_template": digest(info.tokenizer.chat_template),
         "prompts": digest([[c.id, c.history, c.turns, c.exact] for c in chats]),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -73,11 +73,11 @@ def regenerate_by_server(
     with RecordLog(Path(out), settings) as log, progress_bar(enabled=progress) as bar:
         entries = dict(log.entries)
         task = bar.add_task("regenerate", total=total, completed=len(entries), tokens=0)
-        following = partial(_unanswered, entries, lexicon, room, report)
+        following = partial(_unanswered, entries, info, room, report)
         with closing(_replies(server, chats, following, sampling, concurrency)) as replies:
             for chat, question, reply in replies:
                 try:
-                    record = _record(lexicon, question, reply(), len(entries), sampling)
+                    record = _record(info, question, reply(), len(entries), sampling)
                 except BadLineError as error:
                     handle_bad_line(f"{chat.where}: {error}", on_bad_line, report)
                     chat.end()
@@ -120,9 +120,9 @@ def _replies(
         server.close()
 
 
-def _unanswered(entries: dict[str, Entry], lexicon: Lexicon, room: int, report: Report, chat: Chat) -> Question | None:
+def _unanswered(entries: dict[str, Entry], info: TargetInfo, room: int, report: Report, chat: Chat) -> Question | None:
     """The first question of a chat that has no record; the answers before it become its history."""
-    while (question := chat.question_within(lexicon, room, report)) is not None:
+    while (question := chat.question_within(info, room, report)) is not None:
         if question.id not in entries:
             return question
         chat.answered(entries[question.id].answer)
@@ -139,30 +139,30 @@ def _ask(server: Server, question: Question, sampling: Sampling) -> Reply:
     )
 
 
-def _record(lexicon: Lexicon, question: Question, reply: Reply, number: int, sampling: Sampling) -> Record | None:
+def _record(info: TargetInfo, question: Question, reply: Reply, number: int, sampling: Sampling) -> Record | None:
     """The line for one reply; None if there is nothing to draft in it."""
     prompt = reply.prompt_ids or question.ids
-    ids = reply.ids or _tokens(lexicon, question, reply)
-    if max([*prompt, *ids], default=0) >= len(lexicon.tokenizer):
-        raise VSDError(f"the server's tokens are not '{lexicon.name}''s: is --target the model it serves?")
-    if reply.ids and reply.text.strip().rstrip("\ufffd") not in spell(lexicon.tokenizer, ids):
-        raise VSDError(f"the server's tokens do not spell its answer in '{lexicon.name}': is --target what it serves?")
-    if reply.finish == "stop" and lexicon.eos_ids and (not ids or ids[-1] not in lexicon.eos_ids):
-        ids = [*ids, _end(lexicon)]
-    return record_of(lexicon, question._replace(ids=prompt), Answer(ids, reply.finish), number, sampling)
+    ids = reply.ids or _tokens(info, question, reply)
+    if max([*prompt, *ids], default=0) >= len(info.tokenizer):
+        raise VSDError(f"the server's tokens are not '{info.name}''s: is --target the model it serves?")
+    if reply.ids and reply.text.strip().rstrip("\ufffd") not in spell(info.tokenizer, ids):
+        raise VSDError(f"the server's tokens do not spell its answer in '{info.name}': is --target what it serves?")
+    if reply.finish == "stop" and info.eos_ids and (not ids or ids[-1] not in info.eos_ids):
+        ids = [*ids, _end(info)]
+    return record_of(info, question._replace(ids=prompt), Answer(ids, reply.finish), number, sampling)
 
 
-def _tokens(lexicon: Lexicon, question: Question, reply: Reply) -> list[int]:
+def _tokens(info: TargetInfo, question: Question, reply: Reply) -> list[int]:
     """The text of an answer as the tokenizer reads it behind its prompt."""
     if question.messages:
-        before = render(lexicon.tokenizer, question.messages, answer_next=True)
-        whole = tokenize(lexicon.tokenizer, before + reply.text)
+        before = render(info.tokenizer, question.messages, answer_next=True)
+        whole = tokenize(info.tokenizer, before + reply.text)
         if whole[: len(question.ids)] == question.ids:
             return whole[len(question.ids) :]
-    return tokenize(lexicon.tokenizer, reply.text)
+    return tokenize(info.tokenizer, reply.text)
 
 
-def _end(lexicon: Lexicon) -> int:
+def _end(info: TargetInfo) -> int:
     """The token that ends a turn: the tokenizer's own end, where it is one of the target's."""
-    own = lexicon.tokenizer.eos_token_id
-    return own if own in lexicon.eos_ids else lexicon.eos_ids[0]
+    own = info.tokenizer.eos_token_id
+    return own if own in info.eos_ids else info.eos_ids[0]

@@ -25,12 +25,13 @@ from vsd.data.chat import (
     read_conversations,
 )
 from vsd.errors import VSDError
+from vsd.targets.inputs import Inputs
 
 
 class Example(NamedTuple):
     """One training sequence: drafted[j] is True iff token j is drafted when the conversation is served."""
 
-    input_ids: list[int]
+    inputs: Inputs
     drafted: list[bool]
 
 
@@ -70,7 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_l
         drafted[start + 1 : end + 1] = [True] * (end - start)
     if not any(drafted):
         raise BadLineError("nothing to draft: the answer is a single token")
-    return Example(ids, drafted)
+    return Example(Inputs(ids), drafted)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:

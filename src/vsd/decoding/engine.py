@@ -1,10 +1,11 @@
 """Lossless speculative decoding of a batch: draft a tree, verify it in one target pass, commit what was accepted.
 
-Without a drafter the tree is its root alone: the same engine is then plain decoding, the honest baseline.
+Without a drafter the tree is its root alone: the same engine is then plain decoding, the baseline.
 
-Legend: B active rows, N nodes of a tree, A accepted nodes of the luckiest row, h hidden, V vocabulary.
+Legend: B active rows, N nodes of a tree, A accepted nodes of the row that accepts most, h hidden, V vocabulary.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,28 +14,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vsd.data.generate import pad
 from vsd.decoding.lookup import SURE, Lookup
 from vsd.decoding.sampling import Sampling
-from vsd.drafters import DraftCache, Eagle3Drafter
-from vsd.errors import VSDError
-from vsd.paths import Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
-from vsd.targets import Target, TargetOutput, TreeCache
+from vsd.drafters import Drafter, FeatureSpec
+from vsd.errors import ConfigurationError, TargetError
+from vsd.paths import Chain, Tree, TreeShape, ancestors, graft
+from vsd.targets import Inputs, Output, Padded, Target, TreeCache
 from vsd.verification import Law, Verdict, verify
 
 
 @dataclass
 class Result:
-    """One answer, and what it took.
+    """One answer, and the passes that made it.
 
     Attributes:
+        prompt: its inputs.
         finish: "stop" (EOS or stop string), "length" (max_new_tokens) or "window" (the target's context is full).
         accepted: drafted tokens accepted by each verification pass.
         delivered: new tokens each pass added to the answer, bonus token included.
         trees: of each pass, (nodes of its tree, root included; levels that the drafter was asked for).
     """
 
-    prompt: list[int]
+    prompt: Inputs
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
     accepted: list[int] = field(default_factory=list)
@@ -53,14 +54,13 @@ class Step(NamedTuple):
 
 @dataclass
 class _State:
-    """What one step hands to the next, for the rows still active."""
+    """The state between two steps, for the rows still active."""
 
     rows: list[int]  # [B] index into the prompts
     laws: list[Law]  # [B]
     root: Tensor  # [B] the token decided last, not yet in the cache
     cache: TreeCache
-    draft_cache: DraftCache | None
-    hidden: Tensor | None  # [B, 1, h] the drafter's last output
+    draft: Any  # the drafter's state
     lookups: list[Lookup]  # [B] the text so far
 
 
@@ -81,33 +81,35 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        drafter: Eagle3Drafter | None = None,
+        drafter: Drafter | None = None,
         shape: TreeShape | None = None,
         verification: str = "auto",
     ) -> None:
         self.target, self.drafter, self.shape = target, drafter, shape or TreeShape()
         self.verification = verification
+        self.layers = FeatureSpec().layers
         if drafter is not None:
-            drafter.check_target(target)
-            if self.shape.top_k > drafter.config.draft_vocab_size:
-                raise VSDError(
-                    f"top_k {self.shape.top_k} is too wide: the drafter knows {drafter.config.draft_vocab_size} tokens"
+            drafter.attach(target)
+            self.layers = drafter.needs.layers
+            if self.shape.top_k > drafter.vocabulary.size:
+                raise ConfigurationError(
+                    f"top_k {self.shape.top_k} is too wide: the drafter proposes {drafter.vocabulary.size} tokens"
                 )
         if verification not in ("auto", "rejection"):
-            raise VSDError(f"unknown verification '{verification}': choose auto or rejection")
+            raise ConfigurationError(f"unknown verification '{verification}': choose auto or rejection")
         if verification == "rejection" and self.shape.lookup:
-            raise VSDError("rejection sampling verifies what a drafter has drawn: use lookup 0")
+            raise ConfigurationError("rejection sampling verifies what a drafter has drawn: use lookup 0")
         if verification == "rejection" and self.shape.top_k != 1:
-            raise VSDError("rejection sampling verifies chains: use top_k 1 (for trees, verification 'auto')")
+            raise ConfigurationError("rejection sampling verifies chains: use top_k 1 (for trees, verification 'auto')")
 
     @property
     def _depth(self) -> int:
         """Levels a tree may have below its root."""
         return self.shape.deepest if self.drafter is not None else self.shape.lookup
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling | Sequence[Sampling]) -> list[Result]:
-        """Answer a batch of prompts (token ids), all with one `Sampling` or each with its own."""
-        results = [Result(prompt) for prompt in prompts]
+    def generate(self, prompts: Sequence[Inputs | list[int]], sampling: Sampling | Sequence[Sampling]) -> list[Result]:
+        """Answer a batch of prompts (inputs, or token ids), all with one `Sampling` or each with its own."""
+        results = [Result(prompt if isinstance(prompt, Inputs) else Inputs(prompt)) for prompt in prompts]
         for _ in self.stream(results, sampling):
             pass
         return results
@@ -116,7 +118,7 @@ class Engine:
     def stream(self, results: list[Result], sampling: Sampling | Sequence[Sampling]) -> Iterator[Step]:
         """Answer `results[i].prompt` for all i, filling each in place and yielding after every pass.
 
-        Whoever takes the steps may end an answer early, by setting its `finish`.
+        The caller may end an answer early, by setting its `finish`.
 
         Raises:
             VSDError: a prompt is empty or leaves no room in the target's context window; target or drafter compute
@@ -124,7 +126,9 @@ class Engine:
         """
         samplings = [sampling] * len(results) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(results):
-            raise VSDError(f"{len(samplings)} samplings for {len(results)} prompts: give one, or one for each")
+            raise ConfigurationError(
+                f"{len(samplings)} samplings for {len(results)} prompts: give one, or one for each"
+            )
         self._check_prompts(results)
         laws = [s.law(self.target) for s in samplings]
         for result, s in zip(results, samplings):
@@ -159,28 +163,27 @@ class Engine:
     ) -> tuple[_State, float]:
         """Read the prompts; the target's first tokens become the roots."""
         clock = _Clock(self.target.device)
-        ids, lengths = pad([results[i].prompt for i in rows], self.target.device)
-        B, longest = ids.shape
+        prompt = Padded.of([results[i].prompt for i in rows], self.target.device)
+        B, longest = prompt.ids.shape
         capacity = longest + max_new_tokens + self.shape.largest + 1
         cache = self.target.new_cache(B, capacity)
-        output = self.target.prefill(ids, lengths, cache)
-        last = (lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
-        state = _State(rows, [laws[i] for i in rows], ids.gather(1, last[..., 0])[:, 0], cache, None, None, [])
+        output = self.target.prefill(prompt, cache, self.layers)
+        last = (prompt.lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])
+        state = _State(rows, [laws[i] for i in rows], prompt.ids.gather(1, last[..., 0])[:, 0], cache, None, [])
         state.root = self._verify(_lone(state.root), None, output.hidden.gather(1, last), state, results).bonus
-        state.lookups = [Lookup(results[i].prompt) for i in rows if self.shape.lookup]
+        state.lookups = [Lookup(results[i].prompt.ids) for i in rows if self.shape.lookup]
         if self.drafter is not None:
-            state.draft_cache = self.drafter.new_cache(B, capacity + self.shape.depth * self.shape.top_k)
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).scatter(1, lengths[:, None] - 1, state.root[:, None])
-            state.hidden = self.drafter.extend(output.aux, self.target.embed(following), lengths, state.draft_cache)
+            room = capacity + self.shape.depth * self.shape.top_k
+            state.draft = self.drafter.begin(prompt, output.aux, state.root, room)
         return state, clock.lap()
 
     def _draft(self, state: _State, results: list[Result]) -> tuple[Tree, Chain | None, int]:
-        """What is proposed, and how many levels of it the drafter was asked for."""
+        """The tree to verify, the chain it was drawn as, and how many levels of it the drafter drafted."""
         if not self.shape.lookup:
             return self._drafted(state)
         found = []
         for lookup, i in zip(state.lookups, state.rows):
-            lookup.extend(results[i].tokens[len(lookup.tokens) - len(results[i].prompt) :])
+            lookup.extend(results[i].tokens[len(lookup.tokens) - len(results[i].prompt.ids) :])
             found.append(lookup.propose(self.shape.lookup))
         sure = all(n >= SURE for _, n in found)
         tree, _, levels = (_lone(state.root), None, 0) if sure else self._drafted(state)
@@ -189,41 +192,41 @@ class Engine:
     def _drafted(self, state: _State) -> tuple[Tree, Chain | None, int]:
         if self.drafter is None:
             return _lone(state.root), None, 0
-        assert state.hidden is not None and state.draft_cache is not None
-        given = (self.drafter, self.target.embed, state.hidden, state.root, state.draft_cache)
         temperatures, chain = [law.temperature for law in state.laws], None
         if self.verification == "rejection" and any(temperatures):
-            chain = draw_chain(*given, self.shape, temperatures, [law.generator for law in state.laws])
-        tree = _sound(chain.tree if chain else draw_tree(*given, self.shape))
+            generators = [law.generator for law in state.laws]
+            chain = self.drafter.draw(state.draft, state.root, self.shape, temperatures, generators)
+        tree = _sound(chain.tree if chain else self.drafter.propose(state.draft, state.root, self.shape))
         return tree, chain, self.shape.levels(int(tree.depths.max()))
 
-    def _forward(self, tree: Tree, state: _State) -> TargetOutput:
-        positions = state.cache.lengths[:, None] + tree.depths
-        positions.clamp_(max=self.target.config.max_position_embeddings - 1)  # no token from beyond is delivered
-        ids = tree.tokens.clamp(min=0)  # of what is no token nothing is used
-        return self.target.forward(ids, positions, ancestors(tree.parents, self._depth), state.cache)
+    def _forward(self, tree: Tree, state: _State) -> Output:
+        positions = state.cache.next[:, None] + tree.depths
+        if self.target.context is not None:
+            positions.clamp_(max=self.target.context - 1)  # no token from beyond is delivered
+        ids = tree.tokens.clamp(min=0)  # outputs of nodes without a token are not used
+        above = ancestors(tree.parents, self._depth)
+        return self.target.forward(ids, positions, above, state.cache, layers=self.layers)
 
     def _verify(self, tree: Tree, chain: Chain | None, hidden: Tensor, state: _State, results: list[Result]) -> Verdict:
         def history(b: int) -> list[int]:
-            return results[state.rows[b]].prompt + results[state.rows[b]].tokens
+            return results[state.rows[b]].prompt.ids + results[state.rows[b]].tokens
 
         return verify(tree, self.target.logits(hidden), state.laws, history, chain)
 
     @staticmethod
     def _path(tree: Tree, verdict: Verdict) -> Tensor:
-        """New tokens of every row [B, A]: what was accepted below the root, then the bonus token."""
+        """New tokens of every row [B, A]: those accepted below the root, then the bonus token."""
         accepted = tree.tokens.clamp(min=0).gather(1, verdict.nodes)
         shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
         return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
 
-    def _commit(self, state: _State, verdict: Verdict, output: TargetOutput, path: Tensor) -> None:
-        """Keep the accepted nodes in both caches; the bonus token is the next root."""
+    def _commit(self, state: _State, verdict: Verdict, output: Output, path: Tensor) -> None:
+        """Keep the accepted nodes in both models' states; the bonus token is the next root."""
         state.cache.commit(verdict.nodes, verdict.counts)
         state.root = verdict.bonus
         if self.drafter is not None:
-            assert state.draft_cache is not None
             aux = output.aux.gather(1, verdict.nodes[..., None].expand(-1, -1, output.aux.shape[-1]))
-            state.hidden = self.drafter.extend(aux, self.target.embed(path), verdict.counts, state.draft_cache)
+            self.drafter.advance(state.draft, aux, path, verdict.counts)
 
     @staticmethod
     def _retire(state: _State, results: list[Result]) -> bool:
@@ -233,28 +236,26 @@ class Engine:
             rows = torch.tensor(keep, device=state.root.device)
             state.root = state.root[rows]
             state.cache.select(rows)
-            if state.draft_cache is not None and state.hidden is not None:
-                state.draft_cache.select(rows)
-                state.hidden = state.hidden[rows]
+            if state.draft is not None:
+                state.draft.select(rows)
         state.rows, state.laws = [state.rows[b] for b in keep], [state.laws[b] for b in keep]
         state.lookups = [state.lookups[b] for b in keep if state.lookups]
         return bool(keep)
 
     def _check_prompts(self, results: list[Result]) -> None:
-        if self.drafter is not None:
-            self.drafter.check_target(self.target)  # its features may have been set for another drafter meanwhile
-        window = self.target.config.max_position_embeddings
+        window = self.target.context
         for i, result in enumerate(results):
-            if not result.prompt:
-                raise VSDError(f"prompt {i} is empty")
-            if len(result.prompt) >= window:
-                raise VSDError(f"prompt {i} has {len(result.prompt)} tokens; the target's window is {window}")
+            length = len(result.prompt.ids)
+            if not length:
+                raise ConfigurationError(f"prompt {i} is empty")
+            if window is not None and length >= window:
+                raise ConfigurationError(f"prompt {i} has {length} tokens; the target's window is {window}")
 
 
 def _sound(tree: Tree) -> Tree:
-    """A tree of NaN scores may have lost a node's parent: it would not be lossless."""
+    """Refuse NaN scores: such a tree may have lost a node's parent, and would not be lossless."""
     if bool(tree.log_q.isnan().any()):
-        raise VSDError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
+        raise TargetError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
     return tree
 
 
@@ -270,7 +271,7 @@ class _Delivery:
     def __init__(self, target: Target, sampling: Sampling) -> None:
         self.sampling = sampling
         self.eos = sampling.ends(target)
-        self.window = target.config.max_position_embeddings
+        self.window = target.context or sys.maxsize
         self.text: Callable[[list[int]], Any] = target.tokenizer.decode
 
     def __call__(self, result: Result, tokens: list[int]) -> list[int]:
@@ -282,7 +283,7 @@ class _Delivery:
                 result.finish = "stop"
             elif len(result.tokens) == self.sampling.max_new_tokens:
                 result.finish = "length"
-            elif len(result.prompt) + len(result.tokens) >= self.window:
+            elif len(result.prompt.ids) + len(result.tokens) >= self.window:
                 result.finish = "window"
             if result.finish:
                 break

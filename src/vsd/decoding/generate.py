@@ -26,10 +26,10 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 from vsd.decoding.engine import Engine, Result
 from vsd.decoding.sampling import Processor, Sampling
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 _OF_A_BATCH = (  # what they keep belongs to the rows of a batch that advance together
     EncoderNoRepeatNGramLogitsProcessor,
@@ -42,7 +42,7 @@ _BY_THE_ENGINE = (EosTokenCriteria, MaxLengthCriteria)
 
 def speculative(
     target: Target,
-    drafter: Eagle3Drafter,
+    drafter: Drafter,
     shape: TreeShape | None = None,
     verification: str = "auto",
     streamer: Any = None,
@@ -73,7 +73,7 @@ def speculative(
         _refuse_unsupported(config, logits_processor, stopping_criteria, len(input_ids))
         mask = inputs.get("attention_mask")  # not a parameter: transformers would pass it twice
         mask = torch.ones_like(input_ids) if mask is None else mask
-        results = [Result(row[keep.bool()].tolist()) for row, keep in zip(input_ids, mask)]
+        results = [Result(Inputs(row[keep.bool()].tolist())) for row, keep in zip(input_ids, mask)]
         paddings = [row[~keep.bool()] for row, keep in zip(input_ids, mask)]
         eos = tuple(int(t) for c in stopping_criteria if type(c) is EosTokenCriteria for t in c.eos_token_id)
         seeds = torch.randint(2**31, (len(results),)).tolist() if config.do_sample else [0] * len(results)
@@ -139,7 +139,7 @@ def _stop(criteria: StoppingCriteriaList, padding: Tensor, result: Result, new: 
     """End an answer at the first of its `new` tokens where a criterion says so; what is left of them."""
     start = len(result.tokens) - new
     for end in range(start + 1, len(result.tokens) + 1) if criteria else ():
-        ids = torch.cat([padding, padding.new_tensor(result.prompt + result.tokens[:end])])[None]
+        ids = torch.cat([padding, padding.new_tensor(result.prompt.ids + result.tokens[:end])])[None]
         if bool(criteria(ids, None).any()):
             del result.tokens[end:]
             result.finish = "stop"

@@ -10,14 +10,14 @@ from vsd.data import prompt_ids
 from vsd.decoding.engine import Engine, Result
 from vsd.decoding.sampling import Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Drafter
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 
 def answer(
     target: Target,
-    drafter: Eagle3Drafter | None,
+    drafter: Drafter | None,
     shape: TreeShape,
     prompt: str,
     sampling: Sampling,
@@ -31,7 +31,7 @@ def answer(
     messages = [{"role": "system", "content": system}] if system else []
     ids = prompt_ids(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
     engine = Engine(target, drafter, shape, verification)
-    result, start = Result(ids), time.perf_counter()
+    result, start = Result(Inputs(ids)), time.perf_counter()
     steps = (step.tokens.get(0, []) for step in engine.stream([result], sampling))
     for text, drafted in pieces(target, steps):
         console.print(Text(text, style="green" if drafted else ""), end="", soft_wrap=True)

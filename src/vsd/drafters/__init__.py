@@ -1,7 +1,16 @@
-"""Drafters: small models that propose paths from the target's features."""
+"""Drafters: small models that propose continuations. `base` is their role, a folder is a family."""
 
-from vsd.drafters.eagle3 import DraftCache, Eagle3Config, Eagle3Drafter
-from vsd.drafters.load import load_drafter
-from vsd.drafters.vocabulary import draft_vocabulary, of_label
+from vsd.drafters.base import Drafter, FeatureSpec
+from vsd.drafters.load import FAMILIES, load_drafter, new_drafter
+from vsd.drafters.vocabulary import DraftVocabulary, draft_vocabulary, of_label
 
-__all__ = ["DraftCache", "Eagle3Config", "Eagle3Drafter", "draft_vocabulary", "load_drafter", "of_label"]
+__all__ = [
+    "FAMILIES",
+    "DraftVocabulary",
+    "Drafter",
+    "FeatureSpec",
+    "draft_vocabulary",
+    "load_drafter",
+    "new_drafter",
+    "of_label",
+]

@@ -1,24 +1,91 @@
-"""Load a drafter to draft with."""
+"""Make, recognise and load drafters. A checkpoint's own `architectures` and `model_type` decide its family."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-from vsd.drafters.eagle3 import Eagle3Drafter
-from vsd.targets import Target
-from vsd.targets.packed import pack_linears
+import torch
+
+from vsd.drafters import eagle3, lm
+from vsd.drafters.base import Drafter
+from vsd.drafters.family import Family
+from vsd.drafters.vocabulary import DraftVocabulary
+from vsd.errors import ConfigurationError, MismatchError
+from vsd.targets import TargetInfo
+
+FAMILIES: dict[str, Family] = {"eagle3": eagle3.FAMILY, "lm": lm.FAMILY}
+DEFAULT = "eagle3"
 
 
-def load_drafter(path: str | Path, target: Target) -> Eagle3Drafter:
-    """A saved drafter in the target's precision, on its device, frozen, its weights packed where that helps.
+def new_drafter(target: TargetInfo, vocabulary: DraftVocabulary, family: str | None = None, **options: Any) -> Drafter:
+    """A new drafter with random weights.
 
-    The target is set to yield the features this drafter takes; one that another drafter was loaded for before will
-    refuse that one if they differ.
+    Args:
+        vocabulary: the target tokens it shall be able to propose; a family may propose all.
+        family: name in `FAMILIES`; None takes the default, EAGLE-3.
+        options: fields of its configuration.
 
     Raises:
-        VSDError: there is no drafter at `path`, or it belongs to another target.
+        ConfigurationError: no such family, or a configuration it does not take.
     """
-    drafter = Eagle3Drafter.from_pretrained(path, dtype=target.model.dtype, device_map=target.device)
-    target.take_features(drafter.config.aux_layers)
-    drafter.check_target(target)
-    # Queries are asked of fewer entries than keys and values.
-    pack_linears(drafter.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
+    name = DEFAULT if family is None else family
+    if name not in FAMILIES:
+        raise ConfigurationError(f"unknown drafter family '{name}': choose {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[name].new(target, vocabulary, **options)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"drafter options {options} do not fit family {name}: {error}") from error
+
+
+def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = False) -> Any:
+    """A saved or released drafter, attached to its target and on its device.
+
+    Args:
+        path: folder with config.json and safetensors.
+        trainable: keep float32 weights for training; else the target's precision, frozen, packed where that is faster.
+
+    Raises:
+        MismatchError: there is no drafter at `path`, or it belongs to another target.
+    """
+    family = family_of(path)
+    drafter: Any = family.load(Path(path), target, torch.float32 if trainable else target.dtype)
+    drafter.attach(target)
+    if not trainable:
+        drafter.freeze()
     return drafter
+
+
+def read_drafter(path: str | Path, target: TargetInfo) -> Any:
+    """A drafter in its checkpoint's precision, attached: to be exported or saved, not to decode.
+
+    Raises:
+        MismatchError: as `load_drafter`.
+    """
+    drafter: Any = family_of(path).load(Path(path), target, None)
+    drafter.attach(target)
+    return drafter
+
+
+def family_of(path: str | Path) -> Family:
+    """The family of the checkpoint in a folder.
+
+    Raises:
+        MismatchError: there is no checkpoint, or no family reads it.
+    """
+    folder = Path(path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise MismatchError(f"cannot load a drafter from '{folder}': it has no config.json") from None
+    except ValueError as error:
+        raise MismatchError(f"'{folder / 'config.json'}' is not JSON: {error}") from error
+    for family in FAMILIES.values():
+        if family.reads(config):
+            return family
+    named = config.get("architectures") or config.get("model_type") or "a checkpoint without a model type"
+    raise MismatchError(f"'{folder}' holds {named}: no drafter family reads it ({', '.join(FAMILIES)})")
+
+
+def family_for(drafter: Any) -> Family:
+    """The family of a drafter in memory."""
+    return next(family for family in FAMILIES.values() if isinstance(drafter, family.kind))

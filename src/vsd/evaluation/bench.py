@@ -19,12 +19,12 @@ from vsd import __version__
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Drafter
 from vsd.errors import VSDError
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.evaluation.prompts import Prompt
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Contender:
     """A drafter under measurement; plain decoding has neither name nor drafter."""
 
     name: str | None
-    drafter: Eagle3Drafter | None
+    drafter: Drafter | None
     shape: TreeShape | None = None
     verification: str = "auto"
 
@@ -179,7 +179,7 @@ def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], s
 
 
 def _decode(engine: Engine, ids: list[int], sampling: Sampling, answers: Answers) -> None:
-    result = Result(ids)
+    result = Result(Inputs(ids))
     start = time.perf_counter()
     for number, step in enumerate(engine.stream([result], sampling)):
         if number == 0:
@@ -208,7 +208,7 @@ def _generate(target: Target, ids: list[int], sampling: Sampling, answers: Answe
     output = target.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
     new = output[0, len(ids) :].tolist()
     answers.seconds.append(time.perf_counter() - start)
-    answers.results.append(Result(ids, new))
+    answers.results.append(Result(Inputs(ids), new))
 
 
 def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers, temperature: float) -> Run:

@@ -6,6 +6,7 @@ quotient is a prediction; `vsd bench` measures what comes of it.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from rich.table import Table
 
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Drafter
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 SHAPES = (
     *(TreeShape.chain(depth) for depth in (1, 2, 3, 4)),
@@ -70,24 +71,24 @@ class Tuned:
 
 def tune(
     target: Target,
-    drafter: Eagle3Drafter,
-    texts: Sequence[tuple[list[int], list[int]]],
+    drafter: Drafter,
+    texts: Sequence[tuple[Inputs, list[int]]],
     shapes: Sequence[TreeShape] = SHAPES,
     progress: bool = True,
 ) -> list[Tuned]:
     """All trees, the fastest first.
 
     Args:
-        texts: (prompt, greedy answer) token ids.
+        texts: prompts and token ids of greedy answers.
 
     Raises:
         VSDError: no answer is long enough to draft anything.
     """
     if not any(len(answer) > 1 for _, answer in texts):
         raise VSDError("every answer ended with its first token: there was nothing to draft")
-    shapes = [shape for shape in shapes if shape.top_k <= drafter.config.draft_vocab_size]
+    shapes = [shape for shape in shapes if shape.top_k <= drafter.vocabulary.size]
     costs = Costs.measure(target, drafter, _typical_context(texts), shapes)
-    read = sum(len(prompt) for prompt, _ in texts)
+    read = sum(len(prompt.ids) for prompt, _ in texts)
     plain = costs.reading[0] * read + costs.plain * sum(len(answer) - 1 for _, answer in texts)
     found, replay = [], Replay(target, texts)
     for shape in track(shapes, "trying trees", disable=not progress):
@@ -98,10 +99,10 @@ def tune(
     return sorted(found, key=lambda tuned: tuned.speedup, reverse=True)
 
 
-def _typical_context(texts: Sequence[tuple[list[int], list[int]]]) -> list[int]:
-    """What decoding has read half-way through a text of median length."""
-    prompt, answer = sorted(texts, key=lambda text: sum(map(len, text)))[len(texts) // 2]
-    return prompt + answer[: len(answer) // 2]
+def _typical_context(texts: Sequence[tuple[Inputs, list[int]]]) -> Inputs:
+    """The inputs half-way through the answer of a text of median length."""
+    prompt, answer = sorted(texts, key=lambda text: len(text[0].ids) + len(text[1]))[len(texts) // 2]
+    return prompt.followed_by(answer[: len(answer) // 2])
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,11 @@ class Costs:
 
     @classmethod
     @torch.inference_mode()
-    def measure(
-        cls, target: Target, drafter: Eagle3Drafter, context: list[int], shapes: Sequence[TreeShape]
-    ) -> "Costs":
+    def measure(cls, target: Target, drafter: Drafter, context: Inputs, shapes: Sequence[TreeShape]) -> "Costs":
         """Time every tree in full, and plain decoding, in turns."""
         full = list(dict.fromkeys(replace(shape, p_min=0.0, lookup=0) for shape in shapes))
         engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
-        room = target.config.max_position_embeddings - len(context)
+        room = (target.context or sys.maxsize) - len(context.ids)
         sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
         streams = [engine.stream([Result(context)], sampling) for engine in engines]
         read: list[float] = []
@@ -146,7 +145,7 @@ class Costs:
                 step = next(stream, None)
                 whole = time.perf_counter() - start
                 if step is not None and number == 0:
-                    read.append(whole / len(context))
+                    read.append(whole / len(context.ids))
                 elif step is not None and number >= 2:  # one warms up
                     seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
         if not all(taken):

@@ -1,6 +1,6 @@
-"""Drafters in the formats that engines serve, and back."""
+"""Drafters in the formats that engines serve."""
 
 from vsd.export.card import model_card
-from vsd.export.checkpoint import FORMATS, check_new, export_drafter, import_drafter, serve_line
+from vsd.export.checkpoint import FORMATS, check_new, export_drafter, serve_line
 
-__all__ = ["FORMATS", "check_new", "export_drafter", "import_drafter", "model_card", "serve_line"]
+__all__ = ["FORMATS", "check_new", "export_drafter", "model_card", "serve_line"]

@@ -4,33 +4,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vsd.drafters import Eagle3Drafter
+from vsd import __version__
+from vsd.drafters.load import family_for
 from vsd.export.checkpoint import serve_line
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import TargetInfo
 
 
-def model_card(drafter: Eagle3Drafter, target: Target, kind: str, out: Path, source: Path, bench: Path | None) -> str:
+def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: Path, bench: Path | None) -> str:
     """README.md of an export.
 
     Args:
-        source: the drafter's folder; the recipe of its training is looked for beside it.
+        source: the drafter's folder; the recipe of its training is looked for in the folder above.
         bench: JSON of `vsd bench` to quote.
     """
-    config, recipe = drafter.config, source.parent / "recipe.json"
+    family, recipe, vocabulary = family_for(drafter), source.parent / "recipe.json", drafter.vocabulary
+    layers = f" from the inputs of layers {list(drafter.needs.layers)}" if drafter.needs.layers else ""
     lines = [
         "---",
         f"base_model: {target.name}",
-        "tags: [speculative-decoding, eagle3]",
+        "tags: [speculative-decoding]",
         "---",
-        f"# EAGLE-3 drafter for {target.name}",
+        f"# {family.title} for {target.name}",
         "",
-        f"{sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters; drafts {config.draft_vocab_size} of "
-        f"{config.vocab_size} tokens from the inputs of layers {list(config.aux_layers)}. Made with vsd.",
+        f"{sum(p.numel() for p in drafter.parameters()) / 1e6:.1f} M parameters; drafts {vocabulary.size} of "
+        f"{target.vocab_size} tokens{layers}. Made with vsd {__version__}.",
         "",
         "## Serve",
         "",
-        f"    {serve_line(kind, target.name, out)}",
+        f"    {serve_line(family, kind, target.name, out)}",
         "",
         "## Measured",
         "",

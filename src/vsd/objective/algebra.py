@@ -30,6 +30,8 @@ class Recorded:
 
     smoothing: float | None = None
     lookup: bool = False
+    every: ClassVar[int] = 1
+    written: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.smoothing is not None and not 0 < self.smoothing <= 1:
@@ -57,6 +59,7 @@ class Drafted:
     weight: float = 1.0
     tempering: float = 0.0
     temperature: float = 1.0
+    written: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.samples, self.anchors, self.every) < 1:
@@ -82,6 +85,8 @@ class Continued:
     length: int = 16
     epochs: int = 4
     weight: float = 2.0
+    every: ClassVar[int] = 1
+    written: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.anchors, self.epochs) < 1 or self.length < 2 or self.weight <= 0:
@@ -103,6 +108,7 @@ class Proposed:
     anchors: int = 4
     every: int = 1
     weight: float = 1.0
+    written: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.anchors, self.every) < 1 or self.weight <= 0:
@@ -192,6 +198,11 @@ class Objective:
 
     parts: tuple[Part, ...]
     rule: str = "greedy"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether training asks the target for more than the features of recorded text."""
+        return any(not isinstance(part.paths, Recorded) for part in self.parts)
 
     def __post_init__(self) -> None:
         if self.rule not in ("greedy", "target", "rejection"):

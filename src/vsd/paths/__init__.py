@@ -1,9 +1,10 @@
-"""Draft paths and trees: their topology, and where they come from: the text, the target, or a drafter."""
+"""Draft trees and paths: their topology, and the target along them."""
 
-from vsd.paths.continued import Continuations, Entries, along, beside, check_length, continue_text
-from vsd.paths.drafted import Scored, draw_paths, draw_trees, score_paths
-from vsd.paths.recorded import Paths, consumed, cut, longest_first, recorded, widths
-from vsd.paths.tree import NO_TOKEN, Chain, Tree, TreeShape, ancestors, draw_chain, draw_tree, graft
+from vsd.paths.continued import Continuations, along, check_length, continue_text, extended
+from vsd.paths.entries import Entries
+from vsd.paths.recorded import Paths, cut, longest_first, recorded
+from vsd.paths.scored import Scored, score_paths
+from vsd.paths.tree import NO_TOKEN, Chain, Tree, TreeShape, ancestors, best_nodes, graft, leaf_paths
 
 __all__ = [
     "NO_TOKEN",
@@ -16,18 +17,14 @@ __all__ = [
     "TreeShape",
     "along",
     "ancestors",
-    "beside",
+    "best_nodes",
     "check_length",
-    "consumed",
     "continue_text",
     "cut",
-    "draw_chain",
-    "draw_paths",
-    "draw_tree",
-    "draw_trees",
+    "extended",
     "graft",
+    "leaf_paths",
     "longest_first",
     "recorded",
     "score_paths",
-    "widths",
 ]

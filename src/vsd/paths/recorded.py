@@ -1,8 +1,9 @@
-"""Paths to train on: where they hang, what they say, and where the target's opinion of every token is found.
+"""Paths to train on: their roots, their tokens, and the target's row for every token.
 
-Legend: B sequences, T tokens, Q drafted tokens of a sequence, P paths, K steps.
+Legend: B sequences, T tokens, E entries, Q drafted tokens of a sequence, P paths, K steps.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,34 @@ class Paths(NamedTuple):
         tokens: the path's tokens, target ids, [B, P, K].
         valid: which of them exist, [B, P, K] bool; none after one that does not.
         rows: the target's row that predicts each token, [B, P, K], counted over the whole batch.
+        entries: the entry that holds each token, [B, P, K]; -1 where none does, as for drafted tokens.
     """
 
     roots: Tensor
     tokens: Tensor
     valid: Tensor
     rows: Tensor
+    entries: Tensor
+
+    def widths(self) -> list[int]:
+        """For every step, how many paths from the first on must be run to have all valid ones."""
+        P = self.valid.shape[1]
+        last = torch.arange(1, P + 1, device=self.valid.device)[:, None] * self.valid.any(0)  # [P, K]
+        found = last.amax(0).tolist()
+        return [max(found[k:]) for k in range(len(found))]
+
+    def consumed(self, next_ids: Tensor) -> Tensor:
+        """Tokens a drafter reads along the paths, [K, B, P]: the one behind the root, then the path's own.
+
+        next_ids [B, E]: the token behind every entry.
+        """
+        first = next_ids.gather(1, self.roots)
+        return torch.cat([first[..., None], self.tokens[..., :-1]], dim=-1).permute(2, 0, 1)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Paths]") -> "Paths":
+        """Several sets of paths of the same sequences side by side."""
+        return cls(*(torch.cat(fields, dim=1) for fields in zip(*parts)))
 
 
 def recorded(ids: Tensor, drafted: Tensor, real: Tensor, steps: int) -> Paths:
@@ -43,7 +66,7 @@ def recorded(ids: Tensor, drafted: Tensor, real: Tensor, steps: int) -> Paths:
     exists = (index < Q) & real[:, at].view(B, Q, steps)
     valid = exists & (following == places)  # behind an answer's end stands another answer, or padding
     rows = index.clamp(max=Q - 1) + Q * torch.arange(B, device=ids.device)[:, None, None]
-    return Paths(drafted - 2, tokens, valid.long().cumprod(-1).bool(), rows)
+    return Paths(drafted - 2, tokens, valid.long().cumprod(-1).bool(), rows, places - 1)
 
 
 def cut(paths: Paths, go_on: Tensor, generator: torch.Generator | None) -> Paths:
@@ -58,20 +81,3 @@ def longest_first(paths: Paths) -> Paths:
     order = paths.valid.sum(-1).argsort(dim=1, descending=True, stable=True)  # [B, P]
     deep = order[..., None].expand_as(paths.tokens)
     return Paths(paths.roots.gather(1, order), *(field.gather(1, deep) for field in paths[1:]))
-
-
-def widths(valid: Tensor) -> list[int]:
-    """For every step, how many paths [B, P, K] from the first on must be run to have all valid ones."""
-    P = valid.shape[1]
-    last = torch.arange(1, P + 1, device=valid.device)[:, None] * valid.any(0)  # [P, K]
-    found = last.amax(0).tolist()
-    return [max(found[k:]) for k in range(len(found))]
-
-
-def consumed(next_ids: Tensor, paths: Paths) -> Tensor:
-    """Tokens a drafter reads along the paths, [K, B, P]: the one behind the root, then the path's own.
-
-    next_ids [B, T]: the token behind every entry.
-    """
-    first = next_ids.gather(1, paths.roots)
-    return torch.cat([first[..., None], paths.tokens[..., :-1]], dim=-1).permute(2, 0, 1)

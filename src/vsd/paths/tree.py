@@ -1,28 +1,21 @@
-"""Draft trees as EAGLE-2 builds them (Li et al., arXiv:2406.16858), and sampled chains.
+"""Draft trees: their shape, their nodes, and tokens grafted onto them.
 
-The root is the token already decided; its children are the drafter's k best. Then repeatedly: run the k best nodes of
-the newest level, give each its k best children, put all of them in a pool. The tree is the root and the best N - 1 of
-the pool by cumulative log-probability. A child never outranks its parent, so what is kept is connected; nodes come
-out sorted, so a parent's index is always below its children's. Nodes too unlikely to pay for their place can be
-left out, and drafting ends where the whole beam is: where the drafter is sure it drafts far, where it is not, hardly.
+The root is the token already decided. Nodes are sorted: a parent's index is always below its children's.
 
-Legend: B batch, N nodes of a tree, k beam width, P pool size, S scratch slots of the drafter's cache.
+Legend: B batch, N nodes of a tree, L leaves, K steps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vsd.drafters import DraftCache, Eagle3Drafter
 from vsd.errors import VSDError
-from vsd.targets.sampling import Generators, draw, probabilities
 
 NO_TOKEN = -1
-Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,51 +118,7 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
     return above
 
 
-def draw_tree(
-    drafter: Eagle3Drafter, embed: Embed, hidden: Tensor, root: Tensor, cache: DraftCache, shape: TreeShape
-) -> Tree:
-    """Draft a tree below `root` [B] from the drafter's last output, hidden [B, 1, h]."""
-    B, k = root.shape[0], shape.top_k
-    ids = drafter.draft_ids()
-    beam_logp, best = drafter.log_probs(hidden[:, 0]).topk(k)  # [B, k]
-    beam = ids[best]
-    tokens, scores = [root[:, None], beam], [torch.zeros_like(beam_logp[:, :1]), beam_logp]
-    parents, depths = [torch.zeros_like(beam[:, :1]), torch.zeros_like(beam)], [0] + [1] * k
-    hidden = hidden.expand(-1, k, -1)
-    seen = torch.zeros(B, k, 0, dtype=torch.bool, device=root.device)
-    own = torch.eye(k, dtype=torch.bool, device=root.device).expand(B, k, k)
-    beam_nodes = torch.arange(1, k + 1, device=root.device).expand(B, k)  # where the beam stands in the pool
-    for depth in range(1, shape.depth):
-        if shape.p_min and float(beam_logp.max()) < shape.floor:
-            break
-        seen = torch.cat([seen, own], dim=-1)
-        hidden = drafter.expand(hidden, embed(beam), depth, seen, cache)
-        child_logp, best = drafter.log_probs(hidden).topk(k)  # [B, k, k]
-        child_logp = (beam_logp[..., None] + child_logp).flatten(1)
-        children = ids[best].flatten(1)
-        tokens.append(children)
-        scores.append(child_logp)
-        parents.append(beam_nodes.repeat_interleave(k, dim=1))
-        depths += [depth + 1] * k**2
-        beam_logp, chosen = child_logp.topk(k)
-        beam = children.gather(1, chosen)
-        beam_nodes = 1 + k + (depth - 1) * k**2 + chosen
-        parent = (chosen // k)[..., None]
-        hidden = hidden.gather(1, parent.expand(-1, -1, hidden.shape[-1]))
-        seen = seen.gather(1, parent.expand(-1, -1, seen.shape[-1]))
-    pool = Tree(
-        torch.cat(tokens, 1),
-        torch.cat(parents, 1),
-        torch.tensor(depths, device=root.device).expand(B, -1),
-        torch.cat(scores, 1),
-    )
-    nodes = shape.nodes
-    if shape.p_min:
-        nodes = min(nodes, int((pool.log_q >= shape.floor).sum(1).max()))
-    return _best(pool, nodes)
-
-
-def _best(pool: Tree, nodes: int) -> Tree:
+def best_nodes(pool: Tree, nodes: int) -> Tree:
     """The `nodes` best of a pool whose parents precede their children; the order stays topological under ties."""
     order = pool.log_q.argsort(dim=1, descending=True, stable=True)[:, :nodes]
     rank = torch.zeros_like(pool.tokens).scatter_(
@@ -222,41 +171,25 @@ def _graft(
     return tokens, parents, depths, path
 
 
-def draw_chain(
-    drafter: Eagle3Drafter,
-    embed: Embed,
-    hidden: Tensor,
-    root: Tensor,
-    cache: DraftCache,
-    shape: TreeShape,
-    temperature: Sequence[float],
-    generators: Generators,
-) -> Chain:
-    """Sample one path below `root` [B], row b at temperature[b]; at 0 it is the drafter's best.
+def leaf_paths(tree: Tree, steps: int) -> tuple[Tensor, Tensor]:
+    """Paths from below the root to every leaf of trees [R, N], of K = `steps` tokens.
 
-    Below an unlikely token (`shape.p_min`) nothing is drafted, but the token itself stays: whether it is verified must
-    not depend on what it is.
+    Returns:
+        Tokens [R, L, K], `NO_TOKEN` behind a leaf (a tree with fewer leaves ends in empty paths); and [R, L, K] bool,
+        True once for every node: where no earlier path of the tree holds it.
     """
-    B = root.shape[0]
-    divisor = torch.tensor([t or 1.0 for t in temperature], device=root.device)[:, None]
-    ids = drafter.draft_ids()
-    path, distributions, log_q = [root], [], [torch.zeros(B, device=root.device)]
-    for step in range(shape.depth):
-        if shape.p_min and float(log_q[-1].max()) < shape.floor:
-            break
-        q = probabilities(drafter.log_probs(hidden[:, 0]) / divisor, generators)  # [B, Vd]
-        drawn = draw(q, generators)
-        distributions.append(q.log())
-        log_q.append(log_q[-1] + distributions[-1].gather(1, drawn[:, None])[:, 0])
-        path.append(ids[drawn])
-        if step + 1 < shape.depth:
-            scratch = torch.ones(B, 1, step + 1, dtype=torch.bool, device=root.device)
-            hidden = drafter.expand(hidden, embed(path[-1][:, None]), step + 1, scratch, cache)
-    nodes = torch.arange(len(path), device=root.device)
-    tree = Tree(
-        torch.stack(path, 1),
-        (nodes - 1).clamp(min=0).expand(B, -1),
-        nodes.expand(B, -1),
-        torch.stack(log_q, 1),
-    )
-    return Chain(tree, torch.stack(distributions, 1), ids)
+    R, N = tree.tokens.shape
+    leaf = torch.ones(R, N, dtype=torch.bool, device=tree.tokens.device).scatter(1, tree.parents, False)
+    leaf[:, 0] = False
+    L = int(leaf.sum(1).max())
+    node = leaf.int().argsort(dim=1, descending=True, stable=True)[:, :L]  # [R, L] the leaves, then others
+    node = node.masked_fill(~leaf.gather(1, node), 0)
+    nodes = torch.zeros(R, L, steps + 1, dtype=torch.long, device=node.device)
+    for _ in range(steps):
+        nodes.scatter_(2, tree.depths.gather(1, node)[..., None], node[..., None])
+        node = tree.parents.gather(1, node)
+    nodes = nodes[..., 1:]  # [R, L, K]; 0, the root, behind a leaf
+    first = (nodes[:, :, None] == nodes[:, None]).long().argmax(2)  # [R, L, K]
+    fresh = (first == torch.arange(L, device=node.device)[:, None]) & (nodes > 0)
+    tokens = tree.tokens.gather(1, nodes.flatten(1)).view_as(nodes)
+    return tokens.masked_fill(nodes == 0, NO_TOKEN), fresh

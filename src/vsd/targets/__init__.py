@@ -1,8 +1,22 @@
-"""The frozen model: load it, capture its features, run it over packed nodes."""
+"""The frozen model: its ends, its passes over packed nodes, its cache."""
 
 from vsd.targets.cache import TreeCache
-from vsd.targets.lexicon import Lexicon, load_lexicon
+from vsd.targets.checkpoint import load_target_info
+from vsd.targets.decoder import Decoder, Output
+from vsd.targets.info import TargetInfo
+from vsd.targets.inputs import Inputs, Padded
 from vsd.targets.load import EMBEDDED, load_target
-from vsd.targets.target import Target, TargetOutput
+from vsd.targets.target import Target
 
-__all__ = ["EMBEDDED", "Lexicon", "Target", "TargetOutput", "TreeCache", "load_lexicon", "load_target"]
+__all__ = [
+    "EMBEDDED",
+    "Decoder",
+    "Inputs",
+    "Output",
+    "Padded",
+    "Target",
+    "TargetInfo",
+    "TreeCache",
+    "load_target",
+    "load_target_info",
+]

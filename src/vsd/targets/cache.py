@@ -1,9 +1,9 @@
 """A preallocated key/value cache for the target: append a tree, keep the accepted rows, forget the rest.
 
-Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); slot i holds position i. New nodes are
-written for all rows at the same slots [fill, fill + N), fill = max(lengths), and attention masks hide the gap.
-Committing moves the accepted nodes of each row to its own end, for all layers at once. Nothing is ever copied but the
-accepted rows.
+Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); the position of the token in every slot is kept
+beside its keys. New nodes are written for all rows at the same slots [fill, fill + N), fill = max(lengths), and
+attention masks hide the gap. Committing moves the accepted nodes of each row to its own end, for all layers at once.
+Nothing is ever copied but the accepted rows.
 
 Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension, M layers.
 """
@@ -53,7 +53,7 @@ class Store:
 
 
 class TreeLayer(CacheLayerMixin):
-    """What transformers sees of one decoder layer: its row of a store."""
+    """The cache of one decoder layer, as transformers uses it: one layer of a store."""
 
     is_sliding = False
     keys: Tensor
@@ -107,6 +107,8 @@ class TreeCache(Cache):
 
     Attributes:
         lengths: committed tokens of every row, [B].
+        next: position of the token behind the committed ones, [B]: one above the largest.
+        positions: largest position (of several rows of positions) of the token in every slot, [B, C].
         fill: first slot of the next pass.
         slots: where a traced pass writes, [N]; else None.
         reach: slots that it reads.
@@ -119,6 +121,8 @@ class TreeCache(Cache):
     ) -> None:
         super().__init__(layers=[TreeLayer(self) for _ in range(num_layers)])
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.next = torch.zeros_like(self.lengths)
+        self.positions = torch.zeros(batch_size, capacity, dtype=torch.long, device=device)
         self.fill = 0
         self.capacity = capacity
         self.stores: list[Store] = []
@@ -152,8 +156,16 @@ class TreeCache(Cache):
         if slots > self.capacity:
             more = -(-(slots - self.capacity) // _GROW) * _GROW
             self.capacity += more
+            self.positions = torch.nn.functional.pad(self.positions, (0, more))
             for store in self.stores:
                 store.grow(more)
+
+    def place(self, positions: Tensor) -> Tensor:
+        """Note the positions [B, N] or [R, B, N] of the nodes of the next pass; returns the largest of each, [B, N]."""
+        self.reserve(self.fill + positions.shape[-1])
+        largest = positions if positions.dim() == 2 else positions.amax(0)
+        self.positions[:, self.fill : self.fill + positions.shape[-1]] = largest
+        return largest
 
     def commit(self, nodes: Tensor, counts: Tensor) -> None:
         """Keep nodes[b, :counts[b]] of the last pass for each row b.
@@ -163,15 +175,25 @@ class TreeCache(Cache):
         offset = torch.arange(nodes.shape[1], device=nodes.device)
         source = self.fill + nodes
         destination = self.lengths[:, None] + offset
-        if bool(((source != destination) & (offset < counts[:, None])).any()):
+        kept = offset < counts[:, None]
+        positions = self.positions.gather(1, source)
+        if bool(((source != destination) & kept).any()):
+            self.positions.scatter_(1, destination, positions)
             for store in self.stores:
                 store.move(source, destination)
+        self.next = torch.maximum(self.next, positions.masked_fill(~kept, -1).amax(1) + 1)
         self.lengths = self.lengths + counts
         self.fill = int(self.lengths.max())
 
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget the tokens of every row behind its first lengths[b] ≥ 1."""
+        self.lengths = lengths
+        self.next = self.positions.gather(1, lengths[:, None] - 1)[:, 0] + 1
+        self.fill = int(lengths.max())
+
     def select(self, rows: Tensor) -> None:
-        """Keep only the batch rows `rows` [B'] (finished sequences leave the batch)."""
-        self.lengths = self.lengths[rows]
+        """Keep only the batch rows `rows` [B']: finished sequences leave, repeated ones are copied."""
+        self.lengths, self.next, self.positions = self.lengths[rows], self.next[rows], self.positions[rows]
         self.fill = int(self.lengths.max())
         for store in self.stores:
             store.select(rows)
@@ -188,9 +210,3 @@ def visible(context: Tensor, fill: int, ancestors: Tensor) -> Tensor:
         committed = torch.arange(fill, device=context.device) < context[..., None]  # [B, N or 1, fill]
     B, N = context.shape[0], ancestors.shape[1]
     return torch.cat([committed.expand(B, N, fill), ancestors.expand(B, N, N)], dim=-1)
-
-
-def key_positions(lengths: Tensor, fill: int, positions: Tensor) -> Tensor:
-    """Position of the key in every slot, [B, fill + N]: slot i holds position i; nodes hold positions [B, N]."""
-    slots = torch.arange(fill, device=lengths.device).expand(lengths.shape[0], fill)
-    return torch.cat([slots, positions], dim=-1)

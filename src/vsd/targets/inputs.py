@@ -68,3 +68,8 @@ class Padded(NamedTuple):
             torch.stack(torch.broadcast_tensors(*positions), dim=-2).to(device),
             extras,
         )
+
+    @property
+    def first_row(self) -> Tensor:
+        """Positions [B, N]: the only row, or the first of several, as drafters with plain rotary embeddings use it."""
+        return self.positions if self.positions.dim() == 2 else self.positions[0]

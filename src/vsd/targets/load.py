@@ -46,9 +46,9 @@ def load_target(
     Raises:
         VSDError: nothing loadable under that name, or an architecture whose head or attention is not understood.
     """
-    where = _device(device)
+    where = device_named(device)
     path = resolve(name)
-    chosen = fastest_dtype(where) if dtype == "auto" else _dtype(dtype)
+    chosen = chosen_dtype(dtype, where)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -170,7 +170,8 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -179,7 +180,10 @@ def _device(name: str) -> torch.device:
         raise VSDError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …") from None
 
 
-def _dtype(name: str) -> torch.dtype:
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is the faster of bfloat16 and float32 on this device."""
+    if name == "auto":
+        return fastest_dtype(device)
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in choices:
         raise VSDError(f"unknown dtype '{name}': choose auto, {', '.join(choices)}")

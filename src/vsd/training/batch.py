@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vsd.data import Example
-from vsd.errors import VSDError
-from vsd.training.features import FeatureStore
+from vsd.errors import DataError
+from vsd.features import Texts
+from vsd.targets import Padded
 
 IGNORED = -100  # label of a token that is not drafted, as everywhere in transformers
 
 
 class DraftDataset(Dataset):
-    """Examples as the trainer's sampler wants them; `index` finds their features in a store."""
+    """Examples as the trainer's sampler reads them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         if not examples:
-            raise VSDError("there is nothing to train on")
+            raise DataError("there is nothing to train on")
         self.examples = examples
 
     def __len__(self) -> int:
@@ -31,12 +32,16 @@ class DraftDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example, and its index."""
-        ids, drafted = self.examples[index]
-        return {"input_ids": ids, "drafted": drafted, "index": index}
+        return {"example": self.examples[index], "index": index}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example.inputs.ids) for example in self.examples)
 
     def drafted_tokens(self) -> Tensor:
-        """Every supervised token, [n]: what a draft vocabulary is built from."""
-        return torch.cat([torch.tensor(ids)[torch.tensor(mask)] for ids, mask in self.examples])
+        """Every supervised token, [n], to build a draft vocabulary from."""
+        return torch.cat([torch.tensor(inputs.ids)[torch.tensor(mask)] for inputs, mask in self.examples])
 
 
 class ByLength(Sampler[int]):
@@ -47,7 +52,7 @@ class ByLength(Sampler[int]):
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self.lengths = torch.tensor([len(example.input_ids) for example in dataset.examples])
+        self.lengths = torch.tensor([len(example.inputs.ids) for example in dataset.examples])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -65,30 +70,29 @@ class ByLength(Sampler[int]):
 
 
 class Collator:
-    """Pads examples and, given a store, adds their features.
+    """Pads examples.
 
-    Yields index [B], of the examples; input_ids [B, T]; labels [B, T], the token where drafted, else -100; drafted
-    [B, Q], positions of the drafted tokens, padded with 2; and from the store aux [B, T, 3h], hidden [B, Q, h],
-    log_normaliser [B, Q].
+    Yields index [B], of the examples; input_ids [B, T], lengths [B], positions [B, T] or [R, B, T] and extras, the
+    fields of `Padded`; labels [B, T], the token where drafted, else -100; drafted [B, Q], positions of the drafted
+    tokens, padded with 2.
     """
 
-    def __init__(self, store: FeatureStore | None = None) -> None:
-        self.store = store
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch from dataset items."""
-        B, T = len(items), max(len(item["input_ids"]) for item in items)
-        input_ids = torch.zeros(B, T, dtype=torch.long)
-        labels = torch.full((B, T), IGNORED)
+        inputs = Padded.of([item["example"].inputs for item in items])
+        labels = torch.full_like(inputs.ids, IGNORED)
         for b, item in enumerate(items):
-            ids, mask = torch.tensor(item["input_ids"]), torch.tensor(item["drafted"])
-            input_ids[b, : len(ids)] = ids
-            labels[b, : len(ids)][mask] = ids[mask]
+            mask = torch.tensor(item["example"].drafted)
+            labels[b, : len(mask)][mask] = inputs.ids[b, : len(mask)][mask]
         index = torch.tensor([item["index"] for item in items])
-        batch = {"index": index, "input_ids": input_ids, "labels": labels, "drafted": _positions(labels)}
-        if self.store is not None:
-            batch |= self.store.batch([item["index"] for item in items], T, batch["drafted"].shape[1])
-        return batch
+        fields = {"input_ids": inputs.ids, "lengths": inputs.lengths, "positions": inputs.positions}
+        return {"index": index, **fields, "extras": inputs.extras, "labels": labels, "drafted": _positions(labels)}
+
+
+def texts_of(batch: dict[str, Any]) -> Texts:
+    """The texts of a collated batch."""
+    inputs = Padded(batch["input_ids"], batch["lengths"], batch["positions"], batch["extras"])
+    return Texts(inputs, batch["drafted"], real(batch), batch["index"])
 
 
 def _positions(labels: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def _positions(labels: Tensor) -> Tensor:
 
 
 def real(batch: dict[str, Tensor]) -> Tensor:
-    """Which of a batch's drafted positions [B, Q] are not padding, which repeats or falls behind."""
+    """Which of a batch's drafted positions [B, Q] are not padding, whose positions do not rise."""
     drafted = batch["drafted"]
     rising = torch.ones_like(drafted, dtype=torch.bool)
     rising[:, 1:] = drafted[:, 1:] > drafted[:, :-1]

@@ -15,12 +15,13 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from vsd.data import Example, load_examples
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.errors import VSDError
-from vsd.targets import EMBEDDED, Target, load_target
+from vsd.features import FeatureSource, FeatureStore
+from vsd.objective import objective
+from vsd.targets import EMBEDDED, Inputs, Target, TargetInfo, load_target, load_target_info
 from vsd.training.batch import DraftDataset
 from vsd.training.config import VSDConfig
-from vsd.training.features import FeatureStore
 from vsd.training.trainer import VSDTrainer
 
 Text = TypeVar("Text")
@@ -38,6 +39,8 @@ class TrainJob:
     data: list[str] = _option([], "training text, written by the target: JSONL files or hub datasets")
     output_dir: str = _option("runs/drafter", "folder for checkpoints, curves and the drafter")
     drafter: str | None = _option(None, "start from this drafter instead of from random weights")
+    family: str | None = _option(None, "family of a new drafter: eagle3 (default) or lm")
+    drafter_options: dict[str, Any] = _option({}, "fields of a new drafter's configuration, as {name: value}")
     draft_vocab_size: int = _option(8192, "target tokens that can be drafted (default 8192)")
     max_length: int = _option(2048, "longest conversation, in tokens (default 2048)")
     held_out: int = _option(32, "conversations kept back to measure τ on while training (default 32)")
@@ -54,7 +57,7 @@ class TrainJob:
         if isinstance(self.data, str):
             self.data = [self.data]
         for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), list if f.type == list[str] else f.type
+            value, kind = getattr(self, f.name), {list[str]: list, dict[str, Any]: dict}.get(f.type, f.type)
             if not isinstance(value, kind):  # type: ignore[arg-type]
                 raise VSDError(f"{f.name} takes {getattr(kind, '__name__', kind)}, not {value!r}")
         if self.on_bad_line not in ("fatal", "skip"):
@@ -126,33 +129,48 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         VSDError: bad data or target, or an output folder that holds another run and `resume` was not asked for.
     """
     checkpoint = _checkpoint(job, resume)
-    target = load_target(job.target, dtype=job.dtype, device=str(config.device))  # each process has its own GPU
-    start = None
-    if job.drafter is not None:
-        start = Eagle3Drafter.from_pretrained(job.drafter, device_map=target.device)
-        target.take_features(start.config.aux_layers)
+    device = str(config.device)  # each process has its own GPU
+    info = load_target_info(job.target, dtype=job.dtype, device=device)
     examples = [
         example
         for source in job.data
-        for example in load_examples(source, target.tokenizer, job.max_length, job.on_bad_line, report)  # type: ignore[arg-type]
+        for example in load_examples(source, info.tokenizer, job.max_length, job.on_bad_line, report)  # type: ignore[arg-type]
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
     set_seed(config.seed)
-    drafter = start or _new_drafter(job, target, dataset)
+    drafter = load_drafter(job.drafter, info, trainable=True) if job.drafter else _new_drafter(job, info, dataset)
     folder = Path(job.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(job), indent=1))
-    store, processes = None, PartialState()
-    if job.store:
-        worker = processes.process_index, processes.num_processes
-        store = FeatureStore.build(job.store, target, kept, config.temperature, worker)
-        processes.wait_for_everyone()
-    trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=[prompt_of(e) for e in held_out])
+    stored = job.store is not None and FeatureStore.complete(job.store, kept)
+    whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
+    target = load_target(job.target, dtype=job.dtype, device=device) if whole else info
+    trainer = VSDTrainer(
+        target,
+        drafter,
+        config,
+        dataset,
+        features=_features(job, target, kept, drafter.needs.layers, config.temperature),
+        eval_prompts=[prompt_of(example) for example in held_out],
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))
     trainer.save_state()  # with all that was logged
     return folder / "drafter"
+
+
+def _features(
+    job: TrainJob, target: TargetInfo, examples: list[Example], layers: tuple[int, ...], temperature: float
+) -> FeatureSource | None:
+    """The store of a job, its missing shards computed by all processes; None: in every step."""
+    if job.store is None:
+        return None
+    if not isinstance(target, Target):
+        return FeatureStore(job.store, target, examples, layers, temperature)
+    processes = PartialState()
+    worker = processes.process_index, processes.num_processes
+    return FeatureStore.build(job.store, target, examples, layers, temperature, worker, processes.wait_for_everyone)
 
 
 def end_processes() -> None:
@@ -174,14 +192,17 @@ def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
     return [e for i, e in enumerate(examples) if i not in picked], [examples[i] for i in sorted(picked)]
 
 
-def prompt_of(example: Example) -> list[int]:
-    """The tokens before the first answer."""
-    return example.input_ids[: example.drafted.index(True) - 1]
+def prompt_of(example: Example) -> Inputs:
+    """The inputs before the first answer."""
+    inputs, end = example.inputs, example.drafted.index(True) - 1
+    positions = None if inputs.positions is None else inputs.positions[..., :end]
+    return inputs._replace(ids=inputs.ids[:end], positions=positions)
 
 
-def _new_drafter(job: TrainJob, target: Target, dataset: DraftDataset) -> Eagle3Drafter:
+def _new_drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
     size = min(job.draft_vocab_size, target.vocab_size)
-    return Eagle3Drafter.for_target(target, draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size))
+    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size)
+    return new_drafter(target, vocabulary, job.family, **job.drafter_options)
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:

@@ -1,13 +1,11 @@
 """The trainer: a `transformers.Trainer` that alternates E-step and M-step, and measures τ in the real decoder.
 
-Read `compute_loss`, `_e_step`, `_m_step` downwards. The E-step (`vsd.training.e_step`) says which paths are trained,
-and what the target makes of them; the M-step maximises their weighted likelihood.
+Read `compute_loss`, `_e_step`, `_m_step` downwards. The E-step (`vsd.training.e_step`) builds paths and their weights;
+the M-step minimises the objective's weighted divergence along them.
 
 Legend: B batch, T tokens, Q drafted tokens of a sequence, P paths, K steps, h hidden, Vd draft vocabulary.
 """
 
-import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,17 +20,17 @@ from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallbac
 
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Eagle3Drafter
-from vsd.errors import VSDError
-from vsd.objective import WRITTEN, Continued, Contrasted, Drafted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
+from vsd.errors import ConfigurationError
+from vsd.features import FeatureSource, InProcess
+from vsd.objective import FusedLoss, PathTarget, fused_loss
 from vsd.objective import objective as objective_named
-from vsd.paths import TreeShape, check_length, consumed, widths
-from vsd.targets import Target
-from vsd.training.batch import ByLength, Collator, DraftDataset, real
+from vsd.paths import Paths, TreeShape
+from vsd.targets import Inputs, Target, TargetInfo
+from vsd.training.batch import ByLength, Collator, DraftDataset, texts_of
 from vsd.training.budget import TimeBudget
+from vsd.training.chance import Chance
 from vsd.training.config import VSDConfig
-from vsd.training.e_step import Batch, EStep, Posterior
-from vsd.training.features import Features, FeatureStore, compute_features
+from vsd.training.e_step import Batch, Info, Models, Posterior, e_steps
 
 _REMEMBERED = 0.99  # of the running acceptance, a batch
 
@@ -41,50 +39,54 @@ class VSDTrainer(Trainer):
     """Trains a drafter for a frozen target.
 
     Args:
-        store: features of the training examples; None computes them in every step.
-        eval_prompts: token ids of held-out prompts; `evaluate` answers them greedily and reports τ.
+        target: its ends are enough for objectives on recorded text with stored features and no `eval_prompts`.
+        drafter: of any family, attached to the target.
+        features: their source; None computes them in every step.
+        eval_prompts: held-out prompts; `evaluate` answers them greedily and reports τ.
+
+    Raises:
+        ConfigurationError: the whole target is needed and was not given; a drafter sharded by FSDP.
     """
 
     args: VSDConfig
 
     def __init__(
         self,
-        target: Target,
-        drafter: Eagle3Drafter,
+        target: TargetInfo,
+        drafter: Any,
         args: VSDConfig,
         train_dataset: DraftDataset,
         *,
-        store: FeatureStore | None = None,
-        eval_prompts: Sequence[list[int]] = (),
+        features: FeatureSource | None = None,
+        eval_prompts: Sequence[Inputs] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        drafter.check_target(target)
+        drafter.attach(target)
+        if (features is None or eval_prompts) and not isinstance(target, Target):
+            raise ConfigurationError("features computed in process and τ need the target's layers: load_target(…)")
         args._n_gpu = min(args.n_gpu, 1)  # not DataParallel: a GPU more is a process more
         super().__init__(
             model=drafter,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=list(eval_prompts) or None,
-            data_collator=Collator(store),
+            data_collator=Collator(),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole batch's drafted tokens
         self.target = target
         self._counts = _Counts(args.draft_steps)
-        self._objective = objective_named(args.objective, args.objective_options)
-        self._posterior_of = EStep(target, drafter, self._objective.rule, args.temperature, self.accelerator.autocast)
-        self._acceptance: float | None = None  # running share of first drafted tokens that are right
-        self._batch = (0, 0)  # step, and how often chance was asked in it
+        if features is None:
+            assert isinstance(target, Target)
+            features = InProcess(target, drafter.needs.layers, args.temperature)
+        self.features = features
         if self.is_fsdp_enabled:
-            raise VSDError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP, it is small")
-        self._beginning: Eagle3Drafter | None = None
-        for part in self._objective.parts:
-            match part.paths:
-                case Continued() as draw:
-                    longest = max(len(example.input_ids) for example in train_dataset.examples)
-                    check_length(target, longest, draw.length)
-                case Contrasted():
-                    self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False)
+            raise ConfigurationError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP")
+        objective = objective_named(args.objective, args.objective_options)
+        self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast)
+        self._e_steps = e_steps(objective, self._models, train_dataset.longest)
+        self._acceptance: float | None = None  # running share of first drafted tokens that are right
+        self._batch = (0, 0)  # step, and the number of the batch in it
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -117,66 +119,38 @@ class VSDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """E-step, then M-step, on one batch; see `vsd.objective` for what is minimised."""
+        """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
         output = self._m_step(model, batch, posteriors)
-        self._counts.add_drawn(posteriors)
-        if isinstance(posteriors[0].part.paths, WRITTEN):
+        if posteriors[0].part.paths.written:
             self._remember(output)
-        items = num_items_in_batch if num_items_in_batch is not None else batch.real.sum()
+        items = num_items_in_batch if num_items_in_batch is not None else batch.texts.real.sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients that are sums here
         return (loss, output) if return_outputs else loss
 
-    def batch(self, inputs: dict[str, Tensor]) -> Batch:
-        """The collator's tensors with features, as the E-step takes them."""
-        ids, drafted, index = (inputs[name] for name in ("input_ids", "drafted", "index"))
-        return Batch(ids, drafted, real(inputs), index, self._features(inputs), self._steps())
+    def batch(self, inputs: dict[str, Any]) -> Batch:
+        """The collator's tensors with their features."""
+        texts = texts_of(inputs)
+        return Batch(texts, self.features.batch(texts), self._steps())
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
-        """Which paths are trained now: the text's own, and what the objective's E-step adds."""
-        posteriors, find = [], self._posterior_of
-        drafter = self.accelerator.unwrap_model(self.model)
-        for part in self._objective.parts:
-            match part.paths:
-                case Recorded() as text:
-                    posteriors.append(find.recorded(part, text, batch, self._generator("cut")))
-                case Continued() as draw:
-                    epoch = int(self.state.epoch or 0)
-                    posteriors.append(find.continued(part, draw, batch, epoch, self._seeded))
-                case draw if self.state.global_step % draw.every:
-                    continue
-                case Drafted() as draw:
-                    posteriors.append(find.drafted(part, draw, batch, drafter, self._generator("draw")))
-                case Contrasted() as draw:
-                    assert self._beginning is not None
-                    both = (drafter, self._beginning)
-                    posteriors.append(find.contrasted(part, draw, batch, *both, self._generator("draw")))
-                case Proposed() as draw:
-                    posteriors.append(find.proposed(part, draw, batch, drafter, self._generator("draw")))
-        return posteriors
+        """Paths and their weights, one posterior for each part of the objective that is due in this step."""
+        chance = self._chance()
+        due = [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
+        found = [step(batch, chance) for step in due]
+        self._counts.add_drafted([info for _, info in found])
+        return [posterior for posterior, _ in found]
 
     def _m_step(self, model: nn.Module, batch: Batch, posteriors: list[Posterior]) -> FusedLoss:
         """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
-        entries = next((p.entries for p in posteriors if p.entries is not None), batch.text)
-        return model(
-            aux=entries.aux,
-            next_embeds=self.target.embed(entries.next_ids),
-            roots=torch.cat([posterior.paths.roots for posterior in posteriors], dim=1),
-            path_embeds=self.target.embed(torch.cat([consumed(entries.next_ids, p.paths) for p in posteriors], dim=2)),
-            widths=widths(torch.cat([posterior.paths.valid for posterior in posteriors], dim=1)),
-            positions=entries.positions,
-            seen=entries.seen,
-            objective=partial(
-                _weighted_loss,
-                posteriors=posteriors,
-                draft_of=self._posterior_of.draft_of,
-                temperature=self._posterior_of.draft_temperature,
-                acceptance=self._acceptance or 0.0,
-            ),
-        )
+        entries = next((p.entries for p in posteriors if p.entries is not None), batch.entries)
+        paths = Paths.joined([posterior.paths for posterior in posteriors])
+        loss = partial(_weighted_loss, posteriors=posteriors, models=self._models, acceptance=self._acceptance or 0.0)
+        output: FusedLoss = model(entries, paths, loss)
+        return output
 
     def _remember(self, output: FusedLoss) -> None:
         self._counts.add(output)
@@ -184,17 +158,12 @@ class VSDTrainer(Trainer):
         before = now if self._acceptance is None else self._acceptance
         self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
 
-    def _generator(self, use: str) -> torch.Generator:
-        """Chance of one use in one batch: a resumed run draws what the interrupted one would have."""
+    def _chance(self) -> Chance:
+        """The draws of one batch: a resumed run draws what the interrupted one would have."""
         step = self.state.global_step
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
-        return self._seeded(f"{self._batch}, {self.args.process_index}, {use}")
-
-    def _seeded(self, use: str) -> torch.Generator:
-        """Chance of one use in one run."""
-        key = f"{self.args.seed}, {use}"
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
-        return torch.Generator(self.args.device).manual_seed(seed)
+        key = f"{self._batch}, {self.args.process_index}"
+        return Chance(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
@@ -210,10 +179,10 @@ class VSDTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _tau(self, drafter: Eagle3Drafter) -> float:
+    def _tau(self, drafter: Any) -> float:
         config = self.args
-        prompts: list[list[int]] = self.eval_dataset or []  # type: ignore[assignment]
-        engine = Engine(self.target, drafter, TreeShape(config.depth, config.top_k, config.nodes))
+        prompts: list[Inputs] = self.eval_dataset or []  # type: ignore[assignment]
+        engine = Engine(self._models.target, drafter, TreeShape(config.depth, config.top_k, config.nodes))
         sampling = Sampling(config.eval_max_new_tokens)
         results = [
             result
@@ -230,7 +199,7 @@ class VSDTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """With what chance decided, what the weights of paths depend on, and the time that is over."""
+        """And the running acceptance, which weights depend on, and the minutes trained."""
         super()._save_rng_state(output_dir)
         minutes = self._budget.minutes if self._budget else 0.0
         self._memory(output_dir).write_text(json.dumps({"acceptance": self._acceptance, "minutes": minutes}))
@@ -252,16 +221,15 @@ class VSDTrainer(Trainer):
         clock = self._budget.progress if self._budget else self.state.global_step / max(1, self.state.max_steps)
         return K if clock >= ramp else 1 + int(K * clock / ramp)
 
-    def _features(self, inputs: dict[str, Tensor]) -> Features:
-        """From the store, by way of the collator, or from the target, now."""
-        if "aux" in inputs:
-            return Features(*(inputs[name] for name in Features._fields))
-        found = compute_features(self.target, inputs["input_ids"], inputs["drafted"], self.args.temperature)
-        return Features(*(field.float() for field in found))
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The drafter's own checkpoint, whatever its family."""
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        torch.save(self.args, Path(folder) / "training_args.bin")
 
 
 class _Counts:
-    """Running counts, per step, of the target's tokens and right proposals; and what became of drawn paths."""
+    """Running counts, per step, of recorded tokens and right proposals; and the utility of drafted paths."""
 
     def __init__(self, steps: int) -> None:
         self.rows, self.correct = torch.zeros(steps), torch.zeros(steps)
@@ -271,13 +239,13 @@ class _Counts:
         self.rows[: len(output.rows)] += output.rows.cpu()
         self.correct[: len(output.rows)] += output.correct.cpu()
 
-    def add_drawn(self, posteriors: list[Posterior]) -> None:
-        for posterior in posteriors:
-            if posterior.utility is not None:
+    def add_drafted(self, infos: list[Info]) -> None:
+        for info in infos:
+            if info.utility is not None:
                 self.draws += 1
-                self.utility += float(posterior.utility.mean())
-            if posterior.effective is not None:
-                self.effective += float(posterior.effective.mean())
+                self.utility += float(info.utility.mean())
+            if info.effective is not None:
+                self.effective += float(info.effective.mean())
 
     def report(self) -> dict[str, float]:
         shares = (self.correct / self.rows).tolist()
@@ -290,20 +258,16 @@ class _Counts:
 
 
 def _weighted_loss(
-    hidden: Tensor,
-    head: Tensor,
-    *,
-    posteriors: list[Posterior],
-    draft_of: Tensor,
-    temperature: float,
-    acceptance: float,
+    hidden: Tensor, head: Tensor, *, posteriors: list[Posterior], models: Models, acceptance: float
 ) -> FusedLoss:
     """hidden [K, B, P, h] of all posteriors' paths, side by side. Counts are those of the first."""
     outputs = []
     for posterior, states in zip(posteriors, hidden.split([p.paths.roots.shape[1] for p in posteriors], dim=2)):
-        tokens, valid, rows = (field.flatten(0, 1).T for field in posterior.paths[1:])  # [K, R]
+        paths = posterior.paths
+        tokens, valid, rows = (field.flatten(0, 1).T for field in (paths.tokens, paths.valid, paths.rows))  # [K, R]
         share, old = (x if x is None else x.flatten(0, 1).T for x in (posterior.share, posterior.old_log_q))
-        target = PathTarget(draft_of[tokens], rows, valid, share, posterior.group, old, temperature, posterior.written)
+        labels, temperature = models.draft_of[tokens], models.draft_temperature
+        target = PathTarget(labels, rows, valid, share, posterior.group, old, temperature, posterior.written)
         terms = posterior.part.terms
         outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())

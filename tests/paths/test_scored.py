@@ -1,4 +1,4 @@
-"""Packed scoring of drawn paths against one path at a time, and where drawn paths come from."""
+"""Packed scoring of drafted paths against one path at a time, and the topology of tries and trees."""
 
 import itertools
 
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import along
 import tiny
 from architectures import ARCHITECTURES
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
-from vsd.paths import NO_TOKEN, Tree, TreeShape, draw_paths, draw_tree, draw_trees, score_paths
-from vsd.paths.drafted import leaf_paths, merge
+from vsd.paths import NO_TOKEN, Tree, leaf_paths, score_paths
+from vsd.paths.scored import merge
 from vsd.targets import Target
 
 
@@ -33,11 +33,11 @@ def some_paths(steps: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("steps", "temperature"), [(1, 1.0), (4, 1.0), (4, 0.6)])
 def test_packed_scores_are_those_of_one_path_at_a_time(target: Target, steps: int, temperature: float) -> None:
     ids, lengths, roots, tokens = some_paths(steps)
-    found = score_paths(target, ids, lengths, roots, tokens, temperature)
+    found = score_paths(target, along.text(ids, lengths), roots, tokens, temperature)
     for b, s in itertools.product(range(2), range(12)):
         root = int(roots[b, s])
         text = torch.cat([ids[b, : root + 2], tokens[b, s]])[None]
-        hidden = target.features(text).hidden[0, root + 1 : -1]  # [K, h]
+        hidden = target.features(along.text(text)).hidden[0, root + 1 : -1]  # [K, h]
         log_p = (target.logits(hidden) / temperature).log_softmax(-1)
         rows = found.rows[b, s]
         torch.testing.assert_close(found.hidden[rows], hidden, rtol=1e-3, atol=1e-4)
@@ -58,7 +58,7 @@ def test_paths_may_end_early(target: Target) -> None:
     ids, lengths, roots, tokens = some_paths()
     ends = torch.arange(12).expand(2, 12) % 5  # 0 … 4 tokens
     short = tokens.masked_fill(torch.arange(4) >= ends[..., None], NO_TOKEN)
-    whole, found = (score_paths(target, ids, lengths, roots, some) for some in (tokens, short))
+    whole, found = (score_paths(target, along.text(ids, lengths), roots, some) for some in (tokens, short))
     exists = short >= 0
     torch.testing.assert_close(found.log_p[exists], whole.log_p[exists], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.hidden[found.rows[exists]], whole.hidden[whole.rows[exists]], rtol=1e-4, atol=1e-5)
@@ -68,7 +68,7 @@ def test_paths_may_end_early(target: Target) -> None:
         for k in range(max(1, int(ends[b, s])))
     }
     assert len(found.hidden) == len(prefixes)
-    nothing = score_paths(target, ids, lengths, roots, torch.full_like(tokens, NO_TOKEN))
+    nothing = score_paths(target, along.text(ids, lengths), roots, torch.full_like(tokens, NO_TOKEN))
     assert len(nothing.hidden) == 6
 
 
@@ -112,7 +112,7 @@ def test_merged_paths_are_a_trie(B: int, P: int, K: int, seed: int) -> None:
             node = int(trie.node[b, p, k])
             assert named.setdefault(name, node) == node
             assert int(trie.tokens[b, node]) == name[-1]
-            assert int(trie.positions[b, node]) == name[0] + 2 + k
+            assert (int(trie.top[b, node]), int(trie.depths[b, node])) == (name[0], k)
             assert int(trie.context[b, node]) == name[0] + 2
             above = {int(trie.node[b, p, j]) for j in range(k + 1)}
             assert set(trie.ancestors[b, node].nonzero()[:, 0].tolist()) == above
@@ -120,65 +120,3 @@ def test_merged_paths_are_a_trie(B: int, P: int, K: int, seed: int) -> None:
         assert len(set(named.values())) == len(named)
         sizes.append(len(named))
     assert trie.tokens.shape[1] == max(sizes)
-
-
-@pytest.fixture
-def drafter(tiny_target: Target) -> Eagle3Drafter:
-    torch.manual_seed(2)
-    vocabulary = draft_vocabulary(torch.arange(15, 90), tiny_target.vocab_size, 50)
-    return Eagle3Drafter.for_target(tiny_target, vocabulary, initializer_range=0.5).eval()
-
-
-def test_drawn_paths_carry_the_drafters_probabilities(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    """What `sample` says of its paths is what `forward` says when it is given them."""
-    ids, _, roots, _ = some_paths()
-    aux = tiny_target.features(ids).aux
-    g = torch.Generator().manual_seed(0)
-    tokens, log_q = draw_paths(drafter, tiny_target, aux, ids, roots, 4, 1.0, g)
-    words = torch.cat([ids.gather(1, roots + 1)[..., None], tokens[..., :-1]], -1).permute(2, 0, 1)
-    with torch.no_grad():
-        hidden = drafter(aux, tiny_target.embed(ids.roll(-1, 1)), roots, tiny_target.embed(words))
-        wanted = drafter.lm_head(hidden).log_softmax(-1).permute(1, 2, 0, 3)  # [B, P, K, Vd]
-    index = torch.searchsorted(drafter.draft_ids(), tokens)
-    assert torch.equal(drafter.draft_ids()[index], tokens)
-    torch.testing.assert_close(log_q, wanted.gather(-1, index[..., None])[..., 0], rtol=1e-4, atol=1e-5)
-    cooler, cool = draw_paths(drafter, tiny_target, aux, ids, roots, 1, 1.0, g, served=0.5)
-    index = torch.searchsorted(drafter.draft_ids(), cooler)
-    wanted = (wanted[:, :, :1] / 0.5).log_softmax(-1)
-    torch.testing.assert_close(cool, wanted.gather(-1, index[..., None])[..., 0], rtol=1e-4, atol=1e-5)
-
-
-def test_paths_are_drawn_from_q_at_the_temperature(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    """First tokens of 4,000 paths below one root; total variation from the law is within chance (about 0.03)."""
-    ids = some_paths()[0][:1]
-    aux, roots = tiny_target.features(ids).aux, torch.full((1, 4000), 9)
-    g = torch.Generator().manual_seed(0)
-    laws = {}
-    for temperature in (1.0, 0.5):
-        tokens, log_q = draw_paths(drafter, tiny_target, aux, ids, roots, 1, temperature, g)
-        index = torch.searchsorted(drafter.draft_ids(), tokens[0, :, 0])
-        found = torch.bincount(index, minlength=50) / 4000
-        q = torch.zeros(50).scatter(0, index, log_q[0, :, 0])  # at temperature 1, where drawn at all
-        law = torch.where(q != 0, (q / temperature).exp(), 0.0)
-        laws[temperature] = law / law.sum()
-        assert (found - laws[temperature]).abs().sum() / 2 < 0.06
-    assert (laws[1.0] - laws[0.5]).abs().sum() / 2 > 0.1
-
-
-def test_trees_at_roots_are_decodings_trees(tiny_target: Target, drafter: Eagle3Drafter) -> None:
-    """Against the cache that decoding would have filled by then, root by root."""
-    ids, shape = some_paths()[0], TreeShape(4, 3, 12)
-    aux, roots = tiny_target.features(ids).aux, torch.tensor([[2, 17, 9], [0, 5, 11]])
-    tokens, fresh = draw_trees(drafter, tiny_target, aux, ids, roots, shape)
-    for b, a in itertools.product(range(2), range(3)):
-        n = int(roots[b, a]) + 1
-        cache = drafter.new_cache(1, n + 12)
-        with torch.no_grad():
-            hidden = drafter.extend(
-                aux[b : b + 1, :n], tiny_target.embed(ids[b : b + 1, 1 : n + 1]), torch.tensor([n]), cache
-            )
-            tree = draw_tree(drafter, tiny_target.embed, hidden, ids[b, n : n + 1], cache, shape)
-        wanted = leaf_paths(tree, 4)[0][0].tolist()
-        found = tokens[b, a].tolist()
-        assert sorted(path for path in found if path[0] >= 0) == sorted(wanted)
-        assert int(fresh[b, a].sum()) == 11

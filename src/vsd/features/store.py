@@ -1,7 +1,9 @@
-"""Target features on disk: computed once, read by every epoch and every drafter trained on the same text.
+"""Target features on disk: computed once, read in every epoch and by every drafter trained on the same text.
 
 A store is a folder of safetensors shards (bfloat16, memory-mapped when read) and a manifest that names the target, its
 chat template and the text by fingerprint, so that features of another model can never be trained on by mistake.
+
+Reading needs the ends of the target alone (`TargetInfo`); computing needs the target.
 
 Legend: B batch, T tokens, Q drafted tokens, h hidden.
 """
@@ -10,10 +12,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -22,48 +24,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vsd.data import Example
-from vsd.errors import VSDError
-from vsd.targets import Target
+from vsd.errors import MismatchError
+from vsd.features.base import Features, Texts, compute_features
+from vsd.targets import Padded, Target, TargetInfo
 
 _SHARD_TOKENS = 32768
 _BATCH_TOKENS = 2048
 
 
-class Features(NamedTuple):
-    """What training needs from the target: aux [B, T, 3h]; hidden [B, Q, h] and log_normaliser [B, Q] of the
-    positions just before the drafted ones, where the target predicts them: logsumexp of its logits at the temperature
-    it is served at."""
-
-    aux: Tensor
-    hidden: Tensor
-    log_normaliser: Tensor
-
-
-@torch.no_grad()
-def compute_features(target: Target, input_ids: Tensor, drafted: Tensor, temperature: float = 1.0) -> Features:
-    """One target pass over right-padded input_ids [B, T] with drafted positions [B, Q]."""
-    output = target.features(input_ids)
-    before = (drafted - 1)[..., None].expand(-1, -1, output.hidden.shape[-1])
-    hidden = output.hidden.gather(1, before)
-    normaliser = target.log_normaliser(hidden.flatten(0, 1), temperature)
-    return Features(output.aux, hidden, normaliser.view(drafted.shape))
-
-
 class FeatureStore:
-    """Features of a list of examples, by index; `build` computes what is missing, the constructor reads.
+    """Features of a list of examples, by index. The constructor opens a store; `build` computes missing shards first.
+
+    Args:
+        layers: decoder layers, by input index, that the drafter reads.
+        temperature: at which the target is served.
 
     Raises:
-        VSDError: the folder holds features of another target, template or text, or for another temperature.
+        MismatchError: the folder holds features of another target, template, text or temperature, or is not complete.
     """
 
-    def __init__(self, folder: Path, target: Target, examples: Sequence[Example], temperature: float = 1.0) -> None:
-        self.folder = folder
-        manifest = _manifest(target, examples, temperature)
-        try:
-            found = _read_manifest(folder)
-        except FileNotFoundError:
-            raise VSDError(f"no feature store at '{folder}'") from None
-        _compare(folder, found, manifest)
+    def __init__(
+        self,
+        folder: str | Path,
+        target: TargetInfo,
+        examples: Sequence[Example],
+        layers: tuple[int, ...],
+        temperature: float = 1.0,
+    ) -> None:
+        self.folder = Path(folder)
+        if not self.complete(folder, examples):
+            raise MismatchError(f"no complete feature store at '{folder}'")
+        _compare(self.folder, _read_manifest(self.folder), _manifest(target, examples, layers, temperature))
         self._places = dict(_places(examples))
         self._shards: dict[int, Any] = {}
 
@@ -73,16 +64,20 @@ class FeatureStore:
         folder: str | Path,
         target: Target,
         examples: Sequence[Example],
+        layers: tuple[int, ...],
         temperature: float = 1.0,
         worker: tuple[int, int] = (0, 1),
+        meet: Callable[[], None] = lambda: None,
     ) -> "FeatureStore":
         """Compute the shards that `folder` lacks (all, after a kill only the rest) and open the store.
 
-        Worker (i, n) of n computes every n-th; read only when all of them are done.
+        Args:
+            worker: (i, n): this is the i-th of n processes, each of which computes every n-th shard.
+            meet: waits for all of them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        manifest, path = _manifest(target, examples, temperature), folder / "manifest.json"
+        manifest, path = _manifest(target, examples, layers, temperature), folder / "manifest.json"
         if path.exists():
             _compare(folder, _read_manifest(folder), manifest)
         else:
@@ -93,17 +88,24 @@ class FeatureStore:
         missing = [s for s in range(index, len(shards), workers) if not (folder / _name(s)).exists()]
         for s in track(missing, "target features", disable=not missing or index > 0):
             half = folder / f"{_name(s)}.part"
-            save_file(_shard(target, [examples[i] for i in shards[s]], temperature), half)
+            save_file(_shard(target, [examples[i] for i in shards[s]], layers, temperature), half)
             os.replace(half, folder / _name(s))
-        return cls(folder, target, examples, temperature)
+        meet()
+        return cls(folder, target, examples, layers, temperature)
 
-    def batch(self, indices: list[int], T: int, Q: int) -> dict[str, Tensor]:
-        """Padded features of some examples, as `Features` fields by name, in float32."""
-        pieces = [self._read(i) for i in indices]
-        return {
-            name: torch.stack([_pad(piece[f].float(), Q if f else T) for piece in pieces])
-            for f, name in enumerate(Features._fields)
-        }
+    @staticmethod
+    def complete(folder: str | Path, examples: Sequence[Example]) -> bool:
+        """Whether all shards of a store of these examples are there."""
+        files = ["manifest.json", *(_name(s) for s in range(len(_shards(examples))))]
+        return all((Path(folder) / file).exists() for file in files)
+
+    def batch(self, texts: Texts) -> Features:
+        """See `FeatureSource.batch`."""
+        pieces = [self._read(i) for i in texts.examples.tolist()]
+        T, Q = texts.inputs.ids.shape[1], texts.drafted.shape[1]
+        columns = zip(zip(*pieces), (T, Q, Q))
+        padded = (torch.stack([_pad(piece.float(), size) for piece in column]) for column, size in columns)
+        return Features(*(field.to(texts.drafted.device) for field in padded))
 
     def _read(self, index: int) -> Features:
         s, (token, tokens), (row, rows) = self._places[index]
@@ -121,26 +123,24 @@ def affordable(target: Target, examples: Sequence[Example], seconds: float) -> i
     """How many of the first `examples` have their features computed within `seconds`, by timing a few."""
     probe = list(examples[:16])
     start = time.perf_counter()
-    _shard(target, probe)
-    cost = (time.perf_counter() - start) / sum(len(example.input_ids) for example in probe)
-    lengths = accumulate(len(example.input_ids) for example in examples)
+    _shard(target, probe, (), 1.0)
+    cost = (time.perf_counter() - start) / sum(len(example.inputs.ids) for example in probe)
+    lengths = accumulate(len(example.inputs.ids) for example in examples)
     return max(len(probe), sum(length * cost <= seconds for length in lengths))
 
 
-def _shard(target: Target, examples: list[Example], temperature: float = 1.0) -> dict[str, Tensor]:
+def _shard(target: Target, examples: list[Example], layers: tuple[int, ...], temperature: float) -> dict[str, Tensor]:
     """Features of some examples, concatenated in their order."""
     done: dict[int, tuple[Tensor, ...]] = {}
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for group in _batches(order, [len(examples[i].input_ids) for i in order], _BATCH_TOKENS):
-        ids = [torch.tensor(examples[i].input_ids) for i in group]
-        drafted = [torch.tensor(examples[i].drafted).nonzero()[:, 0] for i in group]
-        pad = torch.nn.utils.rnn.pad_sequence
-        features = compute_features(
-            target, pad(ids, batch_first=True).to(target.device), pad(drafted, True, 2).to(target.device), temperature
-        )
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].inputs.ids))
+    for group in _batches(order, [len(examples[i].inputs.ids) for i in order], _BATCH_TOKENS):
+        inputs = Padded.of([examples[i].inputs for i in group], target.device)
+        places = [torch.tensor(examples[i].drafted).nonzero()[:, 0] for i in group]
+        drafted = torch.nn.utils.rnn.pad_sequence(places, True, 2).to(target.device)
+        features = compute_features(target, inputs, drafted, layers, temperature)
         for b, i in enumerate(group):
             aux, hidden, normaliser = (f[b].cpu() for f in features)
-            T, Q = len(ids[b]), len(drafted[b])
+            T, Q = len(examples[i].inputs.ids), len(places[b])
             done[i] = (aux[:T].bfloat16(), hidden[:Q].bfloat16(), normaliser[:Q].float())
     columns = zip(*(done[i] for i in range(len(examples))))
     return {name: torch.cat(column) for name, column in zip(Features._fields, columns)}
@@ -163,11 +163,11 @@ def _shards(examples: Sequence[Example]) -> list[list[int]]:
     shards: list[list[int]] = [[]]
     tokens = 0
     for i, example in enumerate(examples):
-        if shards[-1] and tokens + len(example.input_ids) > _SHARD_TOKENS:
+        if shards[-1] and tokens + len(example.inputs.ids) > _SHARD_TOKENS:
             shards.append([])
             tokens = 0
         shards[-1].append(i)
-        tokens += len(example.input_ids)
+        tokens += len(example.inputs.ids)
     return shards
 
 
@@ -178,18 +178,20 @@ def _places(
     for s, indices in enumerate(_shards(examples)):
         token = row = 0
         for i in indices:
-            tokens, rows = len(examples[i].input_ids), sum(examples[i].drafted)
+            tokens, rows = len(examples[i].inputs.ids), sum(examples[i].drafted)
             yield i, (s, (token, tokens), (row, rows))
             token, row = token + tokens, row + rows
 
 
-def _manifest(target: Target, examples: Sequence[Example], temperature: float) -> dict[str, str]:
+def _manifest(
+    target: TargetInfo, examples: Sequence[Example], layers: tuple[int, ...], temperature: float
+) -> dict[str, str]:
     text = hashlib.sha256()
-    for ids, drafted in examples:
-        text.update(json.dumps([ids, [int(d) for d in drafted]]).encode())
+    for inputs, drafted in examples:
+        text.update(json.dumps([inputs.ids, [int(d) for d in drafted]]).encode())
     template = str(getattr(target.tokenizer, "chat_template", None)).encode()
     return {
-        "target": target.fingerprint(),
+        "target": target.fingerprint(layers),
         "template": hashlib.sha256(template).hexdigest()[:16],
         "text": text.hexdigest()[:16],
         "temperature": f"{temperature:g}",
@@ -197,14 +199,14 @@ def _manifest(target: Target, examples: Sequence[Example], temperature: float) -
 
 
 def _read_manifest(folder: Path) -> dict[str, str]:
-    """A store that names no temperature is from before there was one."""
+    """Stores of version 0.1 that name no temperature were made for 1."""
     return {"temperature": "1", **json.loads((folder / "manifest.json").read_text())}
 
 
 def _compare(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
     other = [what for what in wanted if found.get(what) != wanted[what]]
     if other:
-        raise VSDError(
+        raise MismatchError(
             f"the feature store at '{folder}' was made with another {' and '.join(other)}: "
             "give another folder, or delete this one"
         )

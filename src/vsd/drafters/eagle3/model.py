@@ -7,17 +7,17 @@ Entry t pairs the target's features at position t with the token at t + 1 and pr
     r   = g_t + Attn(a);   out = r + MLP(post_attention_layernorm(r));   logits = lm_head(norm(out))
 
 Drafting further feeds `out` (before `norm`) back in place of g, with the drafted token. Step k from root t sees the
-step-0 keys 0 … t and only its own keys of steps 1 … k; its rotary position is t + k. `forward` (training) and
-`extend`/`expand` (decoding) share every operation but the bookkeeping of keys.
+step-0 keys 0 … t and only its own keys of steps 1 … k; its rotary position is t + k. `states` (training) and
+`advance`/`expand` (decoding) share every operation but the bookkeeping of keys.
 
-Tensor names are those of `LlamaForCausalLMEagle3` checkpoints. Token embeddings stay the target's: callers pass
-embedded tokens, so tied and untied targets are alike and a checkpoint holds the drafter alone.
+Tensor names are those of `LlamaForCausalLMEagle3` checkpoints. Token embeddings are the target's (`attach`), so tied and
+untied targets are alike and a checkpoint holds the drafter alone.
 
-Legend: B batch, T entries, Q roots (training) or nodes (decoding), K steps, W beam width, C cache slots, h hidden,
-H heads, D head dimension, V target vocabulary, Vd draft vocabulary.
+Legend: B batch, E entries, P paths, Q queries, K steps, A new tokens, W nodes of a level, L slots, h hidden, H heads,
+D head dimension, V target vocabulary, Vd draft vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from vsd.drafters.autoregressive import Autoregressive
+from vsd.drafters.base import FeatureSpec
+from vsd.drafters.eagle3.state import Eagle3State
 from vsd.drafters.vocabulary import DraftVocabulary
-from vsd.errors import VSDError
+from vsd.errors import MismatchError
+from vsd.paths import Entries, Paths
+from vsd.targets import Padded, TargetInfo
+from vsd.targets.packed import pack_linears
 
 
 class Eagle3Config(PreTrainedConfig):
@@ -57,34 +63,6 @@ class Eagle3Config(PreTrainedConfig):
     target_hidden_size: int | None = None
     target_fingerprint: str | None = None
     tie_word_embeddings: bool = False
-
-
-class DraftCache:
-    """Keys and values of committed entries, then of the tree being drafted: [B, H, C, D], lengths [B]."""
-
-    def __init__(self, config: Eagle3Config, batch_size: int, capacity: int, like: Tensor) -> None:
-        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
-        self.fill = 0
-
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Write [B, H, A, D] to slots [B, A]."""
-        index = slots[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index, values)
-
-    def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots."""
-        more = slots - self.keys.shape[2]
-        if more > 0:
-            self.keys = F.pad(self.keys, (0, 0, 0, more))
-            self.values = F.pad(self.values, (0, 0, 0, more))
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only the batch rows `rows` [B']."""
-        self.keys, self.values, self.lengths = self.keys[rows], self.values[rows], self.lengths[rows]
-        self.fill = int(self.lengths.max())
 
 
 class Eagle3Attention(nn.Module):
@@ -139,7 +117,7 @@ class Eagle3Layer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
-class Eagle3Drafter(PreTrainedModel):
+class Eagle3Drafter(Autoregressive, PreTrainedModel):
     """The drafter; see the module's docstring for the equations."""
 
     config_class = Eagle3Config
@@ -163,21 +141,22 @@ class Eagle3Drafter(PreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
         self.register_buffer("d2t", torch.full((config.draft_vocab_size,), -1))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.embed: Callable[[Tensor], Tensor] = _detached
         self.post_init()
 
     @classmethod
-    def for_target(cls, target: Any, vocabulary: DraftVocabulary, **overrides: Any) -> "Eagle3Drafter":
+    def for_target(cls, target: TargetInfo, vocabulary: DraftVocabulary, **overrides: Any) -> "Eagle3Drafter":
         """A new drafter, randomly initialised, with the target's width and rotary embedding.
 
         Args:
-            target: a `vsd.targets.Target`.
             overrides: any field of `Eagle3Config`.
         """
+        layers = overrides.get("aux_layers") or default_layers(target.config.num_hidden_layers)
         config = target.config
         heads = config.num_attention_heads
         fields = {
             "vocab_size": target.vocab_size,
-            "draft_vocab_size": len(vocabulary.d2t),
+            "draft_vocab_size": vocabulary.size,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
             "num_attention_heads": heads,
@@ -185,13 +164,14 @@ class Eagle3Drafter(PreTrainedModel):
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
             "max_position_embeddings": config.max_position_embeddings,
             "rope_parameters": _full_rotary(config),
-            "aux_layers": list(target.aux_layers),
-            "target_fingerprint": target.fingerprint(),
+            "aux_layers": list(layers),
+            "target_fingerprint": target.fingerprint(layers),
         }
         drafter = cls(Eagle3Config(**{**fields, **overrides}))
         drafter.d2t.copy_(vocabulary.d2t)
         drafter.t2d.copy_(vocabulary.t2d)
-        drafter.to(target.device)
+        drafter.to(target.device)  # type: ignore[arg-type]
+        drafter.attach(target)
         return drafter
 
     @classmethod
@@ -199,7 +179,7 @@ class Eagle3Drafter(PreTrainedModel):
         """Load a saved drafter; every tensor must be there, and none may be left over.
 
         Raises:
-            VSDError: there is no drafter at `path`, or its tensors are not exactly those of the architecture.
+            MismatchError: there is no drafter at `path`, or its tensors are not exactly those of the architecture.
         """
         options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **kwargs}
         options["ignore_mismatched_sizes"] = True  # named below, with what else is wrong
@@ -207,143 +187,91 @@ class Eagle3Drafter(PreTrainedModel):
         try:
             drafter, found = load(path, *args, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise VSDError(f"cannot load a drafter from '{path}': {str(error).splitlines()[0]}") from error
+            raise MismatchError(f"cannot load a drafter from '{path}': {str(error).splitlines()[0]}") from error
         wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
         if wrong:
-            raise VSDError(f"'{path}' is not an EAGLE-3 drafter as its config describes it: {wrong}")
+            raise MismatchError(f"'{path}' is not an EAGLE-3 drafter as its config describes it: {wrong}")
         return drafter
 
-    def check_target(self, target: Any) -> None:
-        """Refuse a target this drafter was not trained for.
+    @property
+    def needs(self) -> FeatureSpec:
+        """Three decoder layers of the target."""
+        return FeatureSpec(tuple(self.config.aux_layers))
 
-        Raises:
-            VSDError: naming what differs.
-        """
+    def attach(self, target: TargetInfo) -> None:
+        """See `Drafter.attach`; the drafter embeds tokens as the target does."""
         config = self.config
+        fingerprint = target.fingerprint(config.aux_layers)
         pairs = {
             "vocabulary": (config.vocab_size, target.vocab_size),
             "hidden size": (config.target_hidden_size or config.hidden_size, target.hidden_size),
-            "features": (list(config.aux_layers), list(target.aux_layers)),
-            "fingerprint": (config.target_fingerprint or target.fingerprint(), target.fingerprint()),
+            "fingerprint": (config.target_fingerprint or fingerprint, fingerprint),
         }
-        for what, (mine, theirs) in pairs.items():
+        for name, (mine, theirs) in pairs.items():
             if mine != theirs:
-                raise VSDError(f"this drafter was trained for another target: {what} {mine}, not {theirs}")
+                raise MismatchError(f"this drafter was trained for another target: {name} {mine}, not {theirs}")
+        count = target.config.num_hidden_layers
+        if not all(0 <= layer < count for layer in config.aux_layers):
+            raise MismatchError(f"features of layers {list(config.aux_layers)} of a target that has {count}")
+        self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
 
-    def draft_ids(self) -> Tensor:
-        """Target token of every draft row, [Vd]."""
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """From `d2t`."""
+        return DraftVocabulary(torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t, len(self.t2d))
 
-    def draft_of(self) -> Tensor:
-        """Draft row of every target token, [V]; -1 where it cannot be drafted."""
-        rows = torch.full((len(self.t2d),), -1, device=self.d2t.device)
-        rows[self.draft_ids()] = torch.arange(len(self.d2t), device=self.d2t.device)
-        return rows
+    def states(self, entries: Entries, paths: Paths) -> Tensor:
+        """Draft K steps from every root along given tokens (EAGLE-3's training-time test), [K, B, P, h], normed.
 
-    def forward(
-        self,
-        aux: Tensor,
-        next_embeds: Tensor,
-        roots: Tensor,
-        path_embeds: Tensor,
-        objective: Callable[[Tensor, Tensor], Any] | None = None,
-        widths: Sequence[int] | None = None,
-        positions: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> Any:
-        """Draft K steps from every root with given tokens (EAGLE-3's training-time test).
-
-        Args:
-            aux: target features [B, T, 3h].
-            next_embeds: embeddings of the tokens behind the entries, at 1 … T, [B, T, h].
-            roots: entries to draft from, [B, Q].
-            path_embeds: what step k consumes, [K, B, Q, h]: the token behind the root, then the path's own.
-            objective: called with the result and the LM head's weight [Vd, h] before this module returns, so
-                that whatever wraps it sees all of the backward pass.
-            widths: how many of the roots are run at each step, never rising; None: all. The rest of a step is zeros.
-            positions: of the entries, [B, T], where they are not one text: 0 … T - 1.
-            seen: which entries each sees, itself included, [B, T, T] bool; where they are one text: those up to it.
-
-        Returns:
-            Normed hidden states [K, B, Q, h], of which `lm_head` of row k predicts the path's token k; or
-            whatever `objective` makes of them.
+        Step k is run for the first paths only, as many as some sequence has valid ones: sort them longest first
+        (`longest_first`). States of steps that are not run are zeros.
         """
-        hidden, shared, seen, at = self._roots(aux, next_embeds, roots, positions, seen)
+        hidden, shared, seen, at = self._roots(entries, paths.roots)
         step: Callable[..., Any] = self._step
         if self.gradient_checkpointing and self.training:
             step = partial(self._gradient_checkpointing_func, self._step)
         own: list[tuple[Tensor, Tensor]] = []
         steps = []
-        Q = roots.shape[1]
-        for k, embeds in enumerate(path_embeds):
-            W = Q if widths is None else widths[k]
+        P = paths.roots.shape[1]
+        consumed = self.embed(paths.consumed(entries.next_ids))  # [K, B, P, h]
+        for k, (embeds, W) in enumerate(zip(consumed, paths.widths())):
             own = [(keys[:, :, :W], values[:, :, :W]) for keys, values in own]
             hidden, own = step(hidden[:, :W], embeds[:, :W], at[:, :W] + k, shared, seen[:, :W], own, k > 0)
-            steps.append(F.pad(self.norm(hidden), (0, 0, 0, Q - W)))
-        stacked = torch.stack(steps)
-        return stacked if objective is None else objective(stacked, self.lm_head.weight)
+            steps.append(F.pad(self.norm(hidden), (0, 0, 0, P - W)))
+        return torch.stack(steps)
 
     @torch.no_grad()
-    def sample(
-        self,
-        aux: Tensor,
-        next_embeds: Tensor,
-        roots: Tensor,
-        embeds: Tensor,
-        steps: int,
-        choose: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Draft `steps` tokens below every root, letting the caller choose them.
-
-        Args:
-            aux, next_embeds, roots: as in `forward`.
-            embeds: embeddings of the tokens at root + 1, [B, Q, h].
-            choose: given log q [B, Q, Vd] of a step, the embeddings [B, Q, h] of the tokens to go on with.
-        """
-        hidden, shared, seen, at = self._roots(aux, next_embeds, roots)
+    def sample(self, entries: Entries, roots: Tensor, steps: int, choose: Callable[[Tensor], Tensor]) -> None:
+        """See `Drafter.sample`."""
+        ids = self.vocabulary.ids
+        embeds = self.embed(entries.next_ids.gather(1, roots))
+        hidden, shared, seen, at = self._roots(entries, roots)
         own: list[tuple[Tensor, Tensor]] = []
         for k in range(steps):
             hidden, own = self._step(hidden, embeds, at + k, shared, seen, own, k > 0)
-            embeds = choose(self.log_probs(hidden))
+            embeds = self.embed(ids[choose(self.log_probs(hidden))])
 
     @torch.no_grad()
-    def stand(self, aux: Tensor, next_embeds: Tensor, roots: Tensor, slots: int) -> tuple["DraftCache", Tensor]:
-        """As decoding stands at roots [B, Q] of a text: a cache of B Q rows, and hidden [B Q, 1, h] drafted from.
-
-        Args:
-            aux, next_embeds: as in `forward`.
-            slots: room for so many drafted nodes.
-        """
-        hidden, (keys, values), seen, at = self._roots(aux, next_embeds, roots)
-        first = next_embeds.gather(1, roots[..., None].expand(-1, -1, next_embeds.shape[-1]))
+    def begin_at(self, entries: Entries, roots: Tensor, room: int) -> "Eagle3State":
+        """See `Drafter.begin_at`."""
+        hidden, (keys, values), seen, at = self._roots(entries, roots)
+        first = self.embed(entries.next_ids.gather(1, roots))
         hidden, _ = self._step(hidden, first, at, (keys, values), seen, [], False)
-        (B, Q), T = roots.shape, aux.shape[1]
-        cache = self.new_cache(B * Q, T + slots)
-        cache.keys[:, :, :T], cache.values[:, :, :T] = keys.repeat_interleave(Q, 0), values.repeat_interleave(Q, 0)
-        cache.lengths = roots.flatten() + 1
-        cache.fill = int(cache.lengths.max())
-        return cache, hidden.flatten(0, 1)[:, None]
+        (B, P), T = roots.shape, entries.next_ids.shape[1]
+        state = Eagle3State.empty(self.config, B * P, T + room, self.norm.weight)
+        state.keys[:, :, :T], state.values[:, :, :T] = keys.repeat_interleave(P, 0), values.repeat_interleave(P, 0)
+        state.commit(roots.flatten() + 1, at.flatten() + 1)
+        state.hidden = hidden.flatten(0, 1)[:, None]
+        return state
 
-    def _roots(
-        self,
-        aux: Tensor,
-        next_embeds: Tensor,
-        roots: Tensor,
-        positions: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Fused features of roots, [B, Q, h]; all entries' step-0 keys and values; whom roots see; where they stand."""
+    def _roots(self, entries: Entries, roots: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Fused features of roots, [B, P, h]; all entries' step-0 keys and values; `seen_from`; positions [B, P]."""
         layer = self.midlayer
-        fused = self.fc(aux)  # [B, T, h]
-        entries = torch.arange(aux.shape[1], device=aux.device)
-        places = entries[None] if positions is None else positions
-        shared = layer.self_attn.keys_values(layer.join(next_embeds, fused), self.rotary_emb(fused, places))
+        fused = self.fc(entries.aux)  # [B, E, h]
+        a, rotary = layer.join(self.embed(entries.next_ids), fused), self.rotary_emb(fused, entries.positions)
+        shared = layer.self_attn.keys_values(a, rotary)
         hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
-        if seen is None:
-            seen = entries <= roots[..., None]  # [B, Q, T]
-        else:
-            seen = seen.gather(1, roots[..., None].expand(-1, -1, seen.shape[-1]))
-        return hidden, shared, seen, roots if positions is None else positions.gather(1, roots)
+        return hidden, shared, entries.seen_from(roots), entries.positions.gather(1, roots)
 
     def _step(
         self,
@@ -363,57 +291,59 @@ class Eagle3Drafter(PreTrainedModel):
         attended = _attend_with_own(attention.queries(a, rotary), *shared, seen, own)
         return layer.finish(hidden, attended), own
 
-    def new_cache(self, batch_size: int, capacity: int) -> DraftCache:
-        """An empty cache; `capacity` counts committed entries and the slots of one tree."""
-        return DraftCache(self.config, batch_size, capacity, self.norm.weight)
+    def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> "Eagle3State":
+        """See `Drafter.begin`."""
+        entries = Entries.of(prompt, aux, root)
+        state = Eagle3State.empty(self.config, len(root), capacity, self.norm.weight)
+        self._extend(state, aux, entries.next_ids, prompt.lengths, entries.positions)
+        return state
 
-    def extend(self, aux: Tensor, next_embeds: Tensor, counts: Tensor, cache: DraftCache) -> Tensor:
-        """Commit new entries, row b the first counts[b] of them, and draft one step from the last.
+    def advance(self, state: "Eagle3State", aux: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """See `Drafter.advance`."""
+        positions = state.next[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        self._extend(state, aux, tokens, counts, positions)
 
-        aux [B, A, 3h], next_embeds [B, A, h], counts [B] -> hidden [B, 1, h], before `norm`.
-        """
+    def _extend(self, state: "Eagle3State", aux: Tensor, next_ids: Tensor, counts: Tensor, positions: Tensor) -> None:
+        """Commit entries [B, A], row b the first counts[b] of them, and draft one step from the last."""
         layer, attention = self.midlayer, self.midlayer.self_attn
         fused = self.fc(aux.to(self.dtype))
-        slots = cache.lengths[:, None] + torch.arange(aux.shape[1], device=aux.device)  # [B, A]
-        a, (cos, sin) = layer.join(next_embeds.to(self.dtype), fused), self.rotary_emb(fused, slots)
-        cache.reserve(int(slots.max()) + 1)
-        cache.write(*attention.keys_values(a, (cos, sin)), slots)
-        cache.lengths = cache.lengths + counts
-        cache.fill = int(cache.lengths.max())
+        a, (cos, sin) = layer.join(self.embed(next_ids).to(self.dtype), fused), self.rotary_emb(fused, positions)
+        state.append(*attention.keys_values(a, (cos, sin)))
         last = (counts - 1)[:, None, None]
         pick = lambda x: x.gather(1, last.expand(-1, 1, x.shape[-1]))  # noqa: E731
-        seen = torch.arange(cache.fill, device=aux.device) < cache.lengths[:, None]
-        attended = _attend(attention.queries(pick(a), (pick(cos), pick(sin))), cache, seen[:, None])
-        return layer.finish(pick(fused), attended)
+        state.commit(state.lengths + counts, pick(positions[..., None])[:, 0, 0] + 1)
+        attended = _attend(attention.queries(pick(a), (pick(cos), pick(sin))), state, state.committed[:, None])
+        state.hidden = layer.finish(pick(fused), attended)
 
-    def expand(self, hidden: Tensor, embeds: Tensor, depth: int, scratch: Tensor, cache: DraftCache) -> Tensor:
-        """Run W drafted nodes of one depth of the tree.
-
-        Args:
-            hidden: output of each node's parent, [B, W, h], before `norm`.
-            embeds: embedding of each node's token, [B, W, h].
-            depth: 1 for children of the root.
-            scratch: which slots after the committed ones each node sees, [B, W, S] bool; its own is among the
-                last W, which this call writes.
-
-        Returns:
-            Hidden states [B, W, h], before `norm`.
-        """
+    def expand(self, state: "Eagle3State", hidden: Tensor, tokens: Tensor, depth: int, seen: Tensor) -> Tensor:
+        """See `Autoregressive.expand`; hidden states are those before `norm`."""
         layer, attention = self.midlayer, self.midlayer.self_attn
-        W, S = scratch.shape[1:]
-        positions = (cache.lengths - 1 + depth)[:, None]  # [B, 1]
-        a, rotary = layer.join(embeds.to(self.dtype), hidden), self.rotary_emb(hidden, positions)
-        keys, values = attention.keys_values(a, rotary)
-        end = cache.fill + S
-        cache.reserve(end)
-        cache.keys[:, :, end - W : end], cache.values[:, :, end - W : end] = keys, values
-        committed = torch.arange(cache.fill, device=hidden.device) < cache.lengths[:, None]  # [B, fill]
-        seen = torch.cat([committed[:, None].expand(-1, W, -1), scratch], dim=-1)
-        return layer.finish(hidden, _attend(attention.queries(a, rotary), cache, seen))
+        W, S = seen.shape[1:]
+        positions = (state.next - 1 + depth)[:, None]  # [B, 1]
+        embeds = self.embed(tokens).to(self.dtype)
+        a, rotary = layer.join(embeds, hidden), self.rotary_emb(hidden, positions)
+        state.draft(*attention.keys_values(a, rotary), state.fill + S - W)
+        allowed = torch.cat([state.committed[:, None].expand(-1, W, -1), seen], dim=-1)
+        return layer.finish(hidden, _attend(attention.queries(a, rotary), state, allowed))
+
+    def freeze(self) -> None:
+        """See `Drafter.freeze`; queries are asked of fewer entries than keys and values."""
+        pack_linears(self.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Draft distribution in float32: hidden [..., h] before `norm` -> log q [..., Vd]."""
         return self.lm_head(self.norm(hidden)).float().log_softmax(-1)
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's three feature layers, by input index: [2, L/2, L-3]; spread evenly where there are fewer than six."""
+    if num_layers < 6:
+        return (0, num_layers // 2, num_layers - 1)
+    return (2, num_layers // 2, num_layers - 3)
+
+
+def _detached(ids: Tensor) -> Tensor:
+    raise MismatchError("this drafter has no target yet: call `attach` first")
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -422,9 +352,9 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
-def _attend(queries: Tensor, cache: DraftCache, seen: Tensor) -> Tensor:
-    """Queries [B, H, W, D] over the first L slots of the cache, seen [B, W, L] bool -> [B, H, W, D]."""
-    keys, values = cache.keys[:, :, : seen.shape[-1]], cache.values[:, :, : seen.shape[-1]]
+def _attend(queries: Tensor, state: Eagle3State, seen: Tensor) -> Tensor:
+    """Queries [B, H, W, D] over the first L slots of the state, seen [B, W, L] bool -> [B, H, W, D]."""
+    keys, values = state.keys[:, :, : seen.shape[-1]], state.values[:, :, : seen.shape[-1]]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen[:, None], enable_gqa=True)
 
 

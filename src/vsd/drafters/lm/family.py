@@ -1,0 +1,53 @@
+"""The family `lm`: made for a target, read from and written as a plain folder of transformers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vsd.drafters.family import Checkpoint, Family
+from vsd.drafters.lm.model import LMDrafter
+from vsd.targets import TargetInfo
+
+
+def _reads(config: Mapping[str, Any]) -> bool:
+    """A causal LM of transformers, by its architecture."""
+    return any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in config.get("architectures") or [])
+
+
+def _export(drafter: LMDrafter, target: TargetInfo, kind: str) -> Checkpoint:
+    """The plain model; weights that are tied are written once."""
+    config = drafter.model.config.to_dict()
+    config |= {
+        "architectures": [type(drafter.model).__name__],
+        "torch_dtype": str(drafter.dtype).removeprefix("torch."),
+    }
+    tensors = dict(drafter.state_dict())
+    if config.get("tie_word_embeddings"):
+        tied = {name for name, tensor in tensors.items() if tensor is drafter.lm_head.weight or "lm_head" in name}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    return Checkpoint(tensors, config)
+
+
+def _serve(kind: str, out: str, tokens: int) -> str:
+    if kind == "sglang":
+        return (
+            f"--speculative-algorithm STANDALONE --speculative-draft-model-path {out} --speculative-num-steps {tokens} "
+            f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
+        )
+    options = json.dumps({"method": "draft_model", "model": out, "num_speculative_tokens": tokens})
+    return f"--speculative-config '{options}'"
+
+
+FAMILY = Family(
+    title="Draft model",
+    new=LMDrafter.for_target,
+    reads=_reads,
+    load=LMDrafter.read,
+    export=_export,
+    formats=("sglang", "vllm"),
+    serve=_serve,
+    kind=LMDrafter,
+    needs_tokenizer=True,
+)

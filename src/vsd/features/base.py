@@ -1,0 +1,83 @@
+"""Target features of training texts, and the role of their source.
+
+Legend: B batch, T tokens, Q drafted tokens of a sequence, n h width of the features, h hidden.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vsd.targets import Padded, Target
+
+
+class Texts(NamedTuple):
+    """A batch of training texts.
+
+    Attributes:
+        inputs: B sequences of T tokens.
+        drafted: positions of the drafted tokens, ascending, [B, Q]; padded with 2.
+        real: which of them are not padding, [B, Q] bool.
+        examples: their indices in the data set, [B].
+    """
+
+    inputs: Padded
+    drafted: Tensor
+    real: Tensor
+    examples: Tensor
+
+    def some(self, rows: list[int]) -> "Texts":
+        """Only these texts, which must be text alone."""
+        ids, lengths, positions, _ = self.inputs
+        inputs = Padded(ids[rows], lengths[rows], positions[..., rows, :], {})
+        return Texts(inputs, self.drafted[rows], self.real[rows], self.examples[rows])
+
+
+class Features(NamedTuple):
+    """The target's side of a batch.
+
+    Attributes:
+        aux: features that the drafter reads, [B, T, n h].
+        hidden: final hidden states at the positions just before the drafted ones, which predict them, [B, Q, h].
+        log_normaliser: logsumexp of the logits of each, at the served temperature, [B, Q].
+    """
+
+    aux: Tensor
+    hidden: Tensor
+    log_normaliser: Tensor
+
+
+class FeatureSource(Protocol):
+    """Yields the features of any batch of the texts it was made for."""
+
+    def batch(self, texts: Texts) -> Features:
+        """In float32, on the device of the texts."""
+
+
+class InProcess:
+    """The target computes features when they are asked for.
+
+    Args:
+        layers: decoder layers, by input index, that the drafter reads.
+        temperature: at which the target is served.
+    """
+
+    def __init__(self, target: Target, layers: tuple[int, ...], temperature: float = 1.0) -> None:
+        self.target, self.layers, self.temperature = target, layers, temperature
+
+    def batch(self, texts: Texts) -> Features:
+        """See `FeatureSource.batch`."""
+        found = compute_features(self.target, texts.inputs, texts.drafted, self.layers, self.temperature)
+        return Features(*(field.float() for field in found))
+
+
+@torch.no_grad()
+def compute_features(
+    target: Target, inputs: Padded, drafted: Tensor, layers: tuple[int, ...], temperature: float = 1.0
+) -> Features:
+    """One target pass over texts with drafted positions [B, Q]."""
+    output = target.features(inputs, layers)
+    before = (drafted - 1)[..., None].expand(-1, -1, output.hidden.shape[-1])
+    hidden = output.hidden.gather(1, before)
+    normaliser = target.log_normaliser(hidden.flatten(0, 1), temperature)
+    return Features(output.aux, hidden, normaliser.view(drafted.shape))

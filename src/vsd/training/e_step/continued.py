@@ -1,0 +1,75 @@
+"""E-step of alternative continuations, sampled from the target at positions where its confidence is low.
+
+The target states p of the new states as it writes them, so no further pass scores them. The continuations of a text are
+kept for some epochs.
+
+Legend: B batch, Q drafted tokens of a sequence, A anchors, L tokens of a continuation.
+"""
+
+import torch
+
+from vsd.objective import Continued, Part
+from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
+from vsd.targets.sampling import drawn_at
+from vsd.training.chance import Chance
+from vsd.training.e_step.base import Batch, Info, Models, Posterior
+
+_MEMORY = 4 << 30  # bytes of continuations that a process keeps
+_LEAST_DOUBT = 1e-3  # weight of a position where the target is sure: every text has anchors
+
+
+class ContinuedStep:
+    """Draws continuations, and remembers them for `draw.epochs` epochs."""
+
+    def __init__(self, part: Part, draw: Continued, models: Models, longest: int) -> None:
+        check_length(models.target, longest, draw.length)
+        self.part, self.draw, self.models = part, draw, models
+        self.period, self.kept = 0, dict[int, Continuations]()  # by example
+
+    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+        """The continuations of a text weigh as much as the text, times `draw.weight`."""
+        texts, models = batch.texts, self.models
+        found = self._continuations(batch, chance)
+        paths = along(found, models.exist(found.tokens), texts.inputs.ids.shape[1], batch.steps)
+        paths = longest_first(paths)
+        share = self.draw.weight * texts.real.sum(1) / paths.valid[..., 0].sum(1)  # [B]
+        target = models.head_target(found.hidden.flatten(0, 2), found.log_normaliser)
+        weights = share[:, None, None].expand_as(paths.valid)
+        entries = extended(batch.entries, found)
+        return Posterior(self.part, paths, target, weights, entries=entries, written=True), Info()
+
+    @torch.no_grad()
+    def _continuations(self, batch: Batch, chance: Chance) -> Continuations:
+        """Those kept, and new ones for texts that have none."""
+        period = chance.epoch // self.draw.epochs
+        if period != self.period:
+            self.period, self.kept = period, {}
+        examples = batch.texts.examples.tolist()
+        new = [row for row, example in enumerate(examples) if example not in self.kept]
+        if new:
+            generators = [chance.seeded(f"{examples[row]}, {period}") for row in new]
+            for row, *fields in zip(new, *self._draw(batch, new, generators)):
+                self.kept[examples[row]] = Continuations(*(field.to("cpu", copy=True) for field in fields))
+        rows = zip(*(self.kept[example] for example in examples))
+        found = Continuations(*(torch.stack(fields).to(batch.texts.real.device) for fields in rows))
+        self._evict()
+        return found
+
+    def _draw(self, batch: Batch, rows: list[int], generators: list[torch.Generator]) -> Continuations:
+        """Every text by a generator of its own: but for rounding, its batch does not matter."""
+        draw, models, texts = self.draw, self.models, batch.texts.some(rows)
+        numbers = [torch.rand(draw.anchors, 1 + draw.length, generator=g, device=g.device) for g in generators]
+        uniform = torch.stack(numbers)  # [B, A, 1 + L]
+        doubt = (1 - models.confidence(batch)[rows]).clamp(min=_LEAST_DOUBT) * texts.real  # [B, Q]
+        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), uniform[..., 0])
+        roots = texts.drafted.gather(1, chosen) - 2
+        layers = models.drafter.needs.layers
+        return continue_text(
+            models.target, texts.inputs, roots, draw.length, models.temperature, uniform[..., 1:], layers
+        )
+
+    def _evict(self) -> None:
+        """Forget the newest texts above the memory limit: the oldest ones then stay for all their epochs."""
+        room = _MEMORY // sum(field.nbytes for field in next(iter(self.kept.values())))
+        for example in list(self.kept)[room:]:
+            del self.kept[example]
