@@ -1,7 +1,8 @@
 """Training objectives as pure tensor mathematics: paths × weights × divergence."""
 
-from vsd.objective.algebra import WRITTEN, Continued, Contrasted, Drafted, Objective, Part, Proposed, Recorded, Term
+from vsd.objective.algebra import Objective, Part, Rule, Term, Weights
 from vsd.objective.fused import FusedLoss, HeadTarget, PathTarget, fused_loss
+from vsd.objective.kinds import WRITTEN, Continued, Contrasted, Drafted, PathKind, Proposed, Recorded
 from vsd.objective.rows import PathRows
 from vsd.objective.table import OBJECTIVES, objective
 
@@ -15,11 +16,14 @@ __all__ = [
     "HeadTarget",
     "Objective",
     "Part",
+    "PathKind",
     "PathRows",
     "PathTarget",
     "Proposed",
     "Recorded",
+    "Rule",
     "Term",
+    "Weights",
     "fused_loss",
     "objective",
 ]
