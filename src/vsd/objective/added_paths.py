@@ -6,7 +6,7 @@
   already, so the others start where the target could have chosen another token: at positions drawn ∝ 1 - p(x).
 - `drafted` [paper], above temperature 0: S paths sampled from the drafter at an anchor. [ours] Shares ∝ exp(β U).
 - `trees` [ours], rule target: the trees that decoding would propose; the weight of a node is the exact probability
-  that verification reaches it.
+  that verification reaches the state which predicts it.
 
 Measured (docs/results.md) × `eagle3` in the same time. `continued` without recorded states, from a drafter that has
 memorised its text: 1.096 [1.089, 1.104] at T = 0 and 1.091 [1.086, 1.096] at T = 1 in eight minutes. New answers of the

@@ -1,6 +1,6 @@
-"""`elbo`: the evidence lower bound of VSD itself (Zou et al., arXiv:2602.05774), on paths sampled from the drafter.
+"""`elbo`: the evidence lower bound of VSD itself (Zou et al., arXiv:2602.05774).
 
-    log Σ_z p(z) κ(z)  ≥  E_q[log κ(z)] - KL(q(z) ‖ p(z))
+    log Σ_z p(z) κ(z)  ≥  E_q[log κ(z)] - KL(q(z) ‖ p(z))      on paths z sampled from the drafter
 
 Its gradient is E_q[(R - b) ∇ log q(z) + ∇ log κ(z)] with the reward R = log κ + log p - log q, summed from each token
 on, and the baseline b, the mean over the other paths of the anchor (leave-one-out). With `rejection`,

@@ -1,9 +1,9 @@
-"""`gto`: group tree optimisation (GTO, Hu et al., arXiv:2509.22134): train for the expected accepted length of a tree.
+"""`gto`: group tree optimisation (GTO, Hu et al., arXiv:2509.22134).
 
-The reward of a draft tree is the expected number of its tokens that the target accepts, Σ_nodes Π p along the path
-(`draft_tree_reward`). At several roots of a sequence, the group, a tree of the drafter is compared with a tree of a
-frozen reference drafter. The difference of their rewards, standardised in the group, is the advantage A of the tree's
-longest accepted path y:
+Training for the expected accepted length of draft trees. The reward of a tree is the expected number of its tokens that
+the target accepts, Σ_nodes Π p along the path (`draft_tree_reward`). At several roots of a sequence, the group, a tree
+of the drafter is compared with a tree of a frozen reference drafter. The difference of their rewards, standardised in
+the group, is the advantage A of the tree's longest accepted path y:
 
     L = -min(r A, clip(r, 1 - ε, 1 + ε) A) + λ Σ_k 0.8^k CE(p_k, q_k),   r = exp(mean_t log q(y_t) - log q_ref(y_t))
 

@@ -1,4 +1,4 @@
-"""Rules `greedy` and `target`: a walk from the root to the child that the target chooses (EAGLE, Li et al., 2401.15077).
+"""Rules `greedy` and `target`: a walk to the child that the target chooses (EAGLE, Li et al., 2401.15077).
 
 At temperature 0 the choice is the argmax. Above it, EAGLE's rule tries the children of a node one after another: it
 accepts a child if u ≤ p[child], else removes the child from p and renormalises, and draws the bonus token from the
