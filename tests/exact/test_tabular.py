@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
-from vsd.objective.acceptance import Reached, path_acceptance
+from vsd.objective.acceptance import path_acceptance
 from vsd.objective.algebra import Rule
 from vsd.objective.cut_paths import TokensLeft
 from vsd.objective.elbo import Advantage
@@ -354,7 +354,8 @@ def test_states_of_a_tree_are_weighed_by_the_probability_that_verification_reach
     log_p, log_q = table(seed), table(seed + 100)
     leaves = torch.tensor([(0, 1, 0), (0, 2, 1), (2, 0, 0), (2, 0, 1)]).T  # [K, 4]
     law = token_log_probs(log_p).sum(0).exp()
-    weights = Reached("target", alpha=0.0)(path_rows(log_p, log_q, leaves, share=torch.ones(K, 4), group=4))
+    (term,) = objective("vsd", {"rule": "target", "arw": True, "e_step": "trees"}).parts[1].terms
+    weights = term.weights(path_rows(log_p, log_q, leaves, share=torch.ones(K, 4), group=4))
     for k, s in itertools.product(range(K), range(4)):
         begins = (PATHS[:k] == leaves[:k, s : s + 1]).all(0)
         torch.testing.assert_close(weights[k, s], law[begins].sum())

@@ -118,8 +118,8 @@ def text() -> Part:
         (lambda: objective("vsd", {"temperature": 0.5}), "temperature"),
         (lambda: objective("elbo", {"rule": "greedy"}), "-inf at temperature 0"),
         (lambda: objective("elbo", {"samples": 1}), "at least 2"),
-        (lambda: objective("vsd", {"rule": "luck"}), "greedy, target"),
-        (lambda: objective("vsd", {"e_step": "dreamt"}), "continued, drafted"),
+        (lambda: objective("vsd", {"rule": "majority"}), "greedy, target"),
+        (lambda: objective("vsd", {"e_step": "copied"}), "continued, drafted"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "fkl, rkl, jsd"),
         (lambda: objective("vsd", {"rule": "rejection", "arw": True, "cut": -3.0}), "verify trees"),
         (lambda: objective("vsd", {"arw": True, "cut": -3.0, "smoothing": 0.5}), "whole paths"),
@@ -146,7 +146,7 @@ def text() -> Part:
         (lambda: objective("gto", {"likelihood": 0}), "must be positive"),
         (lambda: objective("gto", {"rule": "rejection"}), "not trees"),
         (lambda: Objective((text(), trees()), "greedy"), "use rule target"),
-        (lambda: Objective((text(),), "luck"), "greedy, target, rejection"),  # type: ignore[arg-type]
+        (lambda: Objective((text(),), "majority"), "greedy, target, rejection"),  # type: ignore[arg-type]
         (lambda: Objective((Part(Continued(), ()), Part(Continued(), ())), "greedy"), "at most one"),
         (lambda: Drafted(samples=0), "samples must be at least 1"),
         (lambda: Drafted(tempering=-0.1), "tempering must be at least 0"),

@@ -58,10 +58,10 @@ def random_rows(seed: int, steps: int, paths: int = 6, size: int = 7, mass: floa
 @given(SEEDS, st.integers(1, 6), st.floats(0, 1))
 def test_survival_utility_and_credit_are_consistent(seed: int, steps: int, alpha: float) -> None:
     a = torch.rand(steps, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    kappa, worth = survival(a), utility(a)
+    kappa, length = survival(a), utility(a)
     assert (kappa >= 0).all() and (kappa <= 1).all() and (kappa.diff(dim=0) <= 0).all()
-    assert (worth <= steps).all()
-    torch.testing.assert_close(credit(kappa)[0], worth)
+    assert (length <= steps).all()
+    torch.testing.assert_close(credit(kappa)[0], length)
     torch.testing.assert_close(credit(kappa), to_go(kappa))
     assert (reached(a)[0] == 1).all()
     torch.testing.assert_close(reached(a) * a, kappa)
@@ -143,7 +143,7 @@ def test_weights_do_not_depend_on_steps_after_the_end(seed: int, steps: int, wei
 @reproducible
 @given(SEEDS, st.integers(1, 6))
 def test_arw_of_a_weak_drafter_is_the_number_of_steps_left(seed: int, steps: int) -> None:
-    """α = 1 whatever is drafted; and for paths without a rejected step α does not matter."""
+    """All first draft tokens are rejected now (α = 1), or α is set to 1."""
     rows = random_rows(seed, steps)
     rows.acceptance = 0.0
     left = TokensLeft()(rows)

@@ -5,7 +5,7 @@
 
     ω_t = (Σ_{k≥t} κ_k) / ã_t,   Σ_{k≥t} κ_k = ∂U/∂log a_t,   κ_k = Π_{i≤k} ã_i,   ã = α + (1 - α) a
 
-- α is the share of first draft tokens that are rejected now. A weak drafter (α → 1) has ω_t → K - t + 1 whatever it
+- α is the running share of rejected first draft tokens. For a weak drafter (α → 1) ω_t → K - t + 1, independent of its
   drafts; a strong one (α → 0) is trained where survival is decided. ã > 0 keeps a signal after a rejection.
 - The label is p, so the step's own ã_t is divided out: the acceptance of one sampled token must not decide whether its
   state is trained. With hard labels (`vsd.objective.hard_labels`) it stays in: at α = 0 the loss then has the gradient

@@ -1,7 +1,7 @@
-"""Cut paths, option `smoothing` of `vsd` and `eagle3`: later steps only where decoding is likely to come. [ours]
+"""Cut paths, option `smoothing` of `vsd` and `eagle3`: later steps are trained only where decoding is likely. [ours]
 
-Drafts are likely to be rejected where the target itself is not confident. So after token x_k a recorded path goes on
-with probability
+Drafts are likely to be rejected where the target itself is not confident. So a recorded path continues after
+token x_k with probability
 
     ã_k = α + (1 - α) p(x_k)        α = smoothing; p = 0 outside the draft vocabulary
 

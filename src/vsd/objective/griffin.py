@@ -3,7 +3,7 @@
     L = Σ_k m_k (CE(p_k, q_k) + 5 CE_10(p_k, q_k)),   m_k = Π_{i<k} 1[x_i among the drafter's 3 best tokens]
 
 CE_10 is the sum over the target's ten best tokens only. Ours: the published training weighs CE with 0.1 and CE_10 with
-0.5, beside a regression on features that an EAGLE-3 drafter does not have.
+0.5, together with a regression on features that an EAGLE-3 drafter does not have.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ the group, is the advantage A of the tree's longest accepted path y:
 
     L = -min(r A, clip(r, 1 - ε, 1 + ε) A) + λ Σ_k 0.8^k CE(p_k, q_k),   r = exp(mean_t log q(y_t) - log q_ref(y_t))
 
-[paper] Reward, reference, group-standardised advantage, clipped surrogate, a token-level loss beside it.
+[paper] Reward, reference, group-standardised advantage, clipped surrogate, an additional token-level loss.
 [ours] "Longest" by expected accepted tokens; r a ratio of geometric means; the reference is the drafter at the start of
 training; the values of ε and λ. At T = 0 the longest accepted path is a prefix of the recorded text: no target pass.
 """

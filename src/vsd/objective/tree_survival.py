@@ -5,7 +5,7 @@ The tree holds the token of step k if its cumulative log q is among the best N -
     κ_k = σ((Σ_{i≤k} log q(x_i) - cut) / width),   ω_t = α 0.8^t + (1 - α) Σ_{k≥t} 4 κ_k (1 - κ_k)
 
 with `cut` the lowest score that the tree still takes: credit goes to tokens at the edge of the tree, not to those that
-are in the tree anyway. 4 κ (1 - κ) ∝ ∂κ/∂log q is 1 at the edge.
+are in the tree in any case. 4 κ (1 - κ) ∝ ∂κ/∂log q is 1 at the edge.
 
 Measured: docs/results.md and docs/log.md have no number of it alone.
 

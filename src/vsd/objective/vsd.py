@@ -18,7 +18,7 @@ confidence-aware regularisation c (CAR):
 
 - Recorded paths are the E-step at T = 0: a drafted path, cut at its first rejection, is a prefix of the greedy text.
 - Alternative continuations of the target are further valid paths (`added_paths.py`).
-- The label is p: losslessness says that the token that verification emits at a state, accepted or residual, has law p.
+- The label is p: by losslessness the token that verification emits at a state, accepted or residual, has law p.
   For `rejection` the divergence is the LK hybrid of KL and TV, whose minimum is at p, too.
 - 0.8^t in place of ω, and λ = 0, accept more than our ARW and CAR (docs/results.md).
 
@@ -87,7 +87,7 @@ def vsd(
         eta: η of the LK hybrid, for rule rejection: how fast it turns from KL to TV as acceptance rises.
 
     Raises:
-        ConfigurationError: an option without use beside the others, or a value out of range.
+        ConfigurationError: an option that the other options leave without use, or a value out of range.
     """
     _check(rule, recorded, e_step, arw, alpha, cut, width, car, smoothing, hard, lookup, eta)
     chosen = {"anchors": anchors, "length": length, "epochs": epochs, "weight": weight, "samples": samples}
