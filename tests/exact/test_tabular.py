@@ -1,6 +1,6 @@
-"""Vocabularies of three tokens and paths of three: everything enumerated in float64.
+"""Vocabularies of three tokens and paths of three: all 27 paths enumerated in float64.
 
-A tabular drafter has free logits at every prefix, a tabular target fixed probabilities; 27 paths are all there is.
+A tabular drafter has free logits at every prefix, a tabular target fixed probabilities.
 """
 
 import itertools
@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
+from vsd.objective.acceptance import path_acceptance
+from vsd.objective.algebra import Rule
+from vsd.objective.cut_paths import TokensLeft
 from vsd.objective.elbo import Advantage
 from vsd.objective.gto import Clipped, draft_tree_reward, standardised
 from vsd.objective.rows import PathRows
-from vsd.objective.utility import credit, effective_sample_size, elbo, self_normalised, survival, utility
+from vsd.objective.utility import credit, effective_sample_size, elbo, reached, self_normalised, survival, utility
 from vsd.paths import Chain, Tree
 from vsd.verification import Law, follow, verify
 from vsd.verification.rejection import acceptance
@@ -25,7 +28,7 @@ PATHS = torch.tensor(list(itertools.product(range(V), repeat=K))).T  # [K, 27]
 PREFIXES = [prefix for k in range(K) for prefix in itertools.product(range(V), repeat=k)]
 INDEX = {prefix: i for i, prefix in enumerate(PREFIXES)}
 ROWS = torch.tensor([[INDEX[tuple(path[:k])] for path in PATHS.T.tolist()] for k in range(K)])  # [K, 27]
-RULES = ["target", "rejection"]
+RULES: list[Rule] = ["target", "rejection"]
 
 
 def table(seed: int, sharpness: float = 1.5) -> Tensor:
@@ -34,7 +37,7 @@ def table(seed: int, sharpness: float = 1.5) -> Tensor:
     return (sharpness * torch.randn(len(PREFIXES), V, generator=g, dtype=torch.float64)).log_softmax(-1)
 
 
-def along(log_table: Tensor, rows: Tensor = ROWS, paths: Tensor = PATHS) -> Tensor:
+def token_log_probs(log_table: Tensor, rows: Tensor = ROWS, paths: Tensor = PATHS) -> Tensor:
     """Log-probability of every token of every path, [K, R]."""
     return log_table[rows].gather(-1, paths[..., None])[..., 0]
 
@@ -46,8 +49,23 @@ def accepted(rule: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def bound(rule: str, log_p: Tensor, log_q: Tensor) -> Tensor:
     """The exact ELBO of a tabular drafter."""
-    p, q = along(log_p), along(log_q)
+    p, q = token_log_probs(log_p), token_log_probs(log_q)
     return (q.sum(0).exp() * elbo(q, p, accepted(rule, p, q).log())).sum()
+
+
+def path_rows(log_p: Tensor, log_q: Tensor, paths: Tensor, valid: Tensor | None = None, **fields: object) -> PathRows:
+    """Drafter and target along paths [K, R] of a table."""
+    rows = torch.tensor([[INDEX[tuple(path[:k])] for path in paths.T.tolist()] for k in range(K)])
+    exists = torch.ones_like(paths, dtype=torch.bool) if valid is None else valid
+    return PathRows(log_q[rows].detach().clone(), log_p[rows].exp(), paths, exists, **fields)  # type: ignore[arg-type]
+
+
+def greedy_path(log_p: Tensor) -> Tensor:
+    """The target's path at temperature 0, [K, 1]."""
+    best: tuple[int, ...] = ()
+    while len(best) < K:
+        best = (*best, int(log_p[INDEX[best]].argmax()))
+    return torch.tensor(best)[:, None]
 
 
 # ---- the bound
@@ -57,7 +75,7 @@ def bound(rule: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_elbo_is_a_bound_and_loose_below_the_accepted_length(rule: str, seed: int) -> None:
     log_p, log_q = table(seed), table(seed + 100)
-    p, q = along(log_p), along(log_q)
+    p, q = token_log_probs(log_p), token_log_probs(log_q)
     kappa = accepted(rule, p, q).prod(0)
     evidence = (p.sum(0).exp() * kappa).sum().log()
     value = bound(rule, log_p, log_q)
@@ -71,8 +89,8 @@ def test_the_elbo_is_a_bound_and_loose_below_the_accepted_length(rule: str, seed
 @pytest.mark.parametrize("seed", range(5))
 def test_the_elbo_is_tight_at_the_valid_path_posterior(seed: int) -> None:
     """κ held fixed: r ∝ p κ reaches log Σ p κ, and any other law of paths stays below."""
-    p = along(table(seed)).sum(0)
-    log_kappa = along(table(seed + 50)).sum(0)
+    p = token_log_probs(table(seed)).sum(0)
+    log_kappa = token_log_probs(table(seed + 50)).sum(0)
     log_r = (p + log_kappa).log_softmax(0)
     evidence = (p + log_kappa).logsumexp(0)
 
@@ -111,7 +129,7 @@ def chains(log_q: Tensor, count: int, generator: torch.Generator) -> Chain:
 def test_expected_utility_is_what_the_decoder_accepts(rule: str) -> None:
     """20,000 verified chains against the exact mean; 5 standard errors, a false alarm in two million runs."""
     log_p, log_q, n = table(3, 2.0), table(103), 20_000
-    p, q = along(log_p), along(log_q)
+    p, q = token_log_probs(log_p), token_log_probs(log_q)
     a = (p == log_p[ROWS].amax(-1)).double() if rule == "greedy" else accepted(rule, p, q)
     exact = (q.sum(0).exp() * utility(a)).sum()
     g = torch.Generator().manual_seed(0)
@@ -132,34 +150,61 @@ def test_expected_utility_is_what_the_decoder_accepts(rule: str) -> None:
     assert kept.std() > 0.1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_at_temperature_0_the_recorded_path_has_the_survival_of_all_drafted_paths(seed: int) -> None:
+    """A drafted path, cut at its first rejection, is a prefix of the greedy path."""
+    log_p, log_q = table(seed, 2.0), table(seed + 100)
+    kept = (greedy_path(log_p) == PATHS).double().cumprod(0)  # [K, 27]
+    p = token_log_probs(log_p)
+    torch.testing.assert_close(kept, (p == log_p[ROWS].amax(-1)).double().cumprod(0))
+    drafted = (token_log_probs(log_q).sum(0).exp() * kept).sum(-1)
+    recorded = path_rows(log_p, log_q, greedy_path(log_p))
+    torch.testing.assert_close(survival(path_acceptance(recorded, "greedy"))[:, 0], drafted)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(5))
+def test_survival_is_the_same_on_paths_of_drafter_and_target(seed: int, rule: Rule) -> None:
+    """E_q[κ_k] with the acceptance of drafted tokens = E_p[κ_k] with the acceptance of the target's tokens."""
+    log_p, log_q = table(seed), table(seed + 100)
+    p, q = token_log_probs(log_p), token_log_probs(log_q)
+    drafted = path_acceptance(path_rows(log_p, log_q, PATHS, share=torch.ones(K, 27)), rule)
+    torch.testing.assert_close(drafted, accepted(rule, p, q))
+    written = path_acceptance(path_rows(log_p, log_q, PATHS, share=torch.ones(K, 27), written=True), rule)
+    by_drafter = (q.sum(0).exp() * survival(drafted)).sum(-1)
+    by_target = (p.sum(0).exp() * survival(written)).sum(-1)
+    torch.testing.assert_close(by_drafter, by_target)
+    assert (written - drafted).abs().max() > 0.1
+
+
 def test_path_shares_are_unbiased_importance_weights() -> None:
-    """Self-normalised p κ / q over many draws finds the posterior's mean utility; the sample size is what it is."""
+    """Self-normalised p κ / q over 200,000 draws estimates the posterior's mean utility within 5 standard errors."""
     log_p, log_q = table(5), table(105)
-    p, q = along(log_p).sum(0), along(log_q).sum(0)
-    log_kappa = along(log_p).sum(0)
-    value = utility(along(log_p).exp())
+    p, q = token_log_probs(log_p).sum(0), token_log_probs(log_q).sum(0)
+    log_kappa = token_log_probs(log_p).sum(0)
+    value = utility(token_log_probs(log_p).exp())
     exact = ((p + log_kappa).softmax(0) * value).sum()
     drawn = torch.multinomial(q.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(1))
     share = self_normalised((p + log_kappa - q)[drawn])
     spread = (share.square() * (value[drawn] - exact).square()).sum().sqrt()
     assert abs((share * value[drawn]).sum() - exact) < 5 * spread
     assert effective_sample_size(share) < 0.9 * 200_000
-    hopeless = self_normalised(torch.full((2, 4), float("-inf")))
-    torch.testing.assert_close(hopeless, torch.full((2, 4), 0.25))
-    torch.testing.assert_close(effective_sample_size(hopeless), torch.full((2,), 4.0))
+    impossible = self_normalised(torch.full((2, 4), float("-inf")))
+    torch.testing.assert_close(impossible, torch.full((2, 4), 0.25))
+    torch.testing.assert_close(effective_sample_size(impossible), torch.full((2,), 4.0))
 
 
 # ---- gradients
 
 
 def tabular_loss(logits: Tensor, log_p: Tensor, rows: Tensor, tokens: Tensor, **paths: object) -> Callable[..., Tensor]:
-    """The fused loss of paths whose drafter state at a prefix is its one-hot index, so that the head is the table."""
+    """The fused loss of a drafter whose state at a prefix is the prefix's one-hot index: its LM head is the table."""
     hidden = torch.eye(len(PREFIXES), dtype=torch.float64)[rows]
     eye = torch.eye(V, dtype=torch.float64)
     target = HeadTarget(log_p, eye, None, torch.zeros(len(PREFIXES), dtype=torch.float64), lambda x: x)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    along_paths = PathTarget(tokens, rows, valid, **paths)  # type: ignore[arg-type]
-    return lambda terms, acceptance=0.0: fused_loss(hidden, logits.T, target, along_paths, terms, acceptance).loss
+    target_of_paths = PathTarget(tokens, rows, valid, **paths)  # type: ignore[arg-type]
+    return lambda terms, acceptance=0.0: fused_loss(hidden, logits.T, target, target_of_paths, terms, acceptance).loss
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -169,7 +214,7 @@ def test_the_elbo_objective_follows_the_exact_gradient(rule: str) -> None:
     (exact,) = torch.autograd.grad(bound(rule, log_p, logits.log_softmax(-1)), logits)
     first, second = (index.flatten() for index in torch.meshgrid(torch.arange(27), torch.arange(27), indexing="ij"))
     pairs = torch.stack([first, second], 1).flatten()
-    law = along(logits.detach().log_softmax(-1)).sum(0).exp()
+    law = token_log_probs(logits.detach().log_softmax(-1)).sum(0).exp()
     chance = (law[first] * law[second]).repeat_interleave(2)
     term = objective("elbo", {"rule": rule, "samples": 2}).parts[0].terms[0]
     assert isinstance(term.weights, Advantage)
@@ -190,9 +235,9 @@ def test_the_elbo_objective_follows_the_exact_gradient(rule: str) -> None:
 @pytest.mark.parametrize("source", ["drafter", "target"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_m_step_of_rejection_follows_the_exact_gradient_of_the_utility(seed: int, source: str) -> None:
-    """All 27 paths, weighed by the law they are drawn from: the loss's gradient is -∇ E_q[accepted length]."""
+    """All 27 paths, weighed by the law that they are drawn from: the loss has the gradient of -E_q[accepted length]."""
     log_p, logits = table(seed + 10), table(seed + 200).requires_grad_()
-    p, q = along(log_p), along(logits.log_softmax(-1))
+    p, q = token_log_probs(log_p), token_log_probs(logits.log_softmax(-1))
     exact = (q.sum(0).exp() * utility(accepted("rejection", p, q))).sum()
     (wanted,) = torch.autograd.grad(exact, logits)
     law = (q.detach() if source == "drafter" else p).sum(0).exp()
@@ -205,35 +250,69 @@ def test_the_m_step_of_rejection_follows_the_exact_gradient_of_the_utility(seed:
     torch.testing.assert_close(found, -wanted)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_arw_with_hard_labels_follows_the_exact_gradient_at_temperature_0(seed: int) -> None:
+    """α = 0 on the greedy path alone: the loss has the gradient of -E_q[accepted length] over all 27 drafted paths."""
+    log_p, logits = table(seed + 20, 2.0), table(seed + 300).requires_grad_()
+    kept = (greedy_path(log_p) == PATHS).double()
+    exact = (token_log_probs(logits.log_softmax(-1)).sum(0).exp() * utility(kept)).sum()
+    (wanted,) = torch.autograd.grad(exact, logits)
+    terms = objective("vsd", {"arw": True, "hard": True, "alpha": 0.0}).parts[0].terms
+    path = greedy_path(log_p)
+    rows = torch.tensor([[INDEX[tuple(path[:k, 0].tolist())]] for k in range(K)])
+    (found,) = torch.autograd.grad(tabular_loss(logits, log_p, rows, path)(terms), logits)
+    torch.testing.assert_close(found, -wanted)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_tokens_left_in_a_cut_path_estimate_its_survival(seed: int) -> None:
+    """All K lengths: P(step t is trained) = κ_{t-1}, and E[tokens left at t] = Σ_{k≥t} κ_{k-1} / κ_{t-1}."""
+    go_on = torch.rand(K, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)  # ã of each token
+    kappa = reached(go_on)  # [K, 1]
+    ends = torch.cat([1 - go_on[:-1], torch.ones(1, 1, dtype=torch.float64)])
+    law = (kappa * ends)[:, 0]  # of the lengths 1 … K
+    valid = torch.arange(K)[:, None] < torch.arange(1, K + 1)  # [K, lengths]
+    log_p, log_q = table(seed), table(seed + 100)
+    rows = path_rows(log_p, log_q, PATHS[:, :1].expand(-1, K).contiguous(), valid)
+    torch.testing.assert_close((law * valid).sum(-1), kappa[:, 0])
+    left = (law * TokensLeft()(rows)).sum(-1) / kappa[:, 0]
+    torch.testing.assert_close(left, torch.stack([kappa[t:].sum() / kappa[t, 0] for t in range(K)]))
+
+
 def expected_length(rule: str, log_p: Tensor, log_q: Tensor) -> float:
     """E_q[U], exactly."""
-    p, q = along(log_p), along(log_q)
+    p, q = token_log_probs(log_p), token_log_probs(log_q)
     a = (p == log_p[ROWS].amax(-1)).double() if rule == "greedy" else accepted(rule, p, q)
     return float((q.sum(0).exp() * utility(a)).sum())
 
 
-@pytest.mark.parametrize(("rule", "seed"), itertools.product(["greedy", "rejection"], range(3)))
-def test_em_climbs_to_the_longest_accepted_path(rule: str, seed: int) -> None:
-    """A free table can be accepted whole: at temperature 0 on the target's path, by rejection as q = p."""
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("greedy", {"arw": True, "hard": True, "e_step": None}),
+        ("rejection", {"arw": True, "e_step": "drafted"}),
+        ("rejection", {"e_step": "drafted"}),
+    ],
+)
+def test_em_reaches_the_longest_accepted_paths(rule: Rule, options: dict, seed: int) -> None:
+    """A free table can be accepted whole: at temperature 0 on the target's path, by rejection at q = p."""
     log_p, logits = table(seed, 2.0), table(seed + 100).requires_grad_()
-    if rule == "greedy":
-        best: tuple[int, ...] = ()
-        while len(best) < K:
-            best = (*best, int(log_p[INDEX[best]].argmax()))
-        tokens = torch.tensor(best)[:, None]
+    tokens = greedy_path(log_p)
     optimiser = torch.optim.Adam([logits], lr=0.05)
-    options = {"greedy": {"hard": True, "e_step": None}, "rejection": {"e_step": "drafted"}}[rule]
-    terms = objective("vsd", {"rule": rule, "arw": True, **options}).parts[-1].terms
+    terms = objective("vsd", {"rule": rule, **options}).parts[-1].terms
     g = torch.Generator().manual_seed(seed)
     lengths = [expected_length(rule, log_p, logits.detach().log_softmax(-1))]
     for _ in range(300):
         if rule == "greedy":
             paths = {}
         else:
-            law = along(logits.detach().log_softmax(-1)).sum(0).exp()
+            law = token_log_probs(logits.detach().log_softmax(-1)).sum(0).exp()
             drawn = torch.multinomial(law, 16, replacement=True, generator=g)
             tokens = PATHS[:, drawn]
-            a = accepted(rule, along(log_p)[:, drawn], along(logits.detach().log_softmax(-1))[:, drawn])
+            a = accepted(
+                rule, token_log_probs(log_p)[:, drawn], token_log_probs(logits.detach().log_softmax(-1))[:, drawn]
+            )
             paths = {"share": self_normalised(utility(a)), "group": 16}
         rows = torch.tensor([[INDEX[tuple(path[:k])] for path in tokens.T.tolist()] for k in range(K)])
         optimiser.zero_grad()
@@ -250,9 +329,9 @@ def test_em_climbs_to_the_longest_accepted_path(rule: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_draft_tree_reward_is_the_expected_accepted_length(seed: int) -> None:
-    """A tree of six nodes, as its leaves' paths, against all 27 continuations of the target."""
+    """A tree of eight nodes, given by the paths to its leaves, against all 27 continuations of the target."""
     log_p = table(seed)
-    p = along(log_p)
+    p = token_log_probs(log_p)
     leaves = [(0, 1), (0, 2, 1), (2, 0, 0), (2, 0, 1)]
     nodes = {leaf[:k] for leaf in leaves for k in range(1, len(leaf) + 1)}
     law = p.sum(0).exp()
@@ -267,6 +346,19 @@ def test_the_draft_tree_reward_is_the_expected_accepted_length(seed: int) -> Non
             fresh[k, s] = leaf[: k + 1] not in seen
             seen.add(leaf[: k + 1])
     torch.testing.assert_close(draft_tree_reward(acceptance_of, fresh), (law * kept).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_states_of_a_tree_are_weighed_by_the_probability_that_verification_reaches_them(seed: int) -> None:
+    """Paths to four leaves, against the share of all 27 continuations of the target that begin with a node's parent."""
+    log_p, log_q = table(seed), table(seed + 100)
+    leaves = torch.tensor([(0, 1, 0), (0, 2, 1), (2, 0, 0), (2, 0, 1)]).T  # [K, 4]
+    law = token_log_probs(log_p).sum(0).exp()
+    (term,) = objective("vsd", {"rule": "target", "arw": True, "e_step": "trees"}).parts[1].terms
+    weights = term.weights(path_rows(log_p, log_q, leaves, share=torch.ones(K, 4), group=4))
+    for k, s in itertools.product(range(K), range(4)):
+        begins = (PATHS[:k] == leaves[:k, s : s + 1]).all(0)
+        torch.testing.assert_close(weights[k, s], law[begins].sum())
 
 
 def test_the_clipped_surrogate_has_ppos_gradient() -> None:

@@ -1,15 +1,16 @@
-"""Verification is lossless: the law of the output by exact enumeration, and by χ² for the sampled code itself."""
+"""Verification is lossless: the output's law by exact enumeration, and by χ² where the code samples."""
 
 import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from goodness import p_value
+from vsd.errors import ConfigurationError, TargetError
 from vsd.paths import Chain, Tree
 from vsd.targets.sampling import draw, probabilities
 from vsd.verification import follow, verify, walk
@@ -40,7 +41,7 @@ def probability(law: Law, tokens: Path, start: int = 0) -> float:
 
 
 def assert_law(found: dict[Path, float], p: Law, V: int, length: int) -> None:
-    """`found` maps outputs of up to `length` tokens to their probability; continued by p they must have p's law."""
+    """`found` maps outputs of up to `length` tokens to their probability; completed by p, they have p's law."""
     for tokens in itertools.product(range(V), repeat=length):
         total = sum(mass * probability(p, tokens, len(out)) for out, mass in found.items() if tokens[: len(out)] == out)
         assert total == pytest.approx(probability(p, tokens), abs=1e-12)
@@ -69,11 +70,27 @@ def as_tree(tokens: list[int], parents: list[int], rows: int = 1) -> Tree:
 
 @pytest.mark.parametrize("name", TREES)
 def test_target_rule_has_exactly_the_targets_law(name: str) -> None:
+    assert_target_rule_is_exact(*TREES[name], seed=len(name))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=5), st.integers(0, 10**6))
+def test_target_rule_is_exact_on_any_tree(nodes: list[tuple[int, int]], seed: int) -> None:
+    """Up to five drafted nodes over a vocabulary of three; siblings are distinct, as drafters propose them."""
+    tokens, parents = [9], [0]
+    for parent, token in nodes:
+        parent = min(parent, len(tokens) - 1)
+        if (parent, token) not in zip(parents[1:], tokens[1:]):
+            parents.append(parent)
+            tokens.append(token)
+    assert_target_rule_is_exact(tokens, parents, 3, seed)
+
+
+def assert_target_rule_is_exact(tokens: list[int], parents: list[int], V: int, seed: int) -> None:
     """Every joint choice of the target at the nodes, with its probability, in float64; and E[accepted length]."""
-    tokens, parents, V = TREES[name]
     paths = node_paths(tokens, parents)
     depth = max(map(len, paths))
-    p = random_law(V, depth, seed=len(name))
+    p = random_law(V, depth, seed)
     choices = torch.tensor(list(itertools.product(range(V), repeat=len(tokens))))
     mass = torch.stack([p[path] for path in paths])[torch.arange(len(tokens)), choices].prod(1)
     assert float(mass.sum()) == pytest.approx(1, abs=1e-12)
@@ -90,11 +107,11 @@ def test_target_rule_has_exactly_the_targets_law(name: str) -> None:
 
 
 def test_follow_by_hand() -> None:
-    """Nodes: root 9; 4, 7 below it; 4, 5 below node 1; 6 below node 3 (a token again on another level)."""
+    """Nodes: root 9; its children 4, 7; children 4, 5 of node 1; child 6 of node 3. Token 4 occurs on two levels."""
     tokens, parents = [9, 4, 7, 4, 5, 6], [0, 0, 0, 1, 1, 3]
     cases = {  # choice at each node -> accepted nodes, bonus
-        (1, 4, 4, 4, 4, 4): ([0], 1),  # nothing matches at the root, though node 3's parent agrees with it
-        (7, 4, 8, 6, 0, 0): ([0, 2], 8),  # one sibling excludes the other and all below it
+        (1, 4, 4, 4, 4, 4): ([0], 1),  # no child of the root matches, although node 3 matches at its parent
+        (7, 4, 8, 6, 0, 0): ([0, 2], 8),  # the choice of one sibling excludes the other and its descendants
         (4, 5, 0, 0, 3, 0): ([0, 1, 4], 3),
         (4, 4, 0, 6, 0, 2): ([0, 1, 3, 5], 2),  # a whole path
         (4, 4, 0, 9, 0, 2): ([0, 1, 3], 9),
@@ -114,8 +131,9 @@ def test_follow_without_drafted_nodes() -> None:
     assert verdict.bonus.tolist() == [5, 6]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=5), st.randoms())
-def test_path_of_orders_whatever_was_accepted(below: list[list[bool]], random) -> None:  # type: ignore[no-untyped-def]
+def test_path_of_orders_any_accepted_nodes(below: list[list[bool]], random) -> None:  # type: ignore[no-untyped-def]
     accepted = [[True, *row] for row in below]
     choice = [[random.randrange(99) for _ in row] for row in accepted]
     verdict = path_of(torch.tensor(accepted), torch.tensor(choice))
@@ -206,7 +224,7 @@ def test_rejection_as_run_has_the_targets_law(kind: str) -> None:
 
     drafted = torch.cat([tokens, torch.zeros(n, 1, dtype=torch.long)], dim=1)
     output = drafted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])  # [n, K + 1]
-    for length in range(1, K + 1):  # whoever ended early goes on with p
+    for length in range(1, K + 1):  # shorter outputs are completed by p
         more = sample(table_p[offset(output[:, :length])])
         output[:, length] = torch.where(verdict.counts <= length, more, output[:, length])
     counts = torch.bincount(output @ torch.tensor([V * V, V, 1]), minlength=V**3)
@@ -242,9 +260,10 @@ def test_rejection_is_reproducible_and_shaped() -> None:
     assert any(run([seed] * 5).bonus.tolist() != first.bonus.tolist() for seed in (1, 2))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(sorted(TREES)))
-def test_the_walk_goes_where_the_choices_lead(seed: int, name: str) -> None:
-    """`walk` = `follow`, and it asks for a choice at the accepted nodes alone, each once, in order."""
+def test_walk_equals_follow_and_asks_only_at_accepted_nodes(seed: int, name: str) -> None:
+    """It asks for a choice at every accepted node once, in the order of the path."""
     tokens, parents, V = TREES[name]
     tree = as_tree(tokens, parents, rows=3)
     choice = torch.randint(V, (3, len(tokens)), generator=torch.Generator().manual_seed(seed))
@@ -261,8 +280,8 @@ def test_the_walk_goes_where_the_choices_lead(seed: int, name: str) -> None:
         assert found.nodes[b, :count].tolist() == expected.nodes[b, :count].tolist() == asked[b]
 
 
-def test_draws_have_the_law_and_are_each_rows_own() -> None:
-    """χ² of 20,000 draws (7 cells), false alarm 1e-4, fixed seed; a row's draws do not depend on the other rows."""
+def test_draws_have_the_law_and_depend_only_on_the_rows_own_generator() -> None:
+    """χ² of 20,000 draws (7 cells), false alarm 1e-4, fixed seed; draws do not depend on the other rows."""
     scores = torch.tensor([[0.0, 1.0, -2.0, 0.5, 3.0, float("-inf"), -1.0]])
     n, generator = 20_000, torch.Generator().manual_seed(0)
     p = probabilities(scores, [generator])
@@ -276,3 +295,30 @@ def test_draws_have_the_law_and_are_each_rows_own() -> None:
     mixed = [None, *(torch.Generator().manual_seed(seed) for seed in range(1, 8))]
     assert draw(probabilities(scores.expand(8, -1), mixed), mixed).tolist() == [4, *alone[1:]]
     assert probabilities(scores.expand(2, -1), [None, generator])[0].tolist() == [0, 0, 0, 0, 1, 0, 0]
+
+
+def test_unusable_logits_are_refused_by_kind() -> None:
+    """NaN is the target's fault; a processor that forbids every token is the request's."""
+    tree, logits = as_tree([3, 0], [0, 0]), torch.zeros(1, 2, 4)
+    forbid = lambda ids, scores: scores.fill_(float("-inf"))  # noqa: E731
+    law = TokenLaw(LogitsProcessorList([forbid]), 1.0, None, frozenset())
+    with pytest.raises(ConfigurationError, match="leave no token"):
+        verify(tree, logits, [law], lambda b: [])
+    logits[0, 1, 2] = float("nan")
+    with pytest.raises(TargetError, match="NaN"):
+        verify(tree, logits, [law], lambda b: [])
+
+
+def test_processors_see_the_path_of_the_walk_and_nothing_after_an_end_token() -> None:
+    """The answer is 5, 6 on the tree; the bonus token after the end token 6 is not processed."""
+    tree, logits = as_tree([4, 5, 6], [0, 0, 1]), torch.eye(8)[[5, 6, 7]][None]
+    seen: list[list[int]] = []
+
+    def spy(ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(ids[0].tolist())
+        return scores
+
+    law = TokenLaw(LogitsProcessorList([spy]), 1.0, None, frozenset([6]))
+    verdict = verify(tree, logits, [law], lambda b: [1, 4])
+    assert verdict.nodes.tolist() == [[0, 1, 2]] and verdict.bonus.tolist() == [7]
+    assert seen == [[1, 4], [1, 4, 5]]

@@ -1,13 +1,13 @@
 """Training objectives as pure tensor mathematics: paths × weights × divergence."""
 
-from vsd.objective.algebra import WRITTEN, Continued, Contrasted, Drafted, Objective, Part, Proposed, Recorded, Term
+from vsd.objective.algebra import Objective, Part, Rule, Term, Weights
 from vsd.objective.fused import FusedLoss, HeadTarget, PathTarget, fused_loss
+from vsd.objective.kinds import Continued, Contrasted, Drafted, PathKind, Proposed, Recorded
 from vsd.objective.rows import PathRows
 from vsd.objective.table import OBJECTIVES, objective
 
 __all__ = [
     "OBJECTIVES",
-    "WRITTEN",
     "Continued",
     "Contrasted",
     "Drafted",
@@ -15,11 +15,14 @@ __all__ = [
     "HeadTarget",
     "Objective",
     "Part",
+    "PathKind",
     "PathRows",
     "PathTarget",
     "Proposed",
     "Recorded",
+    "Rule",
     "Term",
+    "Weights",
     "fused_loss",
     "objective",
 ]

@@ -1,13 +1,14 @@
-"""LM head, log-softmax, objective and gradient in one pass over chunks of paths: [tokens, vocab] never exists.
+"""LM head, log-softmax, objective and gradient, fused over chunks of paths: no tensor [K, R, Vd] over all paths.
 
-A chunk holds whole paths, so that a step's weight may depend on the steps before and behind it; the target's row for a
-token that several paths of the chunk predict is computed once. Gradients are found in the forward pass (the loss is a
-sum over paths) and only scaled in the backward pass.
+A chunk holds whole paths, so that the weight of a step may depend on all steps of its path. A target row that several
+paths of a chunk share is computed once. The loss is a sum over paths, so the forward pass computes the gradients, too,
+and the backward pass only scales them.
 
-Legend: K steps, R paths, C paths of a chunk, U rows of the target, h hidden, V target and Vd draft vocabulary.
+Legend: K steps, R paths, C paths of a chunk, k steps of a chunk, U rows of the target, h hidden, V target and Vd draft
+vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,15 @@ _CHUNK_ROWS = 256  # [256, 8192] in float32 stays in a CPU's last-level cache
 
 
 class HeadTarget(NamedTuple):
-    """The target's side of every row.
+    """The target's distribution at U positions, in the parts that its probabilities are computed from.
 
     Attributes:
-        hidden: its final hidden states, [U, h].
-        head, bias: the rows of its LM head that the draft vocabulary has, [Vd, h] and [Vd] or None.
-        log_normaliser: logsumexp of its logits over the *whole* vocabulary, at the temperature, [U].
-        cap: what it does to logits after the head.
-        temperature: at which it is served.
+        hidden: final hidden states, [U, h].
+        head: rows of the LM head for the draft vocabulary, [Vd, h].
+        bias: the same rows of its bias, [Vd], or None.
+        log_normaliser: logsumexp of the logits over the *whole* vocabulary, at the temperature, [U].
+        cap: soft cap of the logits, or the identity.
+        temperature: of serving.
     """
 
     hidden: Tensor
@@ -39,17 +41,17 @@ class HeadTarget(NamedTuple):
 
 
 class PathTarget(NamedTuple):
-    """What R paths predict.
+    """The tokens of R paths, and the target's row that predicts each.
 
     Attributes:
         labels: draft id of every token, [K, R]; -1 where the draft vocabulary lacks it.
-        rows: which of the target's rows predicts it, [K, R].
-        valid: which steps exist, [K, R] bool; no step after one that does not.
-        share: the E-step's weight of every path, [R], or step, [K, R]; None for recorded paths, which weigh 1.
-        group: paths of one anchor follow each other, `group` at a time.
-        old_log_q: log-probability of every token for the drafter that training began with, [K, R], if it matters.
-        temperature: at which the drafter draws.
-        written: whether the tokens are the target's own although they are weighed; recorded ones are.
+        rows: index of the target's row that predicts the token, [K, R].
+        valid: the steps that exist, [K, R] bool; all steps of a path before the first invalid one.
+        share: the E-step's weight of every path, [R], or step, [K, R]; None for recorded paths: 1.
+        group: paths of one anchor are adjacent, `group` at a time.
+        old_log_q: log-probability of every token for the drafter at the start of training, [K, R]; None if unused.
+        temperature: of the drafter's distribution q.
+        written: whether the tokens are the target's own although paths have shares; recorded ones always are.
     """
 
     labels: Tensor
@@ -63,7 +65,13 @@ class PathTarget(NamedTuple):
 
 
 class FusedLoss(NamedTuple):
-    """`loss`: differentiable sum. Per step: how many `rows` there are, and in how many the argmax is `correct`."""
+    """Outcome of `fused_loss`.
+
+    Attributes:
+        loss: differentiable sum over all terms, paths and steps, [].
+        rows: number of valid paths at every step, [K].
+        correct: number of these where the drafter's most likely token is the path's, [K].
+    """
 
     loss: Tensor
     rows: Tensor
@@ -84,10 +92,14 @@ def fused_loss(
     Args:
         hidden: the drafter's normed states, [K, R, h].
         head: the drafter's LM head, [Vd, h].
-        acceptance: share of first drafted tokens accepted lately, for weights that adapt to it.
+        target: the target's distribution at the rows that `paths` refers to.
+        paths: R paths.
+        terms: of the objective.
+        acceptance: running share of accepted first draft tokens, 0 … 1, for weights that adapt to it.
+        chunk_rows: steps × paths of a chunk.
     """
-    lengths = paths.valid.sum(0).unflatten(0, (-1, paths.group)).amax(-1)  # of the longest path of every anchor
-    order = lengths.argsort(descending=True, stable=True)  # like lengths in one chunk
+    lengths = paths.valid.sum(0).view(-1, paths.group).amax(-1)  # of the longest path of every anchor
+    order = lengths.argsort(descending=True, stable=True)  # paths of similar length share a chunk
     steps = lengths[order].tolist()
     order = order[: sum(step > 0 for step in steps)]
     alive = (order[:, None] * paths.group + torch.arange(paths.group, device=order.device)).flatten()
@@ -98,7 +110,8 @@ def fused_loss(
         share=None if paths.share is None else paths.share.expand_as(paths.labels)[:, alive],
         old_log_q=None if paths.old_log_q is None else paths.old_log_q[:, alive],
     )
-    return FusedLoss(*_Fused.apply(hidden[:, alive], head, target, kept, steps, terms, acceptance, chunk_rows))
+    fused: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Fused.apply
+    return FusedLoss(*fused(hidden[:, alive], head, target, kept, steps, terms, acceptance, chunk_rows))
 
 
 class _Fused(torch.autograd.Function):
@@ -118,42 +131,27 @@ class _Fused(torch.autograd.Function):
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         wide = torch.promote_types(compute, torch.float32)
         K, R, h = hidden.shape
-        head_c, target_head = head.to(compute), target.head.to(compute)
+        head_c, target = head.to(compute), target._replace(head=target.head.to(compute))
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
-        loss = torch.zeros((), dtype=wide, device=head.device)
-        correct = torch.zeros(K, device=head.device)
-        end = 0
+        loss, correct = grad_head.new_zeros(()), torch.zeros(K, device=head.device)
         with torch.autocast(device, enabled=False):
-            while end < R:
-                start, steps = end, lengths[end // paths.group]
-                end = start + max(1, chunk_rows // (steps * paths.group)) * paths.group
-                chunk = (slice(steps), slice(start, end))  # what no path of the chunk reaches is not computed
+            for chunk in _chunks(lengths, R, paths.group, chunk_rows):
                 states = hidden[chunk].reshape(-1, h).to(compute)  # [k C, h]
-                logits = (states @ head_c.T).to(wide).view(steps, -1, len(head))  # [k, C, Vd]
-                rows = PathRows(
-                    _tempered(logits, paths.temperature),
-                    _probabilities(target, target_head, paths.rows[chunk], wide),
-                    paths.labels[chunk],
-                    paths.valid[chunk],
-                    share=None if paths.share is None else paths.share[chunk].to(wide),
-                    group=paths.group,
-                    acceptance=acceptance,
-                    written=paths.written,
-                    old_log_q=None if paths.old_log_q is None else paths.old_log_q[chunk].to(wide),
-                )
-                correct[:steps] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
+                logits = (states @ head_c.T).to(wide)  # [k C, Vd]
+                rows = _rows(logits, target, paths, chunk, acceptance)
                 value, grad_logits = _sum(terms, rows)
                 loss += value
+                correct[: len(rows.valid)] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
                 grad_logits = _tempered(grad_logits.view(-1, len(head)), paths.temperature).to(compute)
-                grad_hidden[chunk] = (grad_logits @ head_c).view(steps, -1, h).to(hidden.dtype)
+                grad_hidden[chunk] = (grad_logits @ head_c).view(*rows.valid.shape, h).to(hidden.dtype)
                 if compute == wide:
                     grad_head.addmm_(grad_logits.T, states)
                 else:
                     grad_head += (grad_logits.T @ states).to(wide)
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         count = paths.valid.sum(1)
-        ctx.mark_non_differentiable(count, correct)  # one call: a second replaces the first
+        ctx.mark_non_differentiable(count, correct)  # one call: a second one would replace the first
         return loss, count, correct
 
     @staticmethod
@@ -165,6 +163,33 @@ class _Fused(torch.autograd.Function):
             (grad_head * scale).to(grad_head.dtype),
             *[None] * 6,
         )
+
+
+def _chunks(lengths: list[int], paths: int, group: int, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of steps and paths, whole anchors each; `lengths` of the anchors fall, later steps are not computed."""
+    end = 0
+    while end < paths:
+        start, steps = end, lengths[end // group]
+        end = start + max(1, chunk_rows // (steps * group)) * group
+        yield slice(steps), slice(start, end)
+
+
+def _rows(
+    logits: Tensor, target: HeadTarget, paths: PathTarget, chunk: tuple[slice, slice], acceptance: float
+) -> PathRows:
+    """The chunk's input of the objective; logits [k C, Vd] are overwritten."""
+    labels, wide = paths.labels[chunk], logits.dtype  # [k, C]
+    return PathRows(
+        _tempered(logits, paths.temperature).view(*labels.shape, -1),
+        _probabilities(target, paths.rows[chunk], wide),
+        labels,
+        paths.valid[chunk],
+        share=None if paths.share is None else paths.share[chunk].to(wide),
+        group=paths.group,
+        acceptance=acceptance,
+        written=paths.written,
+        old_log_q=None if paths.old_log_q is None else paths.old_log_q[chunk].to(wide),
+    )
 
 
 def _sum(terms: Sequence[Term], rows: PathRows) -> tuple[Tensor, Tensor]:
@@ -181,13 +206,14 @@ def _sum(terms: Sequence[Term], rows: PathRows) -> tuple[Tensor, Tensor]:
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Divided in place."""
+    """Logits divided by the temperature, in place."""
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _probabilities(target: HeadTarget, head: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The target's p over the draft vocabulary with its true mass, [K, C, Vd], at rows [K, C]."""
-    wanted, where = rows.unique(return_inverse=True)
-    logits = (target.hidden[wanted].to(head.dtype) @ head.T).to(dtype)
+def _probabilities(target: HeadTarget, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The target's p over the draft vocabulary with its true mass, [k, C, Vd], at rows [k, C]."""
+    distinct, inverse = torch.unique(rows, return_inverse=True)
+    logits = (target.hidden[distinct].to(target.head.dtype) @ target.head.T).to(dtype)
     logits = target.cap(logits if target.bias is None else logits + target.bias.to(dtype))
-    return _tempered(logits, target.temperature).sub_(target.log_normaliser[wanted, None].to(dtype)).exp_()[where]
+    log_normaliser = target.log_normaliser[distinct, None].to(dtype)
+    return _tempered(logits, target.temperature).sub_(log_normaliser).exp_()[inverse]

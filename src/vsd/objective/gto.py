@@ -1,15 +1,15 @@
-"""`gto`: group tree optimisation (GTO, Hu et al., arXiv:2509.22134): train for what the tree is worth in decoding.
+"""`gto`: group tree optimisation (GTO, Hu et al., arXiv:2509.22134).
 
-The reward of a draft tree is the expected number of its tokens that the target accepts, Σ_nodes Π p along the path
-(`draft_tree_reward`). At some roots of a sequence, its group, trees of the drafter and of a frozen reference are
-compared; the difference, standardised in the group, is the advantage A of the tree's longest accepted path y:
+Training for the expected accepted length of draft trees. The reward of a tree is the expected number of its tokens that
+the target accepts, Σ_nodes Π p along the path (`draft_tree_reward`). At several roots of a sequence, the group, a tree
+of the drafter is compared with a tree of a frozen reference drafter. The difference of their rewards, standardised in
+the group, is the advantage A of the tree's longest accepted path y:
 
     L = -min(r A, clip(r, 1 - ε, 1 + ε) A) + λ Σ_k 0.8^k CE(p_k, q_k),   r = exp(mean_t log q(y_t) - log q_ref(y_t))
 
-The paper's: reward, reference, group-standardised advantage, clipped surrogate, a token-level loss beside it. Ours,
-where we know its text only from its abstract: "longest" by expected accepted tokens, a ratio of geometric means, the
-reference being the drafter training began with, and the values of ε and λ. At T = 0 a token is accepted or not, the
-path is a prefix of the text, and no target pass is needed.
+[paper] Reward, reference, group-standardised advantage, clipped surrogate, an additional token-level loss.
+[ours] "Longest" by expected accepted tokens; r a ratio of geometric means; the reference is the drafter at the start of
+training; the values of ε and λ. At T = 0 the longest accepted path is a prefix of the recorded text: no target pass.
 """
 
 from dataclasses import dataclass
@@ -17,38 +17,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vsd.errors import VSDError
-from vsd.objective.algebra import Contrasted, Objective, Part, Recorded, Term, Weights, tree_named
+from vsd.errors import ConfigurationError
+from vsd.objective.algebra import Objective, Part, Rule, Term, Weights
 from vsd.objective.divergence import cross_entropy, negative_log_likelihood
-from vsd.objective.eagle3 import DECAY, Decay
+from vsd.objective.eagle3 import Decay
+from vsd.objective.kinds import Contrasted, Recorded
 from vsd.objective.rows import PathRows
 from vsd.objective.utility import survival
+from vsd.paths import TreeShape
 
 
 def draft_tree_reward(acceptance: Tensor, fresh: Tensor) -> Tensor:
-    """Expected accepted tokens of a tree, [...], from a [K, ..., L] of its leaves' paths.
+    """Expected accepted tokens of trees, [...], given by the paths from their roots to their leaves.
 
-    fresh [K, ..., L] bool: every node once. A node is reached by one path of tokens, and siblings exclude each other.
+    Args:
+        acceptance: a of every token of every leaf's path, [K, ..., L].
+        fresh: True at one path of those that share a node, so that every node counts once, [K, ..., L] bool.
     """
     return (survival(acceptance) * fresh).sum((0, -1))
 
 
 def standardised(reward: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the last dimension; 0 where all are alike."""
+    """Mean 0 and standard deviation 1 over the last dimension; 0 where all rewards are equal."""
     centred = reward - reward.mean(-1, keepdim=True)
     return centred / reward.std(-1, keepdim=True).clamp(min=1e-4)
 
 
 @dataclass(frozen=True)
 class Clipped(Weights):
-    """r / length inside the trust region, 0 where the clipped branch is the smaller one."""
+    """r / length inside the trust region, 0 where the clipped branch is the smaller one: PPO's gradient."""
 
     epsilon: float = 0.2
-    on = (Contrasted,)
-    filters = True
+    kinds = (Contrasted,)
+    by_acceptance = True
 
     def __call__(self, rows: PathRows) -> Tensor:
-        """[K, C]."""
+        """Weights [K, C]."""
         assert rows.old_log_q is not None
         known = rows.known
         length = known.sum(0).clamp(min=1)
@@ -60,15 +64,24 @@ class Clipped(Weights):
 
 
 def gto(
-    rule: str = "greedy", tree: str = "5x4x16", anchors: int = 8, epsilon: float = 0.2, likelihood: float = 1.0
+    rule: Rule = "greedy", tree: str = "5x4x16", anchors: int = 8, epsilon: float = 0.2, likelihood: float = 1.0
 ) -> Objective:
-    """The whole objective; `likelihood` is λ.
+    """The clipped surrogate on trees of decoding, and cross-entropy to p on the recorded continuation.
+
+    Args:
+        rule: verification that the drafter is served with: greedy or target, which verify trees.
+        tree: shape of the draft trees, depth x top_k x nodes.
+        anchors: roots of a sequence, at least 2: the group.
+        epsilon: ε, half width of the trust region of r.
+        likelihood: λ, weight of the cross-entropy on the recorded continuation, positive.
 
     Raises:
-        VSDError: `tree` is not depth x top_k x nodes, or no token-level loss is left.
+        ConfigurationError: the tree is not depth x top_k x nodes, no token-level loss is left, or rule rejection.
     """
     if likelihood <= 0:
-        raise VSDError(f"likelihood must be positive, not {likelihood}: the surrogate alone forgets how to draft")
-    paths = Contrasted(tree_named(tree), anchors)
-    text = Part(Recorded(), (Term(Decay(DECAY), cross_entropy, likelihood),))
-    return Objective((text, Part(paths, (Term(Clipped(epsilon), negative_log_likelihood),))), rule)
+        raise ConfigurationError(
+            f"likelihood must be positive, not {likelihood}: the surrogate alone makes the drafter forget"
+        )
+    recorded = Part(Recorded(), (Term(Decay(), cross_entropy, likelihood),))
+    trees = Part(Contrasted(TreeShape.parse(tree), anchors), (Term(Clipped(epsilon), negative_log_likelihood),))
+    return Objective((recorded, trees), rule)

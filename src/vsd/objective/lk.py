@@ -1,12 +1,12 @@
-"""`lk_alpha`, `lk_lambda`: losses on the acceptance rate itself (LK losses, arXiv:2602.23881).
+"""`lk_alpha`, `lk_lambda`: losses on the acceptance rate (LK losses, Samarin et al., arXiv:2602.23881).
 
-With α = Σ_v min(p_v, q_v), the chance that rejection sampling keeps a drafted token:
+With α = Σ_v min(p_v, q_v), the probability that rejection sampling accepts a drafted token:
 
     lk_alpha:   -log α
     lk_lambda:  λ KL(p ‖ q) + (1 - λ) TV(p, q),   λ = exp(-η α), α detached, η = 3
 
-Ours: α and λ are those of each token, as in the losses of vLLM's speculators; other code averages α over a batch.
-Steps decay as in EAGLE-3, which the paper leaves open.
+Ours: α and λ of each token, as in the losses of vLLM's speculators (other code averages α over a batch); the decay
+over the steps is EAGLE-3's, as the paper leaves it open.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vsd.objective.algebra import Objective, Part, Recorded, Term
+from vsd.objective.algebra import Objective, Part, Term
 from vsd.objective.divergence import cross_entropy, through_softmax, total_variation
 from vsd.objective.eagle3 import DECAY, Decay
+from vsd.objective.kinds import Recorded
 from vsd.objective.rows import PathRows
+
+ETA = 3.0
 
 
 def negative_log_acceptance(rows: PathRows) -> tuple[Tensor, Tensor]:
-    """-log α; gradient that of -α over α."""
+    """-log α, with gradient -∇α / α."""
     alpha = rows.overlap.clamp(min=torch.finfo(rows.q.dtype).tiny)
     slope = -(rows.q < rows.p).to(rows.q.dtype) / alpha[..., None]
     return -alpha.log(), through_softmax(rows.q, slope)
@@ -29,9 +32,9 @@ def negative_log_acceptance(rows: PathRows) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """λ KL + (1 - λ) TV: likelihood while the drafter is far off, acceptance when it is near."""
+    """λ KL + (1 - λ) TV: close to KL where p and q overlap little, close to TV where they overlap much."""
 
-    eta: float = 3.0
+    eta: float = ETA
 
     def __call__(self, rows: PathRows) -> tuple[Tensor, Tensor]:
         """Loss [K, C] and gradient [K, C, Vd]."""
@@ -42,10 +45,19 @@ class Hybrid:
 
 
 def lk_alpha(decay: float = DECAY) -> Objective:
-    """-log α on the recorded continuation."""
+    """-log α on the recorded continuation.
+
+    Args:
+        decay: weight of a step relative to the step before.
+    """
     return Objective((Part(Recorded(), (Term(Decay(decay), negative_log_acceptance),)),), rule="rejection")
 
 
-def lk_lambda(eta: float = 3.0, decay: float = DECAY) -> Objective:
-    """The hybrid on the recorded continuation."""
+def lk_lambda(eta: float = ETA, decay: float = DECAY) -> Objective:
+    """The hybrid of KL and TV on the recorded continuation.
+
+    Args:
+        eta: η, how fast λ falls from KL to TV as the acceptance rate α rises.
+        decay: weight of a step relative to the step before.
+    """
     return Objective((Part(Recorded(), (Term(Decay(decay), Hybrid(eta)),)),), rule="rejection")

@@ -1,9 +1,9 @@
-"""What a draft path is worth (VSD, arXiv:2602.05774): survival, utility, credit and the bound on acceptance.
+"""Utility of a draft path (VSD, arXiv:2602.05774): survival, expected accepted tokens, credit and the bound.
 
-With a_t the probability that the verifier keeps token t, given that it kept those before: κ_k = Π_{t≤k} a_t is the
-probability that the first k tokens survive, and U = Σ_k κ_k the expected number of accepted tokens.
+a_t is the probability that the verifier accepts token t, given that it accepted all tokens before. κ_k = Π_{t≤k} a_t is
+the probability that the first k tokens are accepted, U = Σ_k κ_k the expected number of accepted tokens.
 
-Legend: K steps along a path, any trailing dimensions of paths.
+Legend: K steps of a path, S paths of an anchor; other dimensions are free.
 """
 
 import torch
@@ -16,27 +16,27 @@ def survival(acceptance: Tensor) -> Tensor:
 
 
 def utility(acceptance: Tensor) -> Tensor:
-    """U [...], tokens, from a [K, …]."""
+    """U [...] in tokens, from a [K, …]."""
     return survival(acceptance).sum(0)
 
 
 def reached(acceptance: Tensor) -> Tensor:
-    """κ_{t-1} [K, …] from a [K, …]: probability that step t is reached at all; 1 for the first."""
+    """κ_{t-1} [K, …] from a [K, …]: the probability that verification reaches step t; 1 for the first."""
     return torch.cat([torch.ones_like(acceptance[:1]), survival(acceptance)[:-1]])
 
 
 def to_go(values: Tensor) -> Tensor:
-    """Σ_{k≥t} values_k, [K, …]: what lies ahead of step t, its own included."""
+    """Σ_{k≥t} values_k, [K, …]: sums over step t and all later ones."""
     return values.flip(0).cumsum(0).flip(0)
 
 
 def credit(kappa: Tensor) -> Tensor:
-    """∂U / ∂log a_t = Σ_{k≥t} κ_k, [K, …] from κ [K, …]: what one more nat of acceptance at step t is worth."""
+    """∂U / ∂log a_t = Σ_{k≥t} κ_k, [K, …] from κ [K, …]: the utility that depends on the acceptance of step t."""
     return to_go(kappa)
 
 
 def smoothed(acceptance: Tensor, alpha: float) -> Tensor:
-    """ã = α + (1 - α) a: no step is ever beyond hope, so that nothing stops learning behind a rejection."""
+    """ã = α + (1 - α) a: never 0 for α > 0, so that steps after a rejection keep a training signal."""
     return alpha + (1 - alpha) * acceptance
 
 
@@ -49,9 +49,9 @@ def elbo(log_q: Tensor, log_p: Tensor, log_acceptance: Tensor) -> Tensor:
 
 
 def self_normalised(log_weights: Tensor) -> Tensor:
-    """Weights that sum to one over the last dimension (the S paths of an anchor); uniform where all are -inf."""
-    hopeless = log_weights.isneginf().all(-1, keepdim=True)
-    return torch.where(hopeless, torch.zeros_like(log_weights), log_weights).softmax(-1)
+    """Weights [..., S] that sum to one over the paths of an anchor; uniform where all log-weights are -inf."""
+    impossible = log_weights.isneginf().all(-1, keepdim=True)
+    return torch.where(impossible, torch.zeros_like(log_weights), log_weights).softmax(-1)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Verification rules: which drafted tokens the target keeps, and with what probability.
+"""Verification rules: `greedy`, `target` (trees) and `rejection` (sampled chains).
 
-All are lossless: at temperature 0 the output is the target's greedy continuation, above it the target's law, with all
-that a request does to the logits.
+All are lossless: at temperature 0 the output is the target's greedy continuation, above it a sample of the target's
+law, both after the logits processors of the request.
 """
 
 from vsd.verification.choice import verify

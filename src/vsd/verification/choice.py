@@ -1,9 +1,9 @@
-"""Verification of a batch: every row by the law of its own request, and by the rule its draft was made for.
+"""Verification of a batch: every row by the law of its own request, and by the rule that fits its draft.
 
-Penalties, biases and grammars look at the whole text before a token, so at a node of the tree they must see prompt,
-answer and the path from the root to the node. The walk asks for tokens only at the nodes it comes by. A processor is
-therefore called with exactly the histories, one after another, with which plain decoding calls it: the output's law is
-plain decoding's whatever it computes, also if it keeps a state from token to token, and no node is processed in vain.
+Penalties, biases and grammars read the whole text before a token: at a node of the tree that is prompt, answer and the
+path from the root to the node. The walk asks for tokens only at the nodes that it visits. A processor is therefore
+called with exactly the histories, in exactly the order, of plain decoding: the output has plain decoding's law for any
+processor, also for one that keeps a state from token to token, and no other node is processed.
 
 Legend: B batch, N nodes, R rows still walking, V vocabulary, K drafted tokens of a chain.
 """
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, TargetError
 from vsd.paths import Chain, Tree
-from vsd.targets.sampling import draw, probabilities
+from vsd.targets.sampling import Generators, draw, probabilities
 from vsd.verification.law import Law
 from vsd.verification.rejection import couple
 from vsd.verification.walk import Verdict, follow, walk
@@ -28,43 +28,68 @@ def verify(
     history: Callable[[int], list[int]],
     chain: Chain | None = None,
 ) -> Verdict:
-    """What the target accepts, and the token it adds.
+    """The nodes that the target accepts, and the token that it adds.
 
     Args:
-        tree: what was drafted.
+        tree: the draft.
         logits: the target's at every node, [B, N, V].
         laws: of the B rows.
-        history: prompt and answer of row b, the root included.
-        chain: the tree, if it was sampled: it is then verified by rejection.
+        history: prompt and answer of row b, root included.
+        chain: the same draft as a sampled chain, verified by rejection; None: rules `greedy` and `target`.
 
     Raises:
-        VSDError: there are NaN or infinite logits, or a processor leaves no token.
+        TargetError: NaN or infinite logits.
+        ConfigurationError: a processor leaves no token.
     """
     best, choice = logits.max(-1)
     if not bool(best.isfinite().all()):
-        raise VSDError("the target computes NaN or infinity: its weights, or its precision, are broken")
+        raise TargetError(
+            "the target computes NaN or infinity: load it in another precision (dtype), or repair its weights"
+        )
     if all(law.plain for law in laws):
         return follow(tree, choice)
-    decided: list[list[int]] = [[] for _ in laws]
+    decided: list[list[int]] = [[] for _ in laws]  # tokens of this pass, by row
 
     def choose(rows: Tensor, nodes: Tensor) -> Tensor:
         walking = rows.tolist()
-        scores = logits[rows, nodes]  # [R, V]
-        for r, b in enumerate(walking):
-            if laws[b].processors and not laws[b].eos.intersection(decided[b][-1:]):
-                scores[r : r + 1] = laws[b].process(lambda b=b: history(b) + decided[b], scores[r : r + 1])
-        if not bool(scores.amax(-1).isfinite().all()):
-            raise VSDError("the logits processors leave no token to choose: all are -inf, or one is NaN")
+        scores = _processed(logits[rows, nodes], walking, laws, decided, history)
         generators = [laws[b].generator for b in walking]
-        p = probabilities(scores, generators)
-        k = int(nodes[0])  # in a chain, all that walk are at the same node
-        if chain is None or k == chain.draft_logp.shape[1]:
-            tokens = draw(p, generators)
-        else:
-            q = torch.zeros_like(p).index_copy_(-1, chain.ids, chain.draft_logp[rows, k].exp())
-            tokens = couple(p, q, tree.tokens[rows, k + 1], generators)
+        node = int(nodes[0])  # in a chain all walking rows are at the same node
+        tokens = _tokens(probabilities(scores, generators), generators, tree.tokens[rows], chain, rows, node)
         for b, token in zip(walking, tokens.tolist()):
             decided[b].append(token)
         return tokens
 
     return walk(tree, choose)
+
+
+def _processed(
+    scores: Tensor,
+    walking: list[int],
+    laws: Sequence[Law],
+    decided: list[list[int]],
+    history: Callable[[int], list[int]],
+) -> Tensor:
+    """Scores [R, V] of the walking rows, each processed by the law of its row."""
+    for r, b in enumerate(walking):
+        scores[r : r + 1] = _process_row(scores[r : r + 1], b, laws[b], decided[b], history)
+    if not bool(scores.amax(-1).isfinite().all()):
+        raise ConfigurationError(
+            "the logits processors leave no token to choose (all scores are -inf, or one is NaN): change the processors"
+        )
+    return scores
+
+
+def _process_row(scores: Tensor, row: int, law: Law, decided: list[int], history: Callable[[int], list[int]]) -> Tensor:
+    """Scores [1, V]; unchanged after an end token, where the answer is cut off."""
+    if not law.processors or law.eos.intersection(decided[-1:]):
+        return scores
+    return law.process(lambda: history(row) + decided, scores)
+
+
+def _tokens(p: Tensor, generators: Generators, drafted: Tensor, chain: Chain | None, rows: Tensor, node: int) -> Tensor:
+    """Tokens [R] of law p [R, V]; before the end of a chain they are coupled with its next tokens, drafted [R, N]."""
+    if chain is None or node == chain.draft_logp.shape[1]:
+        return draw(p, generators)
+    q = torch.zeros_like(p).index_copy_(-1, chain.ids, chain.draft_logp[rows, node].exp())
+    return couple(p, q, drafted[:, node + 1], generators)

@@ -1,4 +1,4 @@
-"""The law of one request's tokens: what is done to the target's logits before a token is chosen, and who draws.
+"""The law of one request's tokens: processors of the target's logits, and the generator that samples from them.
 
 Legend: T tokens of a history, V vocabulary.
 """
@@ -16,17 +16,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-_BLIND = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # see the scores alone
+_HISTORY_FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 class Law(NamedTuple):
-    """How the tokens of one request are chosen.
+    """The law of the tokens of one request.
 
     Attributes:
-        processors: applied to the logits one after another, temperature among them.
-        temperature: of the drafter, where it samples.
-        generator: draws; None takes the best (temperature 0).
-        eos: tokens that end an answer: what would follow is cut off, so processors are not asked.
+        processors: applied to the logits in this order, temperature among them.
+        temperature: of the drafter, where its chain is sampled.
+        generator: of the samples; None takes the argmax (temperature 0).
+        eos: end tokens of an answer: later tokens are cut off, so processors are not called for them.
     """
 
     processors: LogitsProcessorList
@@ -36,11 +36,11 @@ class Law(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the argmax of the logits is all there is to it."""
+        """Whether every token is the argmax of the unprocessed logits."""
         return not self.processors and self.generator is None
 
     def process(self, history: Callable[[], list[int]], scores: Tensor) -> Tensor:
-        """Scores [1, V] of the token after a history, processed; the history is built if anything reads it."""
-        read = any(not isinstance(processor, _BLIND) for processor in self.processors)
+        """Processed scores [1, V] of the token after a history, which is built only if a processor reads it."""
+        read = any(not isinstance(processor, _HISTORY_FREE) for processor in self.processors)
         ids = torch.tensor([history() if read else []], dtype=torch.long, device=scores.device)  # [1, T]
         return self.processors(ids, scores)  # type: ignore[arg-type]

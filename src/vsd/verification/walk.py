@@ -1,9 +1,10 @@
-"""Rules `greedy` and `target`: let the target choose a token at a node, and walk where its choices lead.
+"""Rules `greedy` and `target`: a walk to the child that the target chooses (EAGLE, Li et al., 2401.15077).
 
-At temperature 0 the choice is the argmax. Above it, EAGLE's rule tries a node's children one after another, accepting
-with u ≤ p[child], else removing the child and renormalising, and draws the bonus token from what is left. That is the
-law of one draw from p: the draw is followed if it is a child, else it is the bonus token. So both rules are one walk,
-a node's acceptance probability is the sum of p over its distinct children, and the output's law is exactly p.
+At temperature 0 the choice is the argmax. Above it, EAGLE's rule tries the children of a node one after another: it
+accepts a child if u ≤ p[child], else removes the child from p and renormalises, and draws the bonus token from the
+remaining p. The outcome has the law of one draw from p: a draw that is a child is accepted, any other draw is the bonus
+token. So both rules are one walk, the acceptance probability at a node is the sum of p over its distinct children, and
+the output's law is exactly p.
 
 Legend: B batch, N nodes, R rows still walking, V vocabulary, A longest accepted path, root included.
 """
@@ -18,12 +19,12 @@ from vsd.paths import Tree
 
 
 class Verdict(NamedTuple):
-    """What a verification pass decided.
+    """Outcome of a verification pass.
 
     Attributes:
-        nodes: accepted nodes in path order, the root first, [B, A]; beyond counts[b] of no meaning, but valid.
-        counts: number of accepted nodes, root included, [B]: also the number of new tokens.
-        bonus: the token the target adds after the last accepted node, [B].
+        nodes: accepted nodes in path order, the root first, [B, A]; padded with any node index after counts[b].
+        counts: number of accepted nodes, root included, [B]; also the number of new tokens, bonus token included.
+        bonus: the token that the target adds after the last accepted node, [B].
     """
 
     nodes: Tensor
@@ -32,7 +33,7 @@ class Verdict(NamedTuple):
 
 
 def follow(tree: Tree, choice: Tensor) -> Verdict:
-    """Walk from the root along the children that equal the target's choice [B, N] at their parent."""
+    """The walk from the root to the children that equal the target's choice [B, N] at their parent."""
     matches = tree.tokens == choice.gather(1, tree.parents)
     matches[:, 0] = True
     accepted = matches
@@ -42,10 +43,11 @@ def follow(tree: Tree, choice: Tensor) -> Verdict:
 
 
 def walk(tree: Tree, choose: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    """`follow`, asking for the target's choice only at the nodes where the walk comes by.
+    """`follow`, with the target's choice computed only at the nodes that the walk visits.
 
     Args:
-        choose: given rows [R] and the node [R] each is at, the target's choice there [R]; called level by level.
+        tree: the draft.
+        choose: the target's choice [R] for rows [R] at nodes [R]; called level by level, from the root down.
     """
     choice, accepted = torch.zeros_like(tree.tokens), torch.zeros_like(tree.tokens, dtype=torch.bool)
     rows = torch.arange(len(choice), device=choice.device)
@@ -62,7 +64,7 @@ def walk(tree: Tree, choose: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
 
 
 def path_of(accepted: Tensor, choice: Tensor) -> Verdict:
-    """The verdict for a set of accepted nodes [B, N] (bool) that forms one path from the root of each row."""
+    """The verdict for accepted nodes [B, N] bool that form one path from the root in every row."""
     N = accepted.shape[1]
     counts = accepted.sum(1)
     order = torch.arange(N, device=accepted.device).expand_as(accepted)
