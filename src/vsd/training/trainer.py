@@ -213,7 +213,7 @@ class VSDTrainer(Trainer):
     def _tau(self, drafter: Eagle3Drafter) -> float:
         config = self.args
         prompts: list[list[int]] = self.eval_dataset or []  # type: ignore[assignment]
-        engine = Engine(self.target, drafter, TreeShape(config.depth, config.top_k, config.nodes))
+        engine = Engine(self.target, drafter, TreeShape.parse(config.tree))
         sampling = Sampling(config.eval_max_new_tokens)
         results = [
             result
