@@ -157,6 +157,8 @@ USAGE = {
     ),
     "abbreviated": (["train", "--learning", "1"], "unknown argument --learning 1"),
     "too many": (["generate", "a", "b"], "unknown argument b"),
+    "empty": (["generate", "a", ""], "unknown argument"),
+    "two lines": (["generate", "a", "b\nc"], "unknown argument b c"),
     "integer": (["train", "--max-steps", "2.5"], "--max-steps must be an integer, not '2.5'"),
     "number": (["train", "--learning-rate", "fast"], "--learning-rate must be a number, not 'fast'"),
     "optional number": (["train", "--max-minutes", "soon"], "--max-minutes must be a number, not 'soon'"),
@@ -184,7 +186,7 @@ def test_help_and_version_do_not_import_torch() -> None:
 import sys
 from vsd import cli
 
-for command in {[*([*c, "--help"] for c in COMMANDS), ["--version"], ["train", "--max-steps", "x"]]}:
+for command in {[*([*c, "--help"] for c in COMMANDS), ["--version"], ["train", "--max-steps", "x"], ["bench"]]}:
     try:
         cli.main(command)
     except SystemExit:

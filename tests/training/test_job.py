@@ -164,6 +164,18 @@ def test_the_recorded_recipe_makes_the_drafter_again(workshop: Path, tmp_path: P
     assert (again / "drafter" / "model.safetensors").read_bytes() == wanted
 
 
+def test_the_revision_of_the_target_is_loaded(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def refuse(name: str, **options: object) -> None:
+        asked.update(options)
+        raise VSDError("not now")
+
+    monkeypatch.setattr("vsd.training.job.load_target", refuse)
+    assert cli.main(arguments(workshop, tmp_path, "--revision", "v2", "--trust-remote-code")) == 1
+    assert (asked["revision"], asked["trust_remote_code"]) == ("v2", True)
+
+
 def test_training_starts_from_a_given_drafter(workshop: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.main(arguments(workshop, first, "max_steps=2")) == 0

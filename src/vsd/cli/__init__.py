@@ -95,7 +95,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[Command, Given]:
         if name is None:
             parser.error(f"missing command: choose {', '.join(command.commands)}")
         command, values, parser = command.commands[name], values[name], parsers[f"{parser.prog} {name}"]
-    return command, Given(parser, values)
+    given = Given(parser, values)
+    for options in command.options:
+        given.of(options)  # missing ones are reported before torch is imported
+    return command, given
 
 
 def _quiet() -> None:

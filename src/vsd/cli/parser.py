@@ -99,9 +99,9 @@ class Parser(jsonargparse.ArgumentParser):
         """A message of jsonargparse or argparse in one line."""
         if found := re.search(r'Parser key "(?:.*\.)?(\w+)":.*?(?:Got|Given) value: (.*)', message, re.S):
             return f"{flag(found[1])} must be {described(self.kinds.get(found[1]))}, not '{found[2]}'"
-        if found := re.fullmatch(r"unrecognized arguments: (.*)", message):
-            near = difflib.get_close_matches(found[1].split("=")[0].split()[0], map(flag, self.kinds), n=1)
-            return f"unknown argument {found[1]}" + (f": did you mean {near[0]}?" if near else "")
+        if found := re.fullmatch(r"unrecognized arguments: (([^\s=]*).*)", message, re.S):
+            near = difflib.get_close_matches(found[2], map(flag, self.kinds), n=1)
+            return f"unknown argument {' '.join(found[1].split())}" + (f": did you mean {near[0]}?" if near else "")
         return " ".join(message.removeprefix("argument ").split())
 
 
