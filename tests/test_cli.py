@@ -6,19 +6,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny_run
 from fake_server import FakeServer
 from vsd import __version__, cli
+from vsd.objective import OBJECTIVES
+from vsd.paths import TreeShape
 from vsd.targets import Target
 
 COMMANDS = [
     [],
+    ["data"],
     ["data", "regenerate"],
     ["data", "synthesize"],
     ["train"],
+    ["objectives"],
     ["generate"],
     ["bench"],
     ["tune"],
@@ -86,10 +91,12 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "no GGUF": (["generate", "--target", "no.gguf", "hi"], "no GGUF file at"),
         "device": ([*generate, "--device", "abacus"], "abacus"),
         "dtype": ([*generate, "--dtype", "float7"], "unknown dtype"),
-        "top-k 0": ([*generate, "--top-k", "0"], "top_k"),
-        "top-k": ([*generate, "--drafter", drafter, "--top-k", 999, "--nodes", 8], "999"),
-        "nodes": ([*generate, "--depth", "2", "--top-k", "2", "--nodes", "99"], "nodes"),
-        "nodes 0": ([*generate, "--nodes", "0"], "nodes"),
+        "tree": ([*generate, "--tree", "5x4"], "a tree is depth x top_k x nodes"),
+        "top-k 0": ([*generate, "--tree", "5x0x12"], "top_k"),
+        "top-k": ([*generate, "--drafter", drafter, "--tree", "5x999x8"], "999"),
+        "nodes": ([*generate, "--tree", "2x2x99"], "nodes must be at most 7, not 99"),
+        "nodes 0": ([*generate, "--tree", "5x4x0"], "nodes"),
+        "tree of bench": ([*bench, "--prompts", prompts, "--tree", "3x3x3x2"], "p_min"),
         "tree rejection": ([*generate, "--verification", "rejection"], "top_k 1"),
         "empty prompt": (["generate", "--target", target, "  "], "prompt is empty"),
         "temperature": ([*generate, "--temperature", "-1"], "temperature"),
@@ -101,6 +108,12 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "missing data": ([*train, "--data", folder / "no.jsonl"], "no file at"),
         "unanswered": ([*train, "--data", folder / "untruth.jsonl"], "untruth.jsonl:1"),
         "key": ([*train, "--data", text, "--set", "leaning_rate=1"], "leaning_rate"),
+        "objective": ([*train, "--data", text, "--objective", "eagle4"], "unknown objective 'eagle4'"),
+        "objective's option": (
+            [*train, "--data", text, "--objective", "gto", "--set", "objective_options.anchors=2.5"],
+            "objective gto: anchors must be an integer, not 2.5",
+        ),
+        "no such objective": (["objectives", "eagle4"], "unknown objective 'eagle4'"),
         "held out": ([*train, "--data", text, "--held-out", "24"], "24 of 24"),
         "recipe": (["train", "--config", folder / "no.yaml"], "no recipe at"),
         "regenerate": (["data", "regenerate", folder / "no.jsonl", "--target", target, *out], "no file at"),
@@ -115,7 +128,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     }
 
 
-NAMES = """no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
+NAMES = """tree,tree of bench,objective,objective's option,no such objective,
+no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
 top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
 missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,no model,no server,synthesize,tune,export,import,
 demo"""
@@ -129,6 +143,93 @@ def test_a_mistake_is_one_line_and_exit_code_one(folder: Path, name: str, capsys
     assert error.startswith("vsd: ") and error.count("\n") == 1, error
     assert what in error
     assert not (folder / "never").exists()
+
+
+USAGE = {
+    "no command": ([], "missing command: choose data, train"),
+    "no data command": (["data"], "missing command: choose regenerate, synthesize"),
+    "unknown command": (["trian"], "invalid choice: 'trian'"),
+    "missing": (["data", "regenerate"], "missing source, --out (see vsd data regenerate --help)"),
+    "missing list": (["bench"], "missing --prompts"),
+    "unknown flag": (
+        ["train", "--lerning-rate", "1"],
+        "unknown argument --lerning-rate 1: did you mean --learning-rate",
+    ),
+    "abbreviated": (["train", "--learning", "1"], "unknown argument --learning 1"),
+    "too many": (["generate", "a", "b"], "unknown argument b"),
+    "empty": (["generate", "a", ""], "unknown argument"),
+    "two lines": (["generate", "a", "b\nc"], "unknown argument b c"),
+    "integer": (["train", "--max-steps", "2.5"], "--max-steps must be an integer, not '2.5'"),
+    "number": (["train", "--learning-rate", "fast"], "--learning-rate must be a number, not 'fast'"),
+    "optional number": (["train", "--max-minutes", "soon"], "--max-minutes must be a number, not 'soon'"),
+    "numbers": (["bench", "--temperature", "0", "hot"], "--temperature: invalid float value: 'hot'"),
+    "truth": (["train", "--bf16", "maybe"], "--bf16 must be true or false, not 'maybe'"),
+    "choice": (["train", "--on-bad-line", "explode"], "--on-bad-line must be fatal or skip, not 'explode'"),
+    "mapping": (["train", "--objective-options", "8"], "--objective-options must be a mapping {name: value}, not '8'"),
+    "no value": (["train", "--target"], "--target: expected one argument"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_a_mistake_in_flags_is_one_line_and_exit_code_two(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, what = USAGE[name]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("vsd: ") and captured.err.count("\n") == 1 and not captured.out
+    assert what in captured.err and "--help)" in captured.err
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    script = f"""
+import sys
+from vsd import cli
+
+for command in {[*([*c, "--help"] for c in COMMANDS), ["--version"], ["train", "--max-steps", "x"], ["bench"]]}:
+    try:
+        cli.main(command)
+    except SystemExit:
+        continue
+    raise AssertionError(command)
+print(*sorted({{"torch", "transformers", "accelerate", "numpy"}} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "", done.stderr
+    assert done.stdout.count("examples:") == len(COMMANDS)
+
+
+def test_the_help_of_train_shows_the_central_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in (
+        "objective",
+        "objective-options",
+        "draft-steps",
+        "ramp",
+        "temperature",
+        "max-minutes",
+        "learning-rate",
+    ):
+        assert re.search(rf"^  --{name} .*\S", text, re.M), name
+    for group in ("target:", "data:", "drafter:", "objective:", "optimisation:", "measurement and checkpoints:"):
+        assert f"\n{group}\n" in text
+    assert "(default: 0.001)" in text and "(default: 5x4x12)" in text
+
+
+def test_repeated_flags_of_train_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("vsd.training.job.train", lambda *words, **options: seen.append((*words, options)))
+    words = ["train", "--data", "a", "b", "--data", "c", "--set", "save_strategy=no", "adam_beta1=0.5"]
+    words += ["--set", "objective_options.decay=0.5", "--revision", "v1", "--trust-remote-code"]
+    assert cli.main([*words, "--objective-options", "{smoothing: 0.25}", "--output-dir", str(tmp_path)]) == 0
+    (job, config, options) = seen[0]
+    assert job.data == ["a", "b", "c"] and (job.revision, job.trust_remote_code) == ("v1", True)
+    assert (config.save_strategy, config.adam_beta1) == ("no", 0.5)
+    assert config.objective_options == {"decay": 0.5, "smoothing": 0.25}
+    assert options["resume"] is False
 
 
 def test_all_mistakes_are_tried(folder: Path) -> None:
@@ -199,7 +300,7 @@ def test_train_then_bench_then_generate(folder: Path, tmp_path: Path, capsys: py
     state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
     assert any("eval_tau" in entry for entry in state["log_history"])
 
-    tree = ["--depth", 3, "--top-k", 2, "--nodes", 5, "--max-new-tokens", 8]
+    tree = ["--tree", "3x2x5", "--max-new-tokens", 8]
     words = ["bench", "--prompts", folder / "prompts.jsonl", "--drafter", out / "drafter", "--json", numbers]
     assert run(folder, *words, *tree) == 0
     assert "tokens/s" in capsys.readouterr().out
@@ -232,9 +333,43 @@ def test_generate_reads_standard_input(
 
 
 def test_a_sampled_chain_is_verified_by_rejection(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", "hi", "--drafter", folder / "drafter", "--top-k", 1, "--depth", 3, "--max-new-tokens", 8]
+    words = ["generate", "hi", "--drafter", folder / "drafter", "--tree", 3, "--max-new-tokens", 8]
     assert run(folder, *words, "--verification", "rejection", "--temperature", 1.0) == 0
     assert "target passes" in capsys.readouterr().out
+
+
+def test_repeated_flags_of_bench_add_up(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"prompt": "who are you"}\n')
+    words = ["bench", "--prompts", folder / "prompts.jsonl", "--prompts", tmp_path / "more.jsonl"]
+    words += ["--drafter", folder / "drafter", "--drafter", folder / "drafter", "--tree", 2]
+    assert run(folder, *words, "--max-new-tokens", 4, "--json", tmp_path / "out.json") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["settings"]["prompts"]) == 4
+    assert [run["drafter"] for run in report["runs"]] == [None, str(folder / "drafter"), str(folder / "drafter")]
+    assert TreeShape(**report["runs"][1]["tree"]) == TreeShape.chain(2)
+
+
+def test_lookup_needs_no_drafter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "hi hi hi hi", "--max-new-tokens", 24]
+    assert run(folder, *words, "--tree", "5x4x12x0x8") == 0
+    with_lookup = capsys.readouterr().out
+    assert "τ = " in with_lookup
+    assert run(folder, *words) == 0
+    assert with_lookup.rpartition("\n\n")[0] == capsys.readouterr().out.rpartition("\n\n")[0]
+
+
+def test_objectives_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["objectives"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in OBJECTIVES)
+    assert "2503.01840" in table
+
+
+def test_options_of_an_objective_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["objectives", "gto"]) == 0
+    text = capsys.readouterr().out
+    assert "arXiv:2509.22134" in text
+    assert re.search(r"epsilon .* a number .* 0\.2 ", text) and re.search(r"tree .* a string .* 5x4x16 ", text)
 
 
 def test_sampling_options_reach_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,9 +391,10 @@ def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture
     words = ["tune", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl", "--max-new-tokens", 20]
     assert run(folder, *words) == 0
     text = capsys.readouterr().out
-    found = re.search(r"--depth (\d+) --top-k (\d+) --nodes (\d+)", text)
+    found = re.search(r"--tree (\S+)", text)
     assert found, text
-    assert " × ".join(found.groups()[:2]) + f", {found[3]}" in text  # in the table, too
+    assert found[1] in text[: found.start()]  # in the table, too
+    assert str(TreeShape.parse(found[1])) == found[1]
 
 
 def test_export_and_import(

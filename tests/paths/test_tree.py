@@ -14,7 +14,7 @@ from torch import Tensor
 import along
 from architectures import ARCHITECTURES, llama
 from vsd.drafters import FAMILIES, draft_vocabulary, new_drafter
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, VSDError
 from vsd.paths import NO_TOKEN, Entries, Tree, TreeShape, ancestors, graft
 from vsd.targets import Target
 
@@ -257,11 +257,30 @@ def test_shapes_are_read_from_text() -> None:
     assert TreeShape.parse("3x2x5") == TreeShape(3, 2, 5)
     assert TreeShape.parse("3x2x5x0.1") == TreeShape(3, 2, 5, 0.1)
     assert TreeShape.parse("3x2x5x0x8") == TreeShape(3, 2, 5, lookup=8)
-    for text in ("3xtwo", "3x2x5x0x8x1"):
-        with pytest.raises(ValueError):
+    assert TreeShape.parse("4") == TreeShape.parse("4x1x5") == TreeShape.chain(4)
+    for text in ("", "x", "3xtwo", "3x2", "3x2x5x", "3x2x5x0x8x1", "3x2x5.5", "three"):
+        with pytest.raises(ConfigurationError, match="depth x top_k x nodes"):
+            TreeShape.parse(text)
+    for text in ("0", "3x2x99", "3x2x5x1", "3x2x5x0x-1"):
+        with pytest.raises(ConfigurationError):
             TreeShape.parse(text)
     with pytest.raises(VSDError, match="lookup"):
         TreeShape(lookup=-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        (TreeShape(5, 4, 16), "5x4x16"),
+        (TreeShape.chain(3), "3x1x4"),
+        (TreeShape(5, 4, 16, 0.05), "5x4x16x0.05"),
+        (TreeShape(5, 4, 16, lookup=8), "5x4x16x0x8"),
+        (TreeShape(5, 4, 16, 0.05, 8), "5x4x16x0.05x8"),
+    ],
+)
+def test_the_text_of_a_shape_is_the_one_that_is_read(shape: TreeShape, text: str) -> None:
+    assert str(shape) == text
+    assert TreeShape.parse(text) == shape
 
 
 def test_largest_possible_shapes_are_not() -> None:

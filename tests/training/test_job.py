@@ -1,4 +1,4 @@
-"""`vsd train`: what a recipe means, and a killed run that ends with the very drafter of a straight one."""
+"""`vsd train`: a killed run that ends with the very drafter of a straight one."""
 
 import os
 import shutil
@@ -9,98 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiny_run
 from vsd import cli
 from vsd.data import Example
 from vsd.errors import VSDError
 from vsd.targets import Inputs, Target
-from vsd.training.job import hold_out, prompt_of, recipe
-
-# ---- recipes
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(text)
-    return path
-
-
-def test_flags_beat_set_beats_the_file(tmp_path: Path) -> None:
-    path = write(
-        tmp_path,
-        "data: [a.jsonl, b.jsonl]\nmax_length: 1\nheld_out: 1\ndraft_vocab_size: 1\n"
-        "learning_rate: 1e-3\nweight_decay: 1e-2\nreport_to: none\n",
-    )
-    job, config = recipe(
-        path,
-        ["max_length=2", "held_out=2", "learning_rate=2e-3", "lr_scheduler_type=linear"],
-        {"held_out": 3, "output_dir": str(tmp_path / "out")},
-    )
-    assert (job.draft_vocab_size, job.max_length, job.held_out) == (1, 2, 3)
-    assert job.data == ["a.jsonl", "b.jsonl"]
-    assert config.learning_rate == 2e-3 and config.weight_decay == 1e-2  # numbers, not YAML 1.1's strings
-    assert config.lr_scheduler_type == "linear"
-    assert (job.output_dir, config.output_dir) == (str(tmp_path / "out"), str(tmp_path / "out"))
-
-
-def test_no_is_a_strategy_not_a_falsehood() -> None:
-    config = recipe(None, ["data=a.jsonl", "save_strategy=no", "eval_strategy=no", "bf16=no"], {})[1]
-    assert (config.save_strategy, config.eval_strategy, config.bf16) == ("no", "no", False)
-
-
-def test_defaults_are_for_drafters() -> None:
-    job, config = recipe(None, ["data=a.jsonl"], {})
-    assert job.data == ["a.jsonl"]
-    assert (config.learning_rate, config.draft_steps, config.per_device_train_batch_size) == (1e-3, 5, 8)
-    assert config.eval_strategy == "steps" and config.remove_unused_columns is False
-    assert recipe(None, ["data=a.jsonl", "held_out=0"], {})[1].eval_strategy == "no"
-    assert recipe(None, ["data=a.jsonl", "eval_steps=7"], {})[1].eval_steps == 7
-
-
-def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also beside a GPU, by target and drafter alike."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    configs = {name: recipe(None, ["data=a.jsonl", "bf16=no", f"device={name}"], {})[1] for name in ("auto", "cpu")}
-    assert {name: config.use_cpu for name, config in configs.items()} == {"auto": False, "cpu": True}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "what"),
-    [
-        (["data=a.jsonl", "lerning_rate=1"], "unknown option lerning_rate"),
-        (["data=a.jsonl", "learning_rate"], "KEY=VALUE, not 'learning_rate'"),
-        (["learning_rate=1"], "no training text"),
-        (["data=a.jsonl", "features=sometimes"], "features must be store, online or a folder"),
-        (["data=a.jsonl", "on_bad_line=explode"], "on_bad_line must be one of fatal, skip"),
-        (["data=a.jsonl", "lr_scheduler_type=zigzag"], "bad training option"),
-        (["data=a.jsonl", "draft_steps=0"], "draft_steps"),
-        (["data=a.jsonl", "held_out=many"], "held_out"),
-        (["data=a.jsonl", "max_length=[1"], "max_length"),
-        (["data=a.jsonl", "learning_rate=fast"], "learning_rate"),
-        (["data=a.jsonl", "device=cuda:77"], "device 'cuda:77': this process would train on"),
-    ],
-)
-def test_mistakes_in_a_recipe_are_named(overrides: list[str], what: str) -> None:
-    with pytest.raises(VSDError, match=what) as caught:
-        recipe(None, overrides, {})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [("a: [1", "is not YAML"), ("- a\n- b\n", "KEY: VALUE"), ("just words", "KEY: VALUE"), ("", "KEY: VALUE")],
-)
-def test_files_that_are_no_recipes(tmp_path: Path, text: str, what: str) -> None:
-    with pytest.raises(VSDError, match=what) as caught:
-        recipe(write(tmp_path, text), [], {})
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_recipe(tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="no recipe at"):
-        recipe(tmp_path / "nowhere.yaml", [], {})
+from vsd.training.job import hold_out, prompt_of
 
 
 def test_held_out_conversations_are_spread_over_the_text() -> None:
@@ -223,6 +138,42 @@ def test_a_finished_run_is_not_overwritten(workshop: Path, tmp_path: Path, capsy
     assert cli.main(arguments(workshop, out, "max_steps=4")) == 1
     assert "--resume" in capsys.readouterr().err
     assert (out / "drafter" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_settings(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record in the output folder is compared; the length of the training may change."""
+    out = tmp_path / "run"
+    assert cli.main(arguments(workshop, out, "max_steps=4")) == 0
+    before = (out / "drafter" / "model.safetensors").read_bytes()
+    assert cli.main(arguments(workshop, out, "max_steps=8", "learning_rate=5e-4", "--resume")) == 1
+    error = capsys.readouterr().err
+    assert "learning_rate was 0.001, now 0.0005" in error and "max_steps" not in error and error.count("\n") == 1
+    assert (out / "drafter" / "model.safetensors").read_bytes() == before
+    assert cli.main(arguments(workshop, out, "max_steps=8", "--resume")) == 0
+    assert (out / "checkpoint-8").is_dir()
+
+
+def test_the_recorded_recipe_makes_the_drafter_again(workshop: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = ["max_steps=3", "seed=3", "objective_options={decay: 0.7}", "adam_beta1=0.8"]
+    assert cli.main(arguments(workshop, first, *options)) == 0
+    assert cli.main(["train", "--config", str(first / "recipe.json"), "--output-dir", str(again)]) == 0
+    wanted = (first / "drafter" / "model.safetensors").read_bytes()
+    assert (again / "drafter" / "model.safetensors").read_bytes() == wanted
+
+
+def test_the_revision_of_the_target_is_loaded(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def refuse(name: str, **options: object) -> None:
+        asked.update(options)
+        raise VSDError("not now")
+
+    monkeypatch.setattr("vsd.training.job.load_target", refuse)
+    assert cli.main(arguments(workshop, tmp_path, "--revision", "v2", "--trust-remote-code")) == 1
+    assert (asked["revision"], asked["trust_remote_code"]) == ("v2", True)
 
 
 def test_training_starts_from_a_given_drafter(workshop: Path, tmp_path: Path) -> None:

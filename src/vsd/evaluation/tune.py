@@ -170,18 +170,10 @@ def best(found: Sequence[Tuned]) -> Tuned:
 
 
 def print_trees(found: Sequence[Tuned], console: Console | None = None) -> None:
-    """A table of the fastest trees, and the flags of the best."""
-    table = Table("depth × top-k, nodes", "τ", "ms a step", "expected × plain", title="draft trees, the fastest first")
+    """Print a table of the eight fastest trees, and the `--tree` of the best one."""
+    table = Table("tree", "τ", "ms a step", "expected × plain", title="draft trees, the fastest first")
     for tuned in found[:8]:
-        shape = tuned.shape
-        table.add_row(
-            str(shape),
-            f"{tuned.tau:.2f}",
-            f"{1e3 * tuned.seconds:.1f}",
-            f"{tuned.speedup:.2f}",
-        )
-    shape = best(found).shape
+        table.add_row(str(tuned.shape), f"{tuned.tau:.2f}", f"{1e3 * tuned.seconds:.1f}", f"{tuned.speedup:.2f}")
     console = console or Console()
     console.print(table)
-    more = (f" --p-min {shape.p_min:g}" if shape.p_min else "") + (f" --lookup {shape.lookup}" if shape.lookup else "")
-    console.print(f"--depth {shape.depth} --top-k {shape.top_k} --nodes {shape.nodes}{more}")
+    console.print(f"--tree {best(found).shape}")

@@ -153,3 +153,15 @@ class Contrasted(Proposed):
             raise ConfigurationError(
                 "advantages are standardised among the anchors of a sequence: anchors must be at least 2"
             )
+
+
+def _require_at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigurationError(f"{name} must be at least {least}, not {value}")
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigurationError(f"{name} must be positive, not {value}")

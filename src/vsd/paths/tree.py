@@ -13,18 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError
 
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """How far to draft: `depth` tokens, beam of `top_k`, `nodes` in all (root included). top_k = 1 is a chain.
+    """Size of a draft tree. Its text form, `5x4x16`, is the same in flags, recipes, objectives' options and tables.
 
     Attributes:
-        p_min: no node is verified that the drafter reaches with a smaller probability, and nothing is drafted below it.
-        lookup: besides, so many tokens are copied from where the newest ones stood before in the text (`graft`).
+        depth: tokens drafted ahead.
+        top_k: beam width; 1 drafts a chain.
+        nodes: nodes verified in a target pass, root included.
+        p_min: smallest cumulative draft probability of a node; less probable nodes are neither verified nor extended.
+        lookup: tokens that prompt lookup adds to the tree (`graft`).
+
+    Raises:
+        ConfigurationError: a size that no tree has.
     """
 
     depth: int = 5
@@ -35,14 +41,15 @@ class TreeShape:
 
     def __post_init__(self) -> None:
         if not 0 <= self.p_min < 1:
-            raise VSDError(f"p_min is a probability below 1, not {self.p_min}")
+            raise ConfigurationError(f"p_min must be a probability below 1, not {self.p_min:g}")
         if self.lookup < 0:
-            raise VSDError(f"lookup is a number of tokens, not {self.lookup}")
+            raise ConfigurationError(f"lookup must be a number of tokens, not {self.lookup}")
         if min(self.depth, self.top_k) < 1 or self.nodes < 2:
-            raise VSDError(f"a draft tree needs depth ≥ 1, top_k ≥ 1 and nodes ≥ 2, not {self}")
+            raise ConfigurationError(f"a draft tree needs depth ≥ 1, top_k ≥ 1 and nodes ≥ 2, not {self}")
         if self.nodes > 1 + self.pool:
-            raise VSDError(
-                f"depth {self.depth} and top_k {self.top_k} draft {self.pool} nodes: nodes ≤ {1 + self.pool}"
+            raise ConfigurationError(
+                f"depth {self.depth} and top_k {self.top_k} draft {self.pool} nodes: "
+                f"nodes must be at most {1 + self.pool}, not {self.nodes}"
             )
 
     @property
@@ -51,17 +58,17 @@ class TreeShape:
         return self.top_k + (self.depth - 1) * self.top_k**2
 
     def levels(self, reached: int) -> int:
-        """Levels that were drafted, if the deepest that was kept is `reached`."""
+        """Number of drafted levels of a tree whose deepest kept node is at level `reached`."""
         return min(self.depth, reached + 1) if self.p_min else self.depth
 
     @property
     def deepest(self) -> int:
-        """Levels a tree may have below its root."""
+        """Largest number of levels below the root."""
         return max(self.depth, self.lookup)
 
     @property
     def largest(self) -> int:
-        """Nodes a tree may have."""
+        """Largest number of nodes."""
         return self.nodes + self.lookup
 
     @property
@@ -76,20 +83,29 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: str) -> "TreeShape":
-        """From depth x top_k x nodes [x p_min [x lookup]], such as 5x4x16, 5x4x16x0.05 or 5x4x16x0x8.
+        """Read depth x top_k x nodes [x p_min [x lookup]]; one number alone is a chain of this many tokens.
+
+        5x4x16 drafts 5 tokens ahead with a beam of 4 and verifies 16 nodes. 5x4x16x0.05 leaves out nodes below
+        probability 0.05, 5x4x16x0x8 adds 8 tokens of prompt lookup, and 5 is 5x1x6.
 
         Raises:
-            ValueError: these are not three to five numbers.
+            ConfigurationError: another form, or a size that no tree has.
         """
-        depth, top_k, nodes, p_min, lookup, *rest = [*text.split("x"), *["0"] * max(0, 4 - text.count("x"))]
-        if rest:
-            raise ValueError(f"five numbers at most, not {text}")
-        return cls(int(depth), int(top_k), int(nodes), float(p_min), int(lookup))
+        sizes, more = text.split("x")[:3], text.split("x")[3:]
+        try:
+            if len(sizes) == 1:
+                return cls.chain(int(text))
+            depth, top_k, nodes = map(int, sizes)
+            p_min, lookup = [*more, "0", "0"][: max(2, len(more))]
+            return cls(depth, top_k, nodes, float(p_min), int(lookup))
+        except ValueError:
+            raise ConfigurationError(
+                f"a tree is depth x top_k x nodes [x p_min [x lookup]], such as 5x4x16, not '{text}'"
+            ) from None
 
     def __str__(self) -> str:
-        p_min = f", p ≥ {self.p_min:g}" if self.p_min else ""
-        lookup = f" + {self.lookup} looked up" if self.lookup else ""
-        return f"{self.depth} × {self.top_k}, {self.nodes}{p_min}{lookup}"
+        more = f"x{self.p_min:g}" * bool(self.p_min or self.lookup) + f"x{self.lookup}" * bool(self.lookup)
+        return f"{self.depth}x{self.top_k}x{self.nodes}{more}"
 
 
 class Tree(NamedTuple):

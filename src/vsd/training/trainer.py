@@ -182,7 +182,7 @@ class VSDTrainer(Trainer):
     def _tau(self, drafter: Any) -> float:
         config = self.args
         prompts: list[Inputs] = self.eval_dataset or []  # type: ignore[assignment]
-        engine = Engine(self._models.target, drafter, TreeShape(config.depth, config.top_k, config.nodes))
+        engine = Engine(self._models.target, drafter, TreeShape.parse(config.tree))
         sampling = Sampling(config.eval_max_new_tokens)
         results = [
             result

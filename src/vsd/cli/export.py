@@ -1,0 +1,49 @@
+"""`vsd export`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vsd.cli.parser import Command, Given
+from vsd.cli.shared import load_info
+from vsd.errors import DataError
+from vsd.options import TargetOptions
+
+EXAMPLES = """\
+  vsd export --target T --format sglang runs/mine/drafter exported --bench runs/mine/bench.json
+
+The command line of the engine that serves the drafter is printed, and stands in the model card."""
+
+
+@dataclass
+class Export:
+    """export
+
+    Attributes:
+        drafter: folder of the drafter
+        out: folder to write
+        format: sglang, vllm, or speculators (served by vLLM; EAGLE-3 only)
+        bench: JSON file of vsd bench, for the model card
+    """
+
+    drafter: Path = field(metadata={"positional": True})
+    out: Path = field(metadata={"positional": True})
+    format: str = field(metadata={"metavar": "FORMAT"})
+    bench: Path | None = None
+
+
+def run(given: Given) -> None:
+    """Write the checkpoint and its model card."""
+    from vsd.drafters.load import family_for, read_drafter
+    from vsd.export import export_drafter, model_card, serve_line
+
+    a = given.of(Export)
+    if a.bench is not None and not a.bench.exists():
+        raise DataError(f"no file at '{a.bench}'")
+    target = load_info(given.of(TargetOptions))
+    drafter = read_drafter(a.drafter, target)
+    export_drafter(drafter, target, a.out, a.format)
+    (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
+    print(f"{a.out}: to serve it,\n  {serve_line(family_for(drafter), a.format, target.name, a.out)}")
+
+
+COMMAND = Command("Write a drafter in the format of a serving engine.", EXAMPLES, (Export, TargetOptions), run)

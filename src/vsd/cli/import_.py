@@ -1,0 +1,40 @@
+"""`vsd import`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vsd.cli.parser import Command, Given
+from vsd.cli.shared import load_info
+from vsd.options import TargetOptions
+
+EXAMPLES = """\
+  vsd import --target T released-checkpoint runs/released/drafter
+  vsd bench --target T --drafter runs/released/drafter --prompts prompts.jsonl
+  vsd train --target T --drafter runs/released/drafter --data text.jsonl --output-dir runs/better"""
+
+
+@dataclass
+class Import:
+    """import
+
+    Attributes:
+        checkpoint: folder of the released drafter
+        out: folder to write
+    """
+
+    checkpoint: Path = field(metadata={"positional": True})
+    out: Path = field(metadata={"positional": True})
+
+
+def run(given: Given) -> None:
+    """Convert the checkpoint."""
+    from vsd.drafters.load import read_drafter
+    from vsd.export import check_new
+
+    a = given.of(Import)
+    check_new(a.out)
+    read_drafter(a.checkpoint, load_info(given.of(TargetOptions))).save_pretrained(a.out)
+    print(f"drafter: {a.out}")
+
+
+COMMAND = Command("Import a released drafter, to measure it or to train it.", EXAMPLES, (Import, TargetOptions), run)

@@ -1,0 +1,99 @@
+"""`vsd data regenerate`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vsd.cli.parser import Command, Given
+from vsd.cli.shared import load, report_skipped
+from vsd.errors import ConfigurationError
+from vsd.options import TargetOptions
+
+EXAMPLES = """\
+  vsd data regenerate prompts.jsonl --target T --out text.jsonl --max-new-tokens 512
+  vsd data regenerate prompts.jsonl --target T --out text.jsonl --server http://localhost:8000 --model NAME
+
+With --server, a running vLLM, SGLang or other OpenAI-compatible server answers (key: $OPENAI_API_KEY); of the target
+only the tokenizer is loaded. After an interruption, run the same command again: it continues."""
+
+
+@dataclass
+class Regenerate:
+    """conversations and answers
+
+    Attributes:
+        source: JSONL file (messages, conversations, turns or prompt), .txt file, or name of a hub dataset
+        out: JSONL file to write; an existing one is continued
+        limit: use only this many conversations
+        batch_size: answers that are generated together
+        max_length: longest prompt and answer together, in tokens
+        max_new_tokens: longest answer in tokens
+        temperature: sampling temperature; 0 is greedy
+        seed: seed of sampling
+        on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
+    """
+
+    source: str = field(metadata={"positional": True})
+    out: Path
+    limit: int | None = None
+    batch_size: int = 64
+    max_length: int = 2048
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    on_bad_line: Literal["fatal", "skip"] = "fatal"
+
+
+@dataclass
+class ServerOptions:
+    """server
+
+    Attributes:
+        server: URL of a server that answers instead, such as http://localhost:8000
+        model: name under which the server has the target
+        concurrency: requests in flight
+        requests_per_second: highest rate of requests
+    """
+
+    server: str | None = field(default=None, metadata={"metavar": "URL"})
+    model: str | None = field(default=None, metadata={"metavar": "NAME"})
+    concurrency: int = 32
+    requests_per_second: float | None = None
+
+
+def run(given: Given) -> None:
+    """Replace answers by the target's own."""
+    from itertools import chain, islice
+
+    from vsd.data import Server, read_conversations, regenerate, regenerate_by_server
+    from vsd.targets import load_lexicon
+
+    a, by, target = given.of(Regenerate), given.of(ServerOptions), given.of(TargetOptions)
+    if (by.server is None) != (by.model is None):
+        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
+    conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
+    first = next(conversations)  # a missing or unreadable source is known before the target is loaded
+    texts = islice(chain([first], conversations), a.limit)
+    options: dict[str, Any] = {
+        "max_new_tokens": a.max_new_tokens,
+        "temperature": a.temperature,
+        "seed": a.seed,
+        "max_length": a.max_length,
+        "on_bad_line": a.on_bad_line,
+        "report": report_skipped,
+    }
+    if by.server is not None and by.model is not None:
+        server = Server(by.server, by.model, by.requests_per_second)
+        lexicon = load_lexicon(target.target, revision=target.revision, trust_remote_code=target.trust_remote_code)
+        summary = regenerate_by_server(server, lexicon, texts, a.out, concurrency=by.concurrency, **options)
+    else:
+        summary = regenerate(load(target), texts, a.out, batch_size=a.batch_size, **options)
+    print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
+
+
+COMMAND = Command(
+    "Replace the answers of conversations by the target's own.",
+    EXAMPLES,
+    (Regenerate, ServerOptions, TargetOptions),
+    run,
+)

@@ -1,0 +1,47 @@
+"""Options that several commands have, and the target that they name."""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from vsd.options import TargetOptions
+
+if TYPE_CHECKING:
+    from vsd.targets import Target
+
+
+@dataclass
+class DecodingOptions:
+    """speculative decoding
+
+    Attributes:
+        tree: draft tree: depth x top-k x nodes, as in 5x4x16: tokens drafted ahead, beam width, nodes verified in a
+            target pass, root included; 5x4x16x0.05 leaves out nodes that the drafter gives less than this probability;
+            5x4x16x0x8 adds 8 tokens of prompt lookup; 5 is a chain of 5 tokens
+        verification: auto (greedy, or target sampling on trees) or rejection (rejection sampling of a sampled chain,
+            for temperatures above 0)
+        compile: compile the target's passes with torch.compile, which takes a minute or two
+    """
+
+    tree: str = "5x4x12"
+    verification: Literal["auto", "rejection"] = "auto"
+    compile: bool = False
+
+
+def load(options: TargetOptions, compiled: bool = False) -> "Target":
+    """The target."""
+    from vsd.targets import load_target
+
+    return load_target(
+        options.target,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        compiled=compiled,
+    )
+
+
+def report_skipped(line: str) -> None:
+    """Report an unusable line that is skipped."""
+    print(f"vsd: skipped {line}", file=sys.stderr)

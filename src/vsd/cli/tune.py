@@ -1,0 +1,48 @@
+"""`vsd tune`."""
+
+from dataclasses import dataclass, field
+
+from vsd.cli.parser import Command, Given
+from vsd.cli.shared import load
+from vsd.options import TargetOptions
+
+EXAMPLES = """\
+  vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
+
+The last line is the --tree of vsd generate and vsd bench."""
+
+
+@dataclass
+class Tune:
+    """drafter and prompts
+
+    Attributes:
+        drafter: folder of the drafter
+        prompts: prompt files (JSONL); the first turn of every prompt is used
+        limit: prompts of each file
+        max_new_tokens: longest answer in tokens
+    """
+
+    drafter: str = field(metadata={"metavar": "FOLDER"})
+    prompts: list[str] = field(metadata={"metavar": "FILE"})
+    limit: int = 16
+    max_new_tokens: int = 96
+
+
+def run(given: Given) -> None:
+    """Find the fastest tree."""
+    from vsd.data import prompt_ids
+    from vsd.decoding import Engine, Sampling
+    from vsd.drafters import load_drafter
+    from vsd.evaluation import load_prompts, print_trees, tune
+
+    a = given.of(Tune)
+    prompts = load_prompts(a.prompts, a.limit)
+    target = load(given.of(TargetOptions))
+    drafter = load_drafter(a.drafter, target)
+    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    results = Engine(target).generate(ids, Sampling(a.max_new_tokens))
+    print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
+
+
+COMMAND = Command("Find the draft tree that is fastest on this machine.", EXAMPLES, (Tune, TargetOptions), run)

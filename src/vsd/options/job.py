@@ -1,0 +1,94 @@
+"""The training job: the target, the text and the drafter. How the drafter is trained: `vsd.options.training`."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vsd.errors import ConfigurationError
+from vsd.options.values import checked
+
+EMBEDDED = "smollm2-135m"  # a target that a PyPI wheel brings: see `vsd.targets.load`
+
+
+@dataclass
+class TargetOptions:
+    """target
+
+    Attributes:
+        target: hub id, folder or .gguf file of the target
+        dtype: precision of the target: auto (the fastest on this device), float32, bfloat16 or float16
+        device: auto (the first GPU, if there is one), cpu, cuda, cuda:1, …
+        revision: branch, tag or commit of the target on the hub
+        trust_remote_code: run Python code that the target's repository brings
+    """
+
+    target: str = EMBEDDED
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TextOptions:
+    """data
+
+    Attributes:
+        data: training text that the target wrote: JSONL files or hub datasets
+        max_length: longest conversation in tokens; a longer one is an unusable line
+        held_out: conversations that are not trained on: τ is measured on their prompts during training
+        on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
+        features: store (compute the target's features once and keep them in the output folder), online (compute them in
+            every step), or the path of a folder that several runs on the same text share
+    """
+
+    data: list[str] = field(default_factory=list)
+    max_length: int = 2048
+    held_out: int = 32
+    on_bad_line: Literal["fatal", "skip"] = "fatal"
+    features: str = "store"
+
+
+@dataclass
+class DrafterOptions:
+    """drafter
+
+    Attributes:
+        drafter: folder of a drafter to continue from; without it a new drafter starts from random weights
+        family: family of a new drafter: eagle3 (default) or lm; a given --drafter brings its own
+        drafter_options: fields of a new drafter's configuration, such as num_hidden_layers
+        draft_vocab_size: number of target tokens that a new drafter can draft
+        output_dir: folder for checkpoints, training curves and the trained drafter
+    """
+
+    drafter: str | None = None
+    family: str | None = None
+    drafter_options: dict[str, Any] = field(default_factory=dict)
+    draft_vocab_size: int = 8192
+    output_dir: str = "runs/drafter"
+
+
+@dataclass
+class TrainJob(TargetOptions, TextOptions, DrafterOptions):
+    """A training job; the configuration of the training itself is `vsd.training.VSDConfig`.
+
+    Raises:
+        ConfigurationError: a value of a wrong type, or a value that has no meaning.
+    """
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, checked(f.name, f.type, getattr(self, f.name)))
+        if self.features not in ("store", "online") and os.sep not in self.features:
+            raise ConfigurationError(
+                f"features must be store, online or a folder such as ./{self.features}, not '{self.features}'"
+            )
+
+    @property
+    def store(self) -> Path | None:
+        """Folder of the feature store; None if features are computed in every step."""
+        if self.features == "online":
+            return None
+        return Path(self.output_dir) / "features" if self.features == "store" else Path(self.features)

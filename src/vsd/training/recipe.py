@@ -1,0 +1,156 @@
+"""Recipes: a training job and its configuration from a YAML file, and the record of both in the output folder.
+
+`recipe.json` in the output folder holds the whole configuration: `vsd train --config recipe.json` makes the drafter
+again, and a resumed run is compared with it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from vsd import __version__
+from vsd.errors import ConfigurationError, MismatchError
+from vsd.options import MeasurementOptions, ObjectiveOptions, OptimisationOptions, TrainJob
+from vsd.options.values import checked, read_yaml
+from vsd.training.config import VSDConfig
+
+FILE = "recipe.json"
+VERSIONS = "versions"
+SECRET = {"hub_token"}
+MAY_CHANGE = {
+    *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # places
+    *("max_minutes", "max_steps", "num_train_epochs"),  # to train longer
+    *(f.name for f in dataclasses.fields(MeasurementOptions)),
+    *("eval_strategy", "save_strategy", "logging_strategy", "disable_tqdm", "run_name", "push_to_hub"),
+    *("dataloader_num_workers", "dataloader_pin_memory"),
+}  # on resume: the drafter of a step does not depend on these settings
+
+
+def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]) -> tuple[TrainJob, VSDConfig]:
+    """A job and its configuration; flags have precedence over KEY=VALUE overrides, overrides over the YAML file.
+
+    Args:
+        overrides: values are YAML; a dotted key, as in objective_options.anchors=8, sets one entry of a mapping.
+        flags: a mapping among them, such as objective_options, sets its entries only.
+
+    Raises:
+        ConfigurationError: an unreadable file, an unknown option, or a value of a wrong type or without meaning.
+    """
+    values = _read(path) if path else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--set takes KEY=VALUE, not '{override}'")
+        _put(values, key, read_yaml(value, f"--set {override}:"))
+    for key, value in flags.items():
+        entries = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        for name, v in entries.items():
+            _put(values, name, v)
+    kinds = {f.name: f.type for f in (*dataclasses.fields(VSDConfig), *dataclasses.fields(TrainJob)) if f.init}
+    if unknown := sorted(values.keys() - kinds.keys()):
+        raise ConfigurationError(
+            f"unknown option {', '.join(unknown)}: see vsd train --help and transformers.TrainingArguments"
+        )
+    return _built({name: checked(name, kinds[name], value) for name, value in values.items()})
+
+
+def write_recipe(folder: Path, job: TrainJob, config: VSDConfig) -> None:
+    """Write the whole configuration, and the versions that it ran with, to recipe.json in `folder`."""
+    versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    values = {**_settings(job, config), VERSIONS: versions}
+    (folder / FILE).write_text(json.dumps(values, indent=1, default=str) + "\n")
+
+
+def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
+    """Refuse to resume the run in `folder` with other settings; those in `MAY_CHANGE` may differ.
+
+    Raises:
+        MismatchError: settings differ; the message holds the name, the old and the new value of each.
+    """
+    if not (folder / FILE).exists():
+        return
+    old, new = _read(folder / FILE), json.loads(json.dumps(_settings(job, config), default=str))
+    default = {**_defaults(VSDConfig), **_defaults(TrainJob)}
+    changes = [
+        f"{name} was {before!r}, now {now!r}"
+        for name in sorted((old.keys() | new.keys()) - MAY_CHANGE)
+        if (before := old.get(name, default.get(name))) != (now := new.get(name, default.get(name)))
+    ]
+    if changes:
+        raise MismatchError(
+            f"'{folder}' was trained with other settings: {'; '.join(changes)}: "
+            "resume with the old ones, or give another --output-dir"
+        )
+
+
+def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
+    """From checked values."""
+    mine = {f.name for f in dataclasses.fields(TrainJob)}
+    job = TrainJob(**{name: value for name, value in values.items() if name in mine})
+    if not job.data:
+        raise ConfigurationError("no training text: give --data FILE (make one with vsd data)")
+    own: dict[str, Any] = {"eval_strategy": "steps" if job.held_out else "no"}
+    own |= {name: value for name, value in values.items() if name not in mine}
+    if job.device == "cpu":
+        own["use_cpu"] = True
+    try:
+        config = VSDConfig(**{**own, "output_dir": job.output_dir})
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"bad training option: {str(error).splitlines()[0]}") from error
+    if job.device not in ("auto", str(config.device), config.device.type):
+        raise ConfigurationError(
+            f"device '{job.device}': this process would train on {config.device}; "
+            "CUDA_VISIBLE_DEVICES chooses the GPU, device: cpu takes none"
+        )
+    return job, config
+
+
+def _settings(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
+    """All options of this project, and the fields of `TrainingArguments` that differ from their defaults."""
+    named = {
+        f.name for kind in (ObjectiveOptions, OptimisationOptions, MeasurementOptions) for f in dataclasses.fields(kind)
+    }
+    default = _defaults(VSDConfig)
+    training = {
+        name: value
+        for name, value in config.given.items()
+        if name not in SECRET and (name in named or value != default[name])
+    }
+    return {**training, **dataclasses.asdict(job)}
+
+
+def _defaults(kind: type[TrainJob] | type[TrainingArguments]) -> dict[str, Any]:
+    """Default of every field."""
+    return {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(kind)
+    }
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one entry; a dotted key goes into the mappings, which are copied or made."""
+    first, dot, rest = key.partition(".")
+    if not dot:
+        values[key] = value
+        return
+    inner = values.get(first)
+    values[first] = dict(inner) if isinstance(inner, dict) else {}
+    _put(values[first], rest, value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a recipe."""
+    try:
+        values = read_yaml(path.read_text(), f"'{path}'")
+    except FileNotFoundError:
+        raise ConfigurationError(f"no recipe at '{path}'") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"'{path}' must hold KEY: VALUE lines")
+    values.pop(VERSIONS, None)
+    return values
