@@ -1,27 +1,30 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both create .venv with the CPU build of torch.
+# `make demo` and `make test` need no set-up: both create .venv with a CPU build of torch. `make help` lists all targets.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MINUTES ?= 10
 BIN := .venv/bin
 
-.PHONY: demo test integration lint benchmarks clean
+.PHONY: help demo test integration lint benchmarks clean
 
-demo: .venv/installed
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed  ## train drafters for SmolLM2-135M for MINUTES (default 10) and measure them
 	$(BIN)/vsd demo --minutes $(MINUTES)
 
-test: .venv/installed-dev lint
+test: .venv/installed-dev lint  ## linter, type checker and all tests
 	$(BIN)/pytest
 
-# Against the real vLLM, in an environment of its own (4 GB, a quarter of an hour in all): not part of `make test`.
-integration: .venv/installed-dev .venv-vllm/installed
+# Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
+integration: .venv/installed-dev .venv-vllm/installed  ## tests against the real vLLM
 	$(BIN)/pytest tests/integration -s
 
-lint: .venv/installed-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+lint: .venv/installed-dev  ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
-benchmarks: .venv/installed
+benchmarks: .venv/installed  ## time the training step against a textbook loop
 	$(BIN)/python benchmarks/training_step.py --json runs/training_step.json
 
 .venv/installed: pyproject.toml
@@ -41,5 +44,5 @@ benchmarks: .venv/installed
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-clean:
+clean:  ## delete the environments and runs/
 	rm -rf .venv .venv-vllm runs

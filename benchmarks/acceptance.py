@@ -1,11 +1,12 @@
-"""τ of drafters and draft trees on whole prompt files, by replay: minutes instead of hours.
+"""Acceptance length τ of drafters and draft trees on whole prompt files, by replay: minutes instead of hours.
 
     python benchmarks/acceptance.py --drafter D [D2 …] --prompts FILE … [--trees 5x4x16 …] [--temperature T]
 
-The target answers every turn once, by plain decoding in batches (kept in --answers and not done again). Every drafter
-then drafts along those answers; see `vsd.decoding.replay`. All turns are measured; intervals are 95 % bootstrap over
-prompts. Trees are depth x top_k x nodes [x p_min [x lookup]]; above temperature 0 they are verified by rule `target`.
---sharpen multiplies the drafter's logits: a calibrated drafter only loses by it.
+The target answers every turn once, by plain decoding in batches; the answers are stored in --answers and read from
+there by later runs. Every drafter then drafts along these answers (`vsd.decoding.replay`). All turns are measured;
+intervals are 95 % bootstrap intervals over prompts. Trees are depth x top_k x nodes [x p_min [x lookup]]; above
+temperature 0 they are verified by rule `target`. --sharpen multiplies the drafter's logits: for a calibrated drafter,
+every factor other than 1 reduces τ.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,7 +28,7 @@ from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.evaluation.bench import Answers
-from vsd.evaluation.bootstrap import rate_interval
+from vsd.evaluation.bootstrap import Counts, rate_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
@@ -39,7 +39,7 @@ Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the
 def plain_answers(
     target: Target, prompts: Sequence[Prompt], max_new_tokens: int, path: Path, temperature: float = 0.0
 ) -> list[Turn]:
-    """Every turn's request and answer; the target's own answers are the history of later turns."""
+    """Request and answer of every turn; earlier answers of the target are the history of later turns."""
     request = {"prompts": [list(p.turns) for p in prompts], "max_new_tokens": max_new_tokens}
     request["target"] = target.fingerprint()
     if temperature:
@@ -52,13 +52,13 @@ def plain_answers(
     histories = [[{"role": "system", "content": p.system}] if p.system else [] for p in prompts]
     turns: list[Turn] = []
     for number in range(max(len(p.turns) for p in prompts)):
-        asked = [i for i, p in enumerate(prompts) if number < len(p.turns)]
-        for i in asked:
+        open_prompts = [i for i, p in enumerate(prompts) if number < len(p.turns)]
+        for i in open_prompts:
             histories[i].append({"role": "user", "content": prompts[i].turns[number]})
-        ids = {i: prompt_ids(target.tokenizer, histories[i]) for i in asked}
-        asked.sort(key=lambda i: len(ids[i]))
-        for start in track(range(0, len(asked), 32), f"answers, turn {number + 1}"):
-            batch = asked[start : start + 32]
+        ids = {i: prompt_ids(target.tokenizer, histories[i]) for i in open_prompts}
+        open_prompts.sort(key=lambda i: len(ids[i]))
+        for start in track(range(0, len(open_prompts), 32), f"answers, turn {number + 1}"):
+            batch = open_prompts[start : start + 32]
             samplings = [Sampling(max_new_tokens, temperature, seed=i) for i in batch]
             for i, result in zip(batch, engine.generate([ids[i] for i in batch], samplings)):
                 turns.append((i, ids[i], result.tokens))
@@ -69,8 +69,8 @@ def plain_answers(
     return turns
 
 
-def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
-    """(new tokens, passes) of every prompt, all its turns together."""
+def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[Counts, Counts]:
+    """(new tokens, passes) of every prompt, each [prompts], summed over its turns."""
     return Answers(prompts=[turn[0] for turn in turns], results=list(results)).per_pass()
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--sharpen", nargs="+", type=float, default=[1.0])
-    parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
+    parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="file of the answers")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     keep_freed_memory()
@@ -113,7 +113,7 @@ def main() -> None:
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)
-        weight = drafter.norm.weight.data.clone()  # scales what enters the head
+        weight = drafter.norm.weight.data.clone()  # scales the input of the LM head
         for sharpness, shape in track(list(itertools.product(a.sharpen, a.trees)), path):
             drafter.norm.weight.data = sharpness * weight
             row = {"drafter": path, "sharpen": sharpness, **measure(replay, drafter, shape, prompts, turns)}

@@ -1,12 +1,12 @@
-"""vsd's decoder against the others that a user could take: same weights, same precision, same prompts, one run.
+"""vsd's decoder against transformers and vLLM: the same weights, precision and prompts, in one run.
 
     python benchmarks/against.py --drafter D --prompts FILE … --tree 3x3x8 [--vllm .venv-vllm/bin/python --k 3]
 
-Transformers' `generate` as it comes (nothing of vsd in the model): plain, with prompt lookup, with an assistant; vsd
-without and with a drafter; vLLM in a process and environment of its own, without and with the same drafter, exported.
-Each request is answered by all, one after another, in rotating order, one request at a time, T = 0. Intervals are 95 %
-paired bootstrap over prompts. There is no smaller model of the default target's family: the assistant is the target's
-own first layers under its own head, which is what a user could make of it without training.
+Measured are: `generate` of an unmodified transformers model (plain, with prompt lookup, with an assistant model); vsd
+without and with a drafter; vLLM in a separate process and environment, without and with the same drafter, exported. All
+decoders answer each request one after another, in rotating order, one request at a time, T = 0. Intervals are 95 %
+paired bootstrap intervals over prompts. The default target's family has no smaller model, so the assistant consists of
+the target's first layers and its LM head: an assistant that needs no training.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
@@ -39,24 +39,24 @@ from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 from vsd.targets.load import resolve
 
-Way = Callable[[list[int]], tuple[list[int], float]]  # prompt -> (answer, seconds)
+Decoder = Callable[[list[int]], tuple[list[int], float]]  # prompt -> (answer, seconds)
 BASE = "generate"
 ASSISTANT_LAYERS = 4
-LOOKUP = 3  # tokens looked up ahead
+LOOKUP = 3  # tokens that prompt lookup proposes
 
 
-def timed(answer: Callable[[list[int]], list[int]]) -> Way:
-    """A way of answering, with the seconds it takes."""
+def timed(answer: Callable[[list[int]], list[int]]) -> Decoder:
+    """A decoder that measures the seconds of `answer`."""
 
-    def way(prompt: list[int]) -> tuple[list[int], float]:
+    def decode(prompt: list[int]) -> tuple[list[int], float]:
         start = time.perf_counter()
         tokens = answer(prompt)
         return tokens, time.perf_counter() - start
 
-    return way
+    return decode
 
 
-def generates(model: PreTrainedModel, length: int, **options: Any) -> Way:
+def transformers_decoder(model: Any, length: int, **options: Any) -> Decoder:
     """Transformers' `generate`, greedy."""
 
     def answer(prompt: list[int]) -> list[int]:
@@ -65,13 +65,14 @@ def generates(model: PreTrainedModel, length: int, **options: Any) -> Way:
         output = model.generate(
             ids, attention_mask=mask, pad_token_id=pad, max_new_tokens=length, do_sample=False, **options
         )
-        return output[0, len(prompt) :].tolist()
+        tokens: list[int] = output[0, len(prompt) :].tolist()
+        return tokens
 
     return timed(answer)
 
 
-def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """The model without its upper layers."""
+def first_layers(model: Any, layers: int) -> Any:
+    """A copy of the model with its first decoder layers only."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -82,13 +83,13 @@ def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return cut.eval()
 
 
-def decodes(engine: Engine, length: int) -> Way:
+def vsd_decoder(engine: Engine, length: int) -> Decoder:
     """vsd's engine, greedy."""
     return timed(lambda prompt: engine.generate([prompt], Sampling(length))[0].tokens)
 
 
-class Served:
-    """vLLM in its own process: a request is a line of JSON, an answer another."""
+class VLLMDecoder:
+    """vLLM in a separate process; requests and answers are lines of JSON."""
 
     def __init__(self, python: Path, job: dict[str, Any], log: Path) -> None:
         script = Path(__file__).with_name("against_vllm.py")
@@ -102,56 +103,57 @@ class Served:
         )
 
     def __call__(self, prompt: list[int]) -> tuple[list[int], float]:
-        """The answer and its seconds, as measured there."""
+        """The answer and its seconds, measured in vLLM's process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(prompt) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit("vLLM has died: see its log")
+            sys.exit("the vLLM process ended: read its log in the --out folder")
         answer = json.loads(line)
         return answer["tokens"], answer["seconds"]
 
 
-def everyone(target: Target, a: argparse.Namespace) -> dict[str, Way]:
-    """All ways of answering, by name."""
+def all_decoders(target: Target, a: argparse.Namespace) -> dict[str, Decoder]:
+    """All decoders by name."""
     length = a.max_new_tokens
     source = resolve(target.name)
-    stock = AutoModelForCausalLM.from_pretrained(source, dtype=target.model.dtype).eval().to(target.device)
+    stock: Any = AutoModelForCausalLM.from_pretrained(source, dtype=target.model.dtype).eval().to(target.device)
     drafter = load_drafter(a.drafter, target)
-    ways = {
-        BASE: generates(stock, length),
-        "generate, prompt lookup": generates(stock, length, prompt_lookup_num_tokens=LOOKUP),
-        f"generate, assistant of {ASSISTANT_LAYERS} layers": generates(
-            stock, length, assistant_model=shallow(stock, ASSISTANT_LAYERS)
+    decoders = {
+        BASE: transformers_decoder(stock, length),
+        "generate, prompt lookup": transformers_decoder(stock, length, prompt_lookup_num_tokens=LOOKUP),
+        f"generate, assistant of {ASSISTANT_LAYERS} layers": transformers_decoder(
+            stock, length, assistant_model=first_layers(stock, ASSISTANT_LAYERS)
         ),
-        "vsd, plain": decodes(Engine(target), length),
+        "vsd, plain": vsd_decoder(Engine(target), length),
     }
     for count in {shape.lookup for shape in a.tree} - {0}:
-        ways[f"vsd, {count} looked up, no drafter"] = decodes(Engine(target, None, TreeShape(lookup=count)), length)
-    ways |= {f"vsd, {shape}": decodes(Engine(target, drafter, shape), length) for shape in a.tree}
+        engine = Engine(target, None, TreeShape(lookup=count))
+        decoders[f"vsd, {count} looked up, no drafter"] = vsd_decoder(engine, length)
+    decoders |= {f"vsd, {shape}": vsd_decoder(Engine(target, drafter, shape), length) for shape in a.tree}
     if a.vllm:
         a.out.mkdir(parents=True, exist_ok=True)
         job = {"target": source, "dtype": str(target.model.dtype).removeprefix("torch."), "max_new_tokens": length}
         exported = a.out / "exported"
         if not exported.exists():
             export_drafter(Eagle3Drafter.from_pretrained(a.drafter, dtype="auto"), target, exported, "vllm")
-        ways["vLLM, plain"] = Served(a.vllm, job, a.out / "vllm-plain.log")
+        decoders["vLLM, plain"] = VLLMDecoder(a.vllm, job, a.out / "vllm-plain.log")
         speculative = job | {"drafter": str(exported), "k": a.k}
-        ways[f"vLLM, chain of {a.k}"] = Served(a.vllm, speculative, a.out / "vllm-chain.log")
-    return ways
+        decoders[f"vLLM, chain of {a.k}"] = VLLMDecoder(a.vllm, speculative, a.out / "vllm-chain.log")
+    return decoders
 
 
-def measure(ways: dict[str, Way], prompts: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
-    """Tokens per second of each way, over `generate`, and answers equal to it."""
-    names = list(ways)
+def measure(decoders: dict[str, Decoder], prompts: Sequence[list[int]]) -> dict[str, dict[str, Any]]:
+    """Of each decoder: tokens per second, ratios to `generate` and to plain vsd, share of answers as `generate`'s."""
+    names = list(decoders)
     tokens: dict[str, list[list[int]]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        ways[name](prompts[0])  # warms up
+        decoders[name](prompts[0])  # warm-up
     for n, prompt in enumerate(track(prompts, "prompts")):
         for name in names[n % len(names) :] + names[: n % len(names)]:
-            answer, spent = ways[name](prompt)
+            answer, spent = decoders[name](prompt)
             tokens[name].append(answer)
             seconds[name].append(spent)
     rate = {name: (np.array([len(t) for t in tokens[name]], float), np.array(seconds[name])) for name in names}
@@ -175,20 +177,20 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=20, help="prompts of each file (default 20)")
     parser.add_argument(
-        "--tree", type=TreeShape.parse, nargs="+", required=True, help="depth x top_k x nodes [x p_min]"
+        "--tree", type=TreeShape.parse, nargs="+", required=True, help="depth x top_k x nodes [x p_min [x lookup]]"
     )
-    parser.add_argument("--vllm", type=Path, help="a Python that has vLLM")
-    parser.add_argument("--k", type=int, default=3, help="tokens vLLM drafts (default 3)")
+    parser.add_argument("--vllm", type=Path, help="Python executable of an environment with vLLM")
+    parser.add_argument("--k", type=int, default=3, help="tokens that vLLM drafts in a pass (default 3)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs/against"))
     a = parser.parse_args()
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
     ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
-    rows = measure(everyone(target, a), ids)
+    rows = measure(all_decoders(target, a), ids)
     write_json({"rows": rows, "prompts": len(ids), "machine": machine(target)}, a.out / "against.json")
     table = Table(
-        "decoding", "tokens/s", "× generate", "× vsd plain", "answers as generate's", title=f"{len(ids)} prompts"
+        "decoding", "tokens/s", "× generate", "× vsd plain", "answers equal to generate's", title=f"{len(ids)} prompts"
     )
     for name, row in rows.items():
         over = [

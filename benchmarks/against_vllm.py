@@ -1,29 +1,30 @@
-"""Runs in vLLM's environment for `against.py`: answers prompts one at a time, T = 0.
+"""vLLM's part of `against.py`, run in vLLM's environment: answers prompts one at a time, T = 0.
 
     python against_vllm.py JOB
 
-JOB is JSON: `target` (folder), `dtype`, `max_new_tokens`, and `drafter` (folder) with `k`, or neither. Each line of
-standard input is a prompt's token ids; each line of standard output {"tokens", "seconds"}.
+JOB is JSON: `target` (folder), `dtype`, `max_new_tokens`, and optionally `drafter` (folder) with `k`. A line of input
+holds the token ids of a prompt; a line of output holds {"tokens", "seconds"}.
 """
 
 import json
 import os
 import sys
 import time
+from typing import Any
 
 from vllm import LLM, SamplingParams
 
 
-def main(job: dict) -> None:
+def main(job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is no answer
+    os.dup2(2, 1)  # vLLM prints to standard output, which is for answers only
     drafter = job.get("drafter")
     llm = LLM(
         model=job["target"],
         dtype=job["dtype"],
         max_model_len=2048,
         max_num_seqs=1,
-        gpu_memory_utilization=0.3,  # of the CPU's, too: there are two of us
+        gpu_memory_utilization=0.3,  # a share of the CPU's memory, too; two instances run
         speculative_config={"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]}
         if drafter
         else None,

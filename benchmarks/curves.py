@@ -1,8 +1,8 @@
-"""Learning curves as a picture: what trainings logged, against steps; τ of trainings by the clock, against minutes.
+"""Plot learning curves: a logged measure against minutes for runs with a time budget, against steps for others.
 
     python benchmarks/curves.py RUN … --out curves.png [--measure eval_tau]
 
-Every RUN is the output folder of a `vsd train` that has ended.
+Every RUN is the output folder of a finished `vsd train`.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import matplotlib.pyplot as plt
 
 
 def logged(run: Path, measure: str) -> list[dict[str, float]]:
-    """Where `run` has logged `measure`."""
+    """The log entries of `run` that hold `measure`."""
     log = [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if measure in entry]
-    return log or sys.exit(f"{run} has no {measure}")
+    return log or sys.exit(f"{run} has no {measure}: give another --measure")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    parser.add_argument("--out", type=Path, required=True, help="image file, .png or .svg")
     parser.add_argument("--measure", default="eval_tau", help="eval_tau, loss, accuracy_1, … (default eval_tau)")
     a = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")

@@ -1,16 +1,16 @@
-"""Where a step of decoding spends its time: in the two models, or around them?
+"""The time of a decoding step by part: target, LM head and drafter, and the code around these models.
 
     python benchmarks/decoding_step.py --drafter D --prompts FILE … --trees 3x3x8 5x4x16
 
-One request at a time, T = 0, trees (depth x top_k x nodes [x p_min]) and plain decoding in turns. Inside the models:
-the target's decoder, its LM head, the drafter's passes with their own head. Around them: growing and choosing the tree;
-masks and positions, and walking along the accepted path; moving accepted rows in the cache; delivering tokens. Clocks
-are wrapped around the models' calls, so what they cost counts as time around.
+One request at a time, T = 0; trees (depth x top_k x nodes [x p_min [x lookup]]) and plain decoding alternate. Inside
+the models: the target's decoder, its LM head, the drafter's passes with its LM head. Around the models: `tree`, the
+growth of the draft tree; `verify`, masks, positions and the walk along the accepted path; `commit`, moving accepted
+rows in the caches; `deliver`, returning tokens. The cost of the timers counts as time around the models.
 """
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,15 @@ from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
 DEFAULT = ("2x3x6", "3x3x8", "5x4x16")
-WARM = 3  # steps of every answer that are not counted
+WARM_UP = 3  # steps of every answer that are not counted
 
 
-class Clocks:
-    """Seconds inside the models, by the phase of the step that calls them."""
+class Timers:
+    """Seconds inside the models, by part; a wrapper around each model call measures them."""
 
     def __init__(self, target: Target, drafter: Eagle3Drafter) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.wait = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.wait: Callable[[], object] = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
         self._watch(target.model.base_model, "forward", "target")
         self._watch(target.model.get_output_embeddings(), "forward", "head")
         for name in ("expand", "log_probs"):
@@ -59,30 +59,37 @@ class Clocks:
         setattr(owner, name, timed)
 
 
-def profile(engine: Engine, prompt: list[int], sampling: Sampling, clocks: Clocks) -> Counter[str]:
-    """Seconds of an answer's steps by part, and how many `steps` there were."""
-    spent: Counter[str] = Counter()
+def profile(engine: Engine, prompt: list[int], sampling: Sampling, timers: Timers) -> dict[str, float]:
+    """Seconds of an answer's steps by part, and the number of `steps`."""
+    spent: defaultdict[str, float] = defaultdict(float)
     stream = engine.stream([Result(prompt)], sampling)
     for number in range(sampling.max_new_tokens + 1):
-        clocks.seconds.clear()
+        timers.seconds.clear()
         start = time.perf_counter()
         step = next(stream, None)
         whole = time.perf_counter() - start
         if step is None:
             break
-        if number > WARM:
-            inside = clocks.seconds
-            spent.update(
-                steps=1,
-                target=inside["target"],
-                head=inside["head"],
-                drafter=inside["draft"] + inside["extend"],
-                tree=step.draft - inside["draft"],
-                verify=step.verify - inside["target"] - inside["head"],
-                commit=step.commit - inside["extend"],
-                deliver=whole - step.draft - step.verify - step.commit,
-            )
+        if number > WARM_UP:
+            inside = timers.seconds
+            parts = {
+                "steps": 1,
+                "target": inside["target"],
+                "head": inside["head"],
+                "drafter": inside["draft"] + inside["extend"],
+                "tree": step.draft - inside["draft"],
+                "verify": step.verify - inside["target"] - inside["head"],
+                "commit": step.commit - inside["extend"],
+                "deliver": whole - step.draft - step.verify - step.commit,
+            }
+            add(spent, parts)
     return spent
+
+
+def add(sums: defaultdict[str, float], more: dict[str, float]) -> None:
+    """Add `more` to `sums`, by part."""
+    for part, seconds in more.items():
+        sums[part] += seconds
 
 
 INSIDE, AROUND = ("target", "head", "drafter"), ("tree", "verify", "commit", "deliver")
@@ -101,23 +108,23 @@ def main() -> None:
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
     drafter = load_drafter(a.drafter, target)
-    clocks = Clocks(target, drafter)
-    ways = {"plain": Engine(target)}
-    ways |= {str(shape): Engine(target, drafter, shape) for shape in a.trees}
-    spent: dict[str, Counter[str]] = {way: Counter() for way in ways}
+    timers = Timers(target, drafter)
+    engines = {"plain": Engine(target)}
+    engines |= {str(shape): Engine(target, drafter, shape) for shape in a.trees}
+    spent: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in engines}
     for prompt in track(prompts, "prompts"):
         ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-        for way, engine in ways.items():
-            spent[way].update(profile(engine, ids, Sampling(a.max_new_tokens), clocks))
+        for name, engine in engines.items():
+            add(spent[name], profile(engine, ids, Sampling(a.max_new_tokens), timers))
     rows = {}
-    for way, sums in spent.items():
+    for name, sums in spent.items():
         ms = {part: 1e3 * sums[part] / sums["steps"] for part in INSIDE + AROUND}
-        rows[way] = {**ms, "step": sum(ms.values()), "around": sum(ms[part] for part in AROUND) / sum(ms.values())}
+        rows[name] = {**ms, "step": sum(ms.values()), "around": sum(ms[part] for part in AROUND) / sum(ms.values())}
     if a.json:
         write_json({"ms": rows, "machine": machine(target)}, a.json)
-    table = Table("decoding", *INSIDE, *AROUND, "step", "around", title="ms a step")
-    for way, row in rows.items():
-        table.add_row(way, *(f"{row[part]:.2f}" for part in (*INSIDE, *AROUND, "step")), f"{row['around']:.1%}")
+    table = Table("decoding", *INSIDE, *AROUND, "step", "around", title="milliseconds per step")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[part]:.2f}" for part in (*INSIDE, *AROUND, "step")), f"{row['around']:.1%}")
     Console().print(table)
 
 

@@ -1,13 +1,13 @@
-"""What the E-step costs: its share of a training step, and the whole against EAGLE-3's.
+"""The cost of the E-step: its share of a training step, and the ratio of the whole step to EAGLE-3's.
 
     python benchmarks/e_step.py --drafter D --text FILE [--e-step continued] [--new-states-only]
         [--anchors 16] [--length 16] [--epochs 4]
     python benchmarks/e_step.py --drafter D --text FILE --e-step drafted --anchors 4 [--samples 16] [--every 4]
 
-Steps of `eagle3` and of `vsd` for rule rejection, with ARW and CAR, are timed alternately on the same batches, forward
-and backward, the E-step apart. A round is, with `drafted` paths, `every` batches, one of which draws; with `continued`
-ones, `epochs` passes over four batches, the first of which draws. Medians over rounds. Peak memory is beyond what
-target, drafter and features take.
+Steps of `eagle3` and of `vsd` (rule rejection, with ARW and CAR) are timed alternately on the same batches, forward and
+backward; the E-step is timed separately. With `drafted` paths, a round has `every` batches, and one of them draws
+paths; with `continued` paths, it has `epochs` passes over four batches, and the first pass draws. Reported are medians
+over rounds. Peak memory does not include target, drafter and features.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from vsd.training.e_step import Batch
 
 
 def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **objective: Any) -> VSDTrainer:
-    """One of the two contenders."""
+    """A trainer for one of the two objectives."""
     config = VSDConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", draft_steps=a.steps, per_device_train_batch_size=4, **objective
     )
@@ -39,14 +39,15 @@ def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **ob
 
 
 def one_step(trained: VSDTrainer, batch: Batch) -> tuple[float, float]:
-    """(seconds of the E-step, seconds of all), stored features given."""
+    """(seconds of the E-step, seconds of the whole step), without the computation of features."""
     start = time.perf_counter()
     posteriors = trained._e_step(batch)
     middle = time.perf_counter()
-    with torch.autocast(trained.args.device.type, torch.bfloat16, enabled=trained.args.bf16):
-        loss = trained._m_step(trained.model, batch, posteriors).loss
+    drafter: Any = trained.model
+    with torch.autocast(trained.args.device.type, torch.bfloat16, enabled=bool(trained.args.bf16)):
+        loss = trained._m_step(drafter, batch, posteriors).loss
     loss.backward()
-    trained.model.zero_grad()
+    drafter.zero_grad()
     return middle - start, time.perf_counter() - start
 
 
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--e-step", choices=["continued", "drafted"], default="continued")
-    parser.add_argument("--new-states-only", action="store_true", help="leave the text's own states out")
+    parser.add_argument("--new-states-only", action="store_true", help="train on continuations alone")
     defaults = {"anchors": 16, "length": 16, "epochs": 4, "samples": 16, "every": 4, "steps": 6, "rounds": 4}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -73,7 +74,7 @@ def main() -> None:
     batches = [vsd.batch(inputs) for inputs in vsd.get_train_dataloader()]
     loaded = peak_mib()
     memory = {}
-    for name, trained in (("eagle3", eagle3), ("vsd", vsd)):  # a peak never falls: the smaller one first
+    for name, trained in (("eagle3", eagle3), ("vsd", vsd)):  # a peak never falls: the smaller step first
         for batch in batches:
             one_step(trained, batch)
         memory[name] = peak_mib() - loaded

@@ -1,9 +1,10 @@
-"""What a drafter knows: how often it proposes the text's own next token, on text it has read and on text it has not.
+"""Accuracy of a drafter on texts that it was trained on and on others: does it fit its text, does it generalise?
 
     python benchmarks/fit.py --drafter D [D2 …] --text FILE [FILE …] [--prompts FILE …] [--sample 64]
 
-Every position of the answers, K steps ahead along the answer itself: share of tokens that are the drafter's first, and
-among its first four. Of each text a random sample of conversations; --prompts have the target answer them first.
+For K steps from every position of the answers, along the answer itself: share of tokens that are the drafter's best
+proposal, and share among its best four. A random sample of conversations of each text is used; the target first answers
+the prompts of --prompts.
 """
 
 import argparse
@@ -28,15 +29,15 @@ from vsd.training.features import compute_features
 _BATCH = 16
 
 
-def answered(target: Target, a: argparse.Namespace) -> list[Example]:
-    """The prompts with the target's own greedy answers."""
+def answered_prompts(target: Target, a: argparse.Namespace) -> list[Example]:
+    """The prompts of --prompts with the target's greedy answers."""
     turns = plain_answers(target, load_prompts(a.prompts), 128, a.answers)
     return [Example(q + r, [False] * (len(q) + 1) + [True] * (len(r) - 1)) for _, q, r in turns if len(r) > 1]
 
 
 @torch.no_grad()
-def hits(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps: int) -> Tensor:
-    """Share of tokens [2, K] that are the drafter's first, and among its first four."""
+def accuracy(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps: int) -> Tensor:
+    """Share of tokens that are the drafter's best proposal, and among its best four, [2, K]."""
     found, count = torch.zeros(2, steps), torch.zeros(steps)
     dataset, draft_of = DraftDataset(examples), drafter.draft_of()
     for start in range(0, len(examples), _BATCH):
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--drafter", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--prompts", nargs="*", default=[])
-    parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="where answers are kept")
+    parser.add_argument("--answers", type=Path, default=Path("runs/answers.json"), help="file of the answers")
     parser.add_argument("--sample", type=int, default=64, help="conversations of each text")
     parser.add_argument("--steps", type=int, default=5)
     a = parser.parse_args()
@@ -70,15 +71,14 @@ def main() -> None:
     target = load_target(a.target)
     texts = {Path(path).name: load_examples(path, target.tokenizer, 2048, "skip") for path in a.text}
     if a.prompts:
-        texts["prompts"] = answered(target, a)
-    table = Table("drafter", "text", "first proposal right, step 1, 2, …", "among the first four")
+        texts["prompts"] = answered_prompts(target, a)
+    table = Table("drafter", "text", "best proposal right, step 1, 2, …", "among the best four")
     for path in a.drafter:
         drafter = Eagle3Drafter.from_pretrained(path).eval()
         for name, examples in texts.items():
-            some = random.Random(0).sample(examples, min(a.sample, len(examples)))
-            shares = [
-                ", ".join(f"{share:.3f}" for share in row) for row in hits(target, drafter, some, a.steps).tolist()
-            ]
+            sample = random.Random(0).sample(examples, min(a.sample, len(examples)))
+            found = accuracy(target, drafter, sample, a.steps).tolist()
+            shares = [", ".join(f"{share:.3f}" for share in row) for row in found]
             table.add_row(path, name, *shares)
     Console(width=160).print(table)
 

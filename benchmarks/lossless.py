@@ -1,15 +1,14 @@
-"""Is speculative decoding lossless on real prompts? Every token at temperature 0 against transformers' `generate`.
+"""Losslessness on real prompts: every token of speculative decoding at T = 0 against transformers' `generate`.
 
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
-Each prompt's first turn is answered by plain greedy `generate` in batches, then by the engine with a tree and with a
-chain, one request at a time and in batches. Answers must be the same, token for token. The one excuse is a numerical
-tie: passes
-of different shape, plain or not, round the same logit differently, in bfloat16 visibly, and near-ties are then decided
-either way. How differently is measured: the gap between the two best logits at every step of the plain run, against the
-same gap from one plain pass over the whole text. The greatest such deviation is what the precision does not resolve; an
-answer that parts from the plain one where the plain gap is greater is wrong, and the command fails. What is done is
-kept in --out and not done again: interrupt and repeat the command freely.
+The first turn of each prompt is answered by plain greedy `generate` in batches, then by the engine with a tree and with
+a chain, one request at a time and in batches. Answers must be equal, token for token, except at numerical ties: passes
+of different shapes round the same logit differently, most of all in bfloat16, so near-ties can have either outcome. The
+rounding is measured: the gap between the two best logits at every step of the plain run is compared with the same gap
+in one plain pass over the whole text. The largest deviation is the resolution of the precision. An answer that differs
+from the plain answer at a step with a larger gap is wrong, and the command fails. Finished prompts are stored in --out;
+an interrupted command can be repeated.
 """
 
 import argparse
@@ -30,17 +29,18 @@ from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_ids
 from vsd.decoding import Engine, Sampling
 from vsd.drafters import Eagle3Drafter, load_drafter
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
+Record = dict[str, Any]  # of one prompt: the plain answer and the differences of every decoding
 SHAPES = {"tree": TreeShape(2, 3, 6, 0.03, lookup=8), "chain": TreeShape.chain(3)}
-WAYS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
+DECODINGS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
 
 
 class Plain(NamedTuple):
-    """A greedy answer; at each of its steps the gap between the two best logits, and how far one pass deviates."""
+    """A greedy answer; for each of its steps the gap between the two best logits, and the deviation in one pass."""
 
     tokens: list[int]
     gaps: list[float]
@@ -49,7 +49,7 @@ class Plain(NamedTuple):
 
 @torch.inference_mode()
 def plain(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list[Plain]:
-    """Transformers' `generate` on a left-padded batch, then each text again in one pass."""
+    """Transformers' `generate` on a left-padded batch, then one pass over each whole text."""
     pad, longest = next(iter(target.eos_ids), 0), max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=target.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=target.device)
@@ -64,13 +64,13 @@ def plain(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list
     )
     best = torch.stack(output.logits).float().topk(2)  # [T, B, 2]
     return [
-        _again(target, prompt, row[longest:].tolist(), best.values[:, b], best.indices[:, b])
+        _with_deviations(target, prompt, row[longest:].tolist(), best.values[:, b], best.indices[:, b])
         for b, (prompt, row) in enumerate(zip(prompts, output.sequences))
     ]
 
 
-def _again(target: Target, prompt: list[int], answer: list[int], values: Tensor, indices: Tensor) -> Plain:
-    """An answer up to its end, and the two best logits of its steps compared with those of one pass."""
+def _with_deviations(target: Target, prompt: list[int], answer: list[int], values: Tensor, indices: Tensor) -> Plain:
+    """An answer up to its end-of-sequence token; gaps of its two best logits, compared with those of one pass."""
     end = next((i + 1 for i, token in enumerate(answer) if token in target.eos_ids), len(answer))
     answer = answer[:end]
     hidden = target.features(torch.tensor([prompt + answer], device=target.device)).hidden[0, len(prompt) - 1 : -1]
@@ -81,14 +81,14 @@ def _again(target: Target, prompt: list[int], answer: list[int], values: Tensor,
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two answers part; None if nowhere."""
+    """Index of the first different token of two answers; None if they are equal."""
     if list(a) == list(b):
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[dict]:
-    """A record for every prompt of a batch."""
+def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
+    """One record for each prompt of a batch."""
     references = plain(target, prompts, max_new_tokens)
     sampling, answers = Sampling(max_new_tokens), {}
     for name, shape in SHAPES.items():
@@ -97,20 +97,22 @@ def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], ma
         answers[f"{name}, batch"] = [result.tokens for result in engine.generate(prompts, sampling)]
     records = []
     for i, reference in enumerate(references):
-        parted = {way: first_difference(reference.tokens, answers[way][i]) for way in WAYS}
-        differences = {way: {"at": at, "gap": reference.gaps[at]} for way, at in parted.items() if at is not None}
+        parted = {decoding: first_difference(reference.tokens, answers[decoding][i]) for decoding in DECODINGS}
+        differences = {
+            decoding: {"at": at, "gap": reference.gaps[at]} for decoding, at in parted.items() if at is not None
+        }
         records.append({**reference._asdict(), "tokens": len(reference.tokens), "differences": differences})
     return records
 
 
 def measure(
     target: Target, drafter: Eagle3Drafter, prompts: Sequence[Prompt], request: dict[str, Any], out: Path
-) -> list[dict]:
-    """All records; those in `out` are not made again."""
+) -> list[Record]:
+    """All records; those in `out` are not computed again."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     if lines and lines[0] != request:
-        raise VSDError(f"{out} holds other settings: choose another --out, or remove it")
+        raise ConfigurationError(f"{out} holds a run with other settings: give another --out, or delete the file")
     if not lines:
         out.write_text(json.dumps(request) + "\n")
     records = lines[1:]
@@ -124,14 +126,14 @@ def measure(
     return records
 
 
-def report(records: Sequence[dict]) -> dict[str, Any]:
-    """Per way: answers that differ, and their gaps; what the precision does not resolve; gaps of all steps."""
+def report(records: Sequence[Record]) -> dict[str, Any]:
+    """For each decoding: answers that differ, and their gaps; resolution of the precision; gaps of all steps."""
     unresolved = max(max(r["deviations"]) for r in records)
-    ways = {}
-    for way in WAYS:
-        gaps = sorted(r["differences"][way]["gap"] for r in records if way in r["differences"])
-        wrong = sum(gap > unresolved for gap in gaps)
-        ways[way] = {"different": len(gaps), "gaps": gaps, "not_ties": wrong}
+    rows = {}
+    for decoding in DECODINGS:
+        different = sorted(r["differences"][decoding]["gap"] for r in records if decoding in r["differences"])
+        wrong = sum(gap > unresolved for gap in different)
+        rows[decoding] = {"different": len(different), "gaps": different, "not_ties": wrong}
     gaps = np.concatenate([r["gaps"] for r in records])
     return {
         "prompts": len(records),
@@ -139,7 +141,7 @@ def report(records: Sequence[dict]) -> dict[str, Any]:
         "unresolved": unresolved,
         "gap_quantiles": {q: float(np.quantile(gaps, q)) for q in (0.01, 0.1, 0.5)},
         "share_of_steps_unresolved": float(np.mean(gaps <= unresolved)),
-        "ways": ways,
+        "decodings": rows,
     }
 
 
@@ -152,8 +154,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL, resumed if it exists")
-    parser.add_argument("--json", type=Path, help="write the summary here")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file; resumed if it exists")
+    parser.add_argument("--json", type=Path, help="file for the summary")
     a = parser.parse_args()
     keep_freed_memory()
     target, prompts = load_target(a.target, dtype=a.dtype), load_prompts(a.prompts, a.limit)
@@ -165,15 +167,15 @@ def main() -> None:
         write_json({**found, "dtype": a.dtype, "max_new_tokens": a.max_new_tokens}, a.json)
     title = f"{found['prompts']} prompts, {found['tokens']} tokens, {a.dtype}"
     caption = (
-        f"Plain passes of different shape disagree by up to {found['unresolved']:.2g} on the gap between the two best "
-        f"logits; {found['share_of_steps_unresolved']:.2%} of all steps have a smaller gap: ties."
+        f"Plain passes of different shapes deviate by up to {found['unresolved']:.2g} on the gap between the two best "
+        f"logits; {found['share_of_steps_unresolved']:.2%} of all steps have a smaller gap and count as ties."
     )
     table = Table("decoding", "answers that differ", "greatest gap there", "not ties", title=title, caption=caption)
-    for way, row in found["ways"].items():
-        table.add_row(way, str(row["different"]), f"{max(row['gaps'], default=0):.2g}", str(row["not_ties"]))
+    for decoding, row in found["decodings"].items():
+        table.add_row(decoding, str(row["different"]), f"{max(row['gaps'], default=0):.2g}", str(row["not_ties"]))
     Console().print(table)
-    wrong = sum(row["not_ties"] for row in found["ways"].values())
-    sys.exit(f"{wrong} answers differ from plain decoding, and not by a tie" if wrong else 0)
+    wrong = sum(row["not_ties"] for row in found["decodings"].values())
+    sys.exit(f"{wrong} answers differ from plain decoding at a step that is not a tie" if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The same EAGLE-3 architecture on the same text, trained by speculators' class, loss and optimiser, and by vsd.
+"""One EAGLE-3 architecture and one text, trained with speculators (its class, loss and optimiser) and with vsd.
 
     python benchmarks/peer.py --text FILE --prompts FILE … [--steps 120] [--out runs/peer]
 
-Equal: draft vocabulary, text, sequences a step, supervised tokens (those that are drafted when served), steps, three
-steps of the training-time test, features computed beforehand. Each side's own, by its defaults: initialisation, loss,
-optimiser, schedule, precision. Needs the environment that `make integration` makes. Each training is a process of its
-own; memory is what it needs at most beyond what is loaded when it begins. τ is counted by vLLM, three drafted tokens a
-pass, and replayed along the target's greedy answers to the same prompts, none of which was trained on.
+Equal on both sides: draft vocabulary, text, sequences per step, supervised tokens (those that are drafted in serving),
+steps, three steps of the training-time test, features computed in advance. By the defaults of each side:
+initialisation, loss, optimiser, schedule, precision. The command needs the environment of `make integration`. Each
+training runs in a process of its own; memory is the peak beyond the memory in use when training starts. τ is counted
+by vLLM, with three drafted tokens a pass, and replayed along the target's greedy answers to the same held-out prompts.
 """
 
 import argparse
@@ -48,21 +48,21 @@ SERVE = Path(__file__).parents[1] / "tests" / "integration" / "serve_in_vllm.py"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def in_peer(*words: object) -> None:
-    """Run a script in the peer's environment."""
+def run_in_peer(*words: object) -> None:
+    """Run a script in the environment of speculators and vLLM."""
     subprocess.run([str(PEER), *map(str, words)], env={**os.environ, **OFFLINE}, check=True)
 
 
-def text_of(target: Target, a: argparse.Namespace) -> list[Example]:
-    """What both sides train on."""
+def training_text(target: Target, a: argparse.Namespace) -> list[Example]:
+    """The training text of both sides."""
     return load_examples(a.text, target.tokenizer, 384, "skip", lambda line: None)[: a.examples]
 
 
-def train_ours(objective: str, a: argparse.Namespace) -> None:
-    """In a process of its own: train from `out/start`, write `out/OBJECTIVE`/drafter and cost.json."""
+def train_with_vsd(objective: str, a: argparse.Namespace) -> None:
+    """Train from `out/start`; writes drafter/ and cost.json to `out/OBJECTIVE`. Run in a process of its own."""
     keep_freed_memory()
     target, out = load_target(dtype="float32", device="cpu"), a.out / objective
-    examples = text_of(target, a)
+    examples = training_text(target, a)
     store = FeatureStore.build(a.out / "features", target, examples)
     config = VSDConfig(
         output_dir=str(out),
@@ -83,8 +83,10 @@ def train_ours(objective: str, a: argparse.Namespace) -> None:
     (out / "cost.json").write_text(json.dumps(cost))
 
 
-def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Drafter, steps: int, out: Path) -> None:
-    """Write what they train on, train; `out/trained` is their checkpoint, beside it cost.json."""
+def train_with_speculators(
+    target: Target, examples: Sequence[Example], start: Eagle3Drafter, steps: int, out: Path
+) -> None:
+    """Write the data, train with speculators; the checkpoint is `out/trained`, its cost `out/cost.json`."""
     export_drafter(start, target, out / "config", "speculators")
     for number, example in enumerate(examples):
         save_file(sequence(target, example), out / f"{number}.safetensors")
@@ -92,12 +94,12 @@ def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Draft
     order = [i for epoch in epochs for i in ByLength(BATCH, dataset, lambda epoch=epoch: epoch)]  # type: ignore[misc]
     batches = [order[i * BATCH : (i + 1) * BATCH] for i in range(steps)]
     (out / "batches.json").write_text(json.dumps(batches))
-    in_peer(Path(__file__).with_name("peer_speculators.py"), out)
+    run_in_peer(Path(__file__).with_name("peer_speculators.py"), out)
 
 
 @torch.inference_mode()
 def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
-    """Row t: features at t, token t + 1, final state at t + 1, whether token t + 2 is drafted."""
+    """Row t: features at t, token t + 1, final hidden state at t + 1, whether token t + 2 is drafted."""
     ids = torch.tensor([example.input_ids])
     output, drafted = target.features(ids), torch.tensor([*example.drafted[2:], False])
     return {
@@ -108,17 +110,17 @@ def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
     }
 
 
-def served(target: Target, checkpoint: Path, prompts: list[list[int]], out: Path) -> float:
-    """τ of an exported drafter in vLLM, three drafted tokens a pass; answers end anywhere."""
+def tau_in_vllm(target: Target, checkpoint: Path, prompts: list[list[int]], out: Path) -> float:
+    """τ of an exported drafter in vLLM, with three drafted tokens a pass; counts drafts behind the end of an answer."""
     job = {"target": resolve(target.name), "dtype": "float32", "prompts": prompts, "max_new_tokens": NEW_TOKENS}
     (out / "job.json").write_text(json.dumps(job | {"drafter": str(checkpoint), "k": 3}))
-    in_peer(SERVE, out / "job.json", out / "served.json")
+    run_in_peer(SERVE, out / "job.json", out / "served.json")
     found = json.loads((out / "served.json").read_text())
-    return 1 + found["accepted"] / found["passes"]
+    return 1 + float(found["accepted"]) / float(found["passes"])
 
 
-def measured(drafter: Eagle3Drafter, replay: Replay) -> dict[str, Any]:
-    """τ and its interval, replayed, for every shape."""
+def tau_by_replay(drafter: Eagle3Drafter, replay: Replay) -> dict[str, Any]:
+    """Replayed τ with its interval, for every shape."""
     rows = {}
     for what, shape in SHAPES.items():
         results = replay(drafter.float().eval(), shape)
@@ -128,14 +130,14 @@ def measured(drafter: Eagle3Drafter, replay: Replay) -> dict[str, Any]:
 
 
 def compare(a: argparse.Namespace) -> dict[str, Any]:
-    """Train on every side, measure; what --out/peer.json holds."""
+    """Train on both sides and measure; returns the content of peer.json."""
     target = load_target(dtype="float32", device="cpu")
-    examples = text_of(target, a)
+    examples = training_text(target, a)
     set_seed(0)
     drafted = DraftDataset(examples).drafted_tokens()
     start = Eagle3Drafter.for_target(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY))
     start.save_pretrained(a.out / "start")
-    train_theirs(target, examples, start, a.steps, a.out / "speculators")
+    train_with_speculators(target, examples, start, a.steps, a.out / "speculators")
     for objective in OBJECTIVES:
         subprocess.run([sys.executable, *sys.argv, "--train", objective], check=True)
     prompts = [
@@ -153,7 +155,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
             drafter = Eagle3Drafter.from_pretrained(folder / "drafter")
             checkpoint = export_drafter(drafter, target, folder / "exported", "vllm")
         cost = json.loads((folder / "cost.json").read_text())
-        run = {"tau_vllm": served(target, checkpoint, prompts, folder), **measured(drafter, replay), **cost}
+        run = {"tau_vllm": tau_in_vllm(target, checkpoint, prompts, folder), **tau_by_replay(drafter, replay), **cost}
         report["runs"][name] = run
         print(name, json.dumps(run), flush=True)
     return report
@@ -161,8 +163,8 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="what the target wrote at temperature 0")
-    parser.add_argument("--prompts", nargs="+", required=True, help="to measure on")
+    parser.add_argument("--text", required=True, help="text that the target wrote at temperature 0")
+    parser.add_argument("--prompts", nargs="+", required=True, help="prompt files of the measurement")
     parser.add_argument("--limit", type=int, default=24, help="prompts of each file")
     parser.add_argument("--examples", type=int, default=240)
     parser.add_argument("--steps", type=int, default=120)
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--train", choices=OBJECTIVES, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.train:
-        train_ours(a.train, a)
+        train_with_vsd(a.train, a)
         return
     keep_freed_memory()
     write_json(compare(a), a.out / "peer.json")

@@ -1,12 +1,12 @@
-"""Runs in vLLM's environment, not in ours: train an EAGLE-3 drafter with speculators' own class and loss.
+"""The part of `peer.py` that runs in the environment of speculators: train with its own class, loss and optimiser.
 
     python benchmarks/peer_speculators.py FOLDER
 
-FOLDER holds `config/`, a speculators checkpoint whose configuration and vocabulary are taken, `batches.json`, the
-numbers of the sequences of every step, and NUMBER.safetensors for each: `aux` [T, 3h], `ids` [T], `last` [T, h] behind
-the final norm, `mask` [T]. The drafter starts as `Eagle3DraftModel` itself does, with the target's LM head, which it
-does not train. Optimiser (Muon), schedule, clipping, loss and its decay are speculators' defaults; the loop around them
-is ours. Writes `trained/` and `cost.json`.
+FOLDER holds `config/`, a speculators checkpoint from which configuration and vocabulary are read; `batches.json`, the
+sequence numbers of every step; and NUMBER.safetensors for each sequence: `aux` [T, 3h], `ids` [T], `last` [T, h] after
+the final norm, `mask` [T]. The drafter is initialised by `Eagle3DraftModel`, with the target's LM head, which is not
+trained. Optimiser (Muon), schedule, clipping, loss and its decay are speculators' defaults; the training loop is ours.
+Writes `trained/` and `cost.json`.
 """
 
 import json
@@ -23,7 +23,7 @@ from speculators.train.optimizers import build_optimizers
 from speculators.train.trainer import TrainerConfig
 from transformers import get_linear_schedule_with_warmup
 
-LR = 1e-3  # its default, for Muon and for AdamW
+LR = 1e-3  # default of speculators, for Muon and for AdamW
 
 
 def new_model(checkpoint: Path) -> Any:
@@ -35,12 +35,12 @@ def new_model(checkpoint: Path) -> Any:
     tensors = load_file(checkpoint / "model.safetensors")
     model.load_vocab_mappings(tensors["t2d"], tensors["d2t"])
     model.load_verifier_weights()
-    model.verifier_norm = torch.nn.Identity()  # what it is given is normed
+    model.verifier_norm = torch.nn.Identity()  # its input is already normed
     return model.float()
 
 
 def joined(folder: Path, numbers: list[int]) -> dict[str, torch.Tensor]:
-    """The sequences of a step behind one another, as the model takes them."""
+    """The sequences of a step, concatenated; the keyword arguments of the model."""
     pieces = [load_file(folder / f"{number}.safetensors") for number in numbers]
     whole = {name: torch.cat([piece[name] for piece in pieces])[None] for name in pieces[0]}
     lengths = [len(piece["ids"]) for piece in pieces]

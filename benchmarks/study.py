@@ -1,16 +1,17 @@
-"""Does the objective matter? One drafter, continued with every objective for the same wall-clock time, then decoded.
+"""Compare objectives: one drafter, trained further with each for the same wall-clock time, then measured.
 
     python benchmarks/study.py --text TEXT … --start DRAFTER --prompts FILE … --out runs/study \\
         [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1] [--speed 8]
 
-Every (objective, seed) is a `vsd train` of its own from the same drafter, text and features; the E-step's time is part
-of the budget. Then every drafter drafts along the same answers of the target with trees, a chain and, above temperature
-0, a rejection-sampled chain: by replay, which accepts what decoding accepts (`vsd.decoding.replay`). Reported: τ, and
-its ratio to `eagle3` continued with the same seeds, 95 % paired bootstrap over prompts (seeds pooled). --speed lets the
-drafters of the first seed also answer so many prompts of each file in the decoder, alternately, with the first tree.
-What is done is kept in --out and not done again: interrupt and repeat the command freely.
+Every pair (objective, seed) is one `vsd train` from the same drafter, text and features; the time of the E-step
+counts. Then every drafter drafts along the same answers of the target, by replay (`vsd.decoding.replay`): with trees,
+with a chain and, above temperature 0, with a chain verified by rejection sampling. Reported are τ and its ratio to the
+control, `eagle3` trained further with the same seeds, with 95 % paired bootstrap intervals over prompts; seeds are
+pooled. --speed N: the drafters of the first seed also answer N prompts of each file in the decoder, alternately, with
+the first of --decodings. Results are stored in --out; an interrupted command can be repeated.
 
-"eagle3, more answers" spends the first third of its minutes on letting the target answer the text's prompts again.
+"new states only" trains on continuations alone, without recorded paths. "eagle3, more answers" uses the first third of
+its minutes for further answers of the target to the prompts of the text.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from vsd.data import prompt_ids, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
-from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
+from vsd.evaluation.bootstrap import Counts, pooled_rate, ratio_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
@@ -43,7 +44,7 @@ CONTROL = "eagle3"
 MORE_ANSWERS = "eagle3, more answers"
 SOMETIMES = {"anchors": 4, "every": 2, "weight": 0.5}
 DRAFTED = {"e_step": "drafted", "samples": 8, **SOMETIMES}
-FULL = {"arw": True, "car": 0.5}  # the paper's M-step, as we read it
+FULL = {"arw": True, "car": 0.5}  # the paper's M-step, in our reading
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
     MORE_ANSWERS: ("eagle3", {}),
@@ -77,17 +78,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vsd, rejection, with ARW": ("vsd", {"rule": "rejection", "arw": True}),
     "vsd, rejection, drafted": ("vsd", {"rule": "rejection", **FULL, **DRAFTED}),
 }
-DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether at temperature 0 too
+DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, whether also at temperature 0
     "tree": (TreeShape(5, 4, 16), "auto", True),
     "lookup": (TreeShape(4, 4, 12, 0.03, 8), "auto", True),
     "chain": (TreeShape.chain(4), "auto", True),
     "rejection": (TreeShape.chain(4), "rejection", False),
 }
-COIN_SEEDS = 2  # replays of a rejection-sampled chain
+REJECTION_SEEDS = 2  # replays of a chain verified by rejection sampling
 
 
 def check_settings(a: argparse.Namespace) -> None:
-    """Refuse to go on in a folder whose runs were made with other settings."""
+    """Exit if the runs in --out have other settings."""
     training = ("text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
     names = (*training, "prompts", "limit", "max_new_tokens")
     settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
@@ -98,15 +99,15 @@ def check_settings(a: argparse.Namespace) -> None:
 
 
 def train(name: str, seed: int, a: argparse.Namespace) -> Path:
-    """The drafter of one run, trained now if it is not there yet."""
-    folder = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    """The folder of one run; trains its drafter unless it exists."""
+    folder: Path = a.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     objective, options = VARIANTS[name]
-    meant, path = [objective, options], folder / "variant.json"
-    if path.exists() and json.loads(path.read_text()) != meant:
-        sys.exit(f"{folder} was trained when '{name}' meant something else: delete it, or give another --out")
+    variant, path = [objective, options], folder / "variant.json"
+    if path.exists() and json.loads(path.read_text()) != variant:
+        sys.exit(f"{folder} was trained with other options of '{name}': delete it, or give another --out")
     if not (folder / "drafter" / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(meant))
+        path.write_text(json.dumps(variant))
         text, features, minutes = a.text, a.features or a.out / "features", a.minutes
         if name == MORE_ANSWERS:
             more, spent = more_answers(folder, seed, a)
@@ -124,7 +125,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
 
 
 def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[str], float]:
-    """Files in which the target answers all prompts of the text anew, drawn at temperature 1, and minutes it took."""
+    """Files with further answers of the target to all prompts of the text, sampled at T = 1, and the minutes needed."""
     path = folder / "more.json"
     if not path.exists():
         prompts = [chat for text in a.text for chat in read_conversations(text, on_bad_line="skip")]
@@ -132,7 +133,7 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
         start = time.perf_counter()
         while minutes < a.minutes / 3:
             files.append(str(folder / f"more-{len(files)}.jsonl"))
-            Path(files[-1]).unlink(missing_ok=True)  # of an interrupted run: its time is not known
+            Path(files[-1]).unlink(missing_ok=True)  # from an interrupted run: its time is unknown
             number = 1000 * seed + len(files)
             regenerate(target, prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip")
             minutes = (time.perf_counter() - start) / 60
@@ -142,7 +143,7 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
 
 
 def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argparse.Namespace) -> None:
-    """`folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
+    """Write `folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
     drafter = None
     for temperature in a.temperatures:
         for name, (shape, verification, greedy_too) in DECODINGS.items():
@@ -151,20 +152,20 @@ def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argpa
                 continue
             drafter = drafter or load_drafter(folder / "drafter", target)
             turns, replay = read(temperature)
-            seeds = range(COIN_SEEDS if verification == "rejection" else 1)
+            seeds = range(REJECTION_SEEDS if verification == "rejection" else 1)
             found = [per_prompt(turns, replay(drafter, shape, verification, seed)) for seed in seeds]
             path.write_text(json.dumps(np.sum(found, 0).T.tolist()))
 
 
 def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt], a: argparse.Namespace) -> None:
-    """`OUT`/speed.json: by temperature and objective, new tokens and seconds of every prompt, one request at a time."""
+    """Write speed.json: new tokens and seconds of every prompt by temperature and objective, one request at a time."""
     path, shape = a.out / "speed.json", DECODINGS[a.decodings[0]][0]
     if path.exists():
         return
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
     questions = [prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
-    for engine in engines:  # first passes are slower
+    for engine in engines:  # warm-up
         engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}
     for temperature in a.temperatures:
@@ -179,7 +180,7 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
 
 
 def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens a second of every objective, and its ratio to the control's."""
+    """Tokens per second of every objective, and the ratio to the control."""
     rows = []
     for temperature, found in json.loads((a.out / "speed.json").read_text()).items():
         base = np.array(found[CONTROL]).T
@@ -190,24 +191,25 @@ def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def ratio(mine: np.ndarray, base: np.ndarray) -> dict[str, Any]:
-    """Of two rates, each [2, prompts]; as a row has it."""
+def ratio(mine: Counts, base: Counts) -> dict[str, Any]:
+    """Ratio of two rates with its interval, as fields of a row. Arguments: [2, prompts] each."""
     return {"ratio": pooled_rate(*mine) / pooled_rate(*base), "ratio_ci": ratio_interval(*mine, *base)}
 
 
-def written(row: dict[str, Any]) -> str:
-    """A row's ratio with its interval."""
+def formatted_ratio(row: dict[str, Any]) -> str:
+    """Ratio and interval of a row."""
     low, high = row["ratio_ci"]
     return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def counts(folders: Sequence[Path], name: str) -> np.ndarray:
-    """[prompts, 2] new tokens and passes, summed over seeds."""
-    return np.sum([json.loads((folder / name).read_text()) for folder in folders], axis=0)
+def counts(folders: Sequence[Path], name: str) -> Counts:
+    """New tokens and passes of every prompt, [prompts, 2], summed over seeds."""
+    summed: Counts = np.sum([json.loads((folder / name).read_text()) for folder in folders], axis=0)
+    return summed
 
 
 def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per objective, decoding and temperature."""
+    """One row for each objective, decoding and temperature."""
     rows = []
     for temperature in a.temperatures:
         for name in a.decodings:
@@ -232,29 +234,29 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="τ after the same minutes from the same drafter")
-    for column in ("objective", "decoding", "T", "τ", "× eagle3 continued"):
+    table = Table(title="τ after equal training time from the same drafter")
+    for column in ("objective", "decoding", "T", "τ", "× eagle3"):
         table.add_column(column)
     for row in rows:
         temperature, tau = f"{row['temperature']:g}", f"{row['tau']:.3f}"
-        table.add_row(row["objective"], row["decoding"], temperature, tau, written(row))
+        table.add_row(row["objective"], row["decoding"], temperature, tau, formatted_ratio(row))
     Console(width=120).print(table)
 
 
 def show_speed(rows: list[dict[str, Any]]) -> None:
-    table = Table("objective", "T", "tokens/s", "× eagle3 continued", title="one request at a time, alternately")
+    table = Table("objective", "T", "tokens/s", "× eagle3", title="one request at a time, drafters alternate")
     for row in rows:
-        table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", written(row))
+        table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", formatted_ratio(row))
     Console(width=120).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", required=True, help="training text, written by the target")
-    parser.add_argument("--start", required=True, help="the drafter all runs continue")
-    parser.add_argument("--prompts", nargs="+", required=True, help="what is decoded")
+    parser.add_argument("--text", nargs="+", required=True, help="training text written by the target")
+    parser.add_argument("--start", required=True, help="drafter that all runs start from")
+    parser.add_argument("--prompts", nargs="+", required=True, help="prompt files of the measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--features", help="a folder with the text's features; default OUT/features")
+    parser.add_argument("--features", help="folder of the text's features (default OUT/features)")
     parser.add_argument("--objectives", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -262,14 +264,14 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--draft-steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=48, help="conversations kept back, as START's training did")
+    parser.add_argument("--held-out", type=int, default=48, help="held-out conversations, as in the training of START")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, help="prompts of each file")
-    parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time; default none")
+    parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time (default none)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     a = parser.parse_args()
     if CONTROL not in a.objectives:
-        parser.error(f"everything is compared with {CONTROL}: add it to --objectives")
+        parser.error(f"the control is missing: add {CONTROL} to --objectives")
     check_settings(a)
     keep_freed_memory()
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
@@ -285,7 +287,7 @@ def main() -> None:
     for folders in runs.values():
         for folder in folders:
             decode(folder, target, read, a)
-    found = {"rows": report(runs, a), "settings": {k: str(v) for k, v in vars(a).items()}}
+    found: dict[str, Any] = {"rows": report(runs, a), "settings": {k: str(v) for k, v in vars(a).items()}}
     show(found["rows"])
     if a.speed:
         speed(runs, target, load_prompts(a.prompts, a.speed), a)

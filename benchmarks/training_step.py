@@ -1,17 +1,18 @@
-"""Our training step against a textbook EAGLE-3 loop in plain PyTorch, at SmolLM2-135M's sizes.
+"""The training step of vsd against a textbook EAGLE-3 loop in plain PyTorch, with the sizes of SmolLM2-135M.
 
     python benchmarks/training_step.py [--text FILE] [--rounds N] [--json FILE]
 
-Both train the same drafter on the same batches from the same stored target features; a step is the target's
-probabilities, forward and backward. The textbook loop is what one writes from the paper: every position of the padded
-batch, prompts included; full [B, T, V] target logits and their softmax, cut to the draft vocabulary; per step a
-T × T causal attention over the step-0 keys with one more diagonal a step, full [B, T, Vd] logits, log-softmax, and a
-graph kept over all K steps. First both must give the same loss and gradients in float32; then they are timed
-alternately, each in a process of its own: the textbook as plain PyTorch runs it, in float32 and under bfloat16
-autocast, ours as `vsd train` does, which keeps freed memory and takes bfloat16 where this machine is faster with it.
+Both train the same drafter on the same batches and the same stored target features; a step consists of the target's
+probabilities, forward and backward pass. The textbook loop follows the paper directly: it computes every position of
+the padded batch, prompts included; full target logits [B, T, V] and their softmax, restricted to the draft vocabulary;
+in each draft step a T × T causal attention over the step-0 keys with one more diagonal, full draft logits [B, T, Vd]
+and their log-softmax; and it keeps the graph of all K steps. The command first checks that losses and gradients are
+equal in float32. It then times both alternately, each in a process of its own: the textbook loop in plain PyTorch, in
+float32 and under bfloat16 autocast, and the step of vsd as `vsd train` runs it, with `keep_freed_memory` and with
+bfloat16 if it is faster on this machine.
 
-A step is not a run. EAGLE-3's reference code runs the target in every step; `vsd train` stores its features in the
-first epoch. The last line adds the target's pass: in every epoch to the textbook, once to ours.
+For whole runs, the last line adds the target's forward pass: EAGLE-3's reference code runs the target in every step,
+so the textbook loop pays for it in every epoch; `vsd train` stores the features and pays for it once.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from vsd.training.config import bfloat16_pays
 from vsd.training.features import compute_features
 
 B, V, VD, K, H = 8, 49152, 8192, 5, 576
-PROMPT, ANSWER = 60, 200  # tokens of a made-up conversation, give or take
+PROMPT, ANSWER = 60, 200  # mean numbers of tokens of a random conversation
 DECAY = 0.8
 EPOCHS = (1, 3, 10)
 EAGLE3 = objective("eagle3").parts[0].terms
@@ -75,8 +76,8 @@ class Frozen(NamedTuple):
 Step = Callable[[Eagle3Drafter, Frozen, Batch], Tensor]
 
 
-def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
-    """What `VSDTrainer.compute_loss` computes."""
+def vsd_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
+    """The computation of `VSDTrainer.compute_loss`."""
     ids, drafted = batch.input_ids, batch.drafted
     before = (drafted - 1)[..., None].expand(-1, -1, H)
     rows = HeadTarget(
@@ -88,20 +89,21 @@ def our_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
     )
     paths = recorded(ids, drafted, batch.valid, K)
     rows_of, valid = (field.flatten(0, 1).T for field in (paths.rows, paths.valid))
-    along = PathTarget(torch.full_like(rows_of, -1), rows_of, valid)
+    path_target = PathTarget(torch.full_like(rows_of, -1), rows_of, valid)
     next_ids = ids.roll(-1, 1)
     output = drafter(
         batch.aux,
         F.embedding(next_ids, target.embedding),
         paths.roots,
         F.embedding(consumed(next_ids, paths), target.embedding),
-        lambda hidden, head: fused_loss(hidden.flatten(1, 2), head, rows, along, EAGLE3),
+        lambda hidden, head: fused_loss(hidden.flatten(1, 2), head, rows, path_target, EAGLE3),
     )
-    return output.loss / batch.valid.sum()
+    loss: Tensor = output.loss / batch.valid.sum()
+    return loss
 
 
 def textbook_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
-    """The same loss, written straight from the paper."""
+    """The same loss, written directly from the paper."""
     layer, attention = drafter.midlayer, drafter.midlayer.self_attn
     B, T = batch.input_ids.shape
     with torch.no_grad():
@@ -132,7 +134,8 @@ def textbook_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tenso
         hidden = layer.finish(hidden, attended)
         log_q = drafter.lm_head(drafter.norm(hidden)).log_softmax(-1)  # [B, T, Vd]
         loss = loss - DECAY**k * ((p * log_q).sum(-1) * alive).sum()
-    return loss / mask.sum()
+    mean: Tensor = loss / mask.sum()
+    return mean
 
 
 def _shifted(x: Tensor) -> Tensor:
@@ -140,8 +143,8 @@ def _shifted(x: Tensor) -> Tensor:
     return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
 
-class Way(NamedTuple):
-    """How a step is run."""
+class Variant(NamedTuple):
+    """A step and the options of its run."""
 
     step: Step
     mixed: bool = False  # under bfloat16 autocast
@@ -149,16 +152,16 @@ class Way(NamedTuple):
 
 
 TEXTBOOK = "textbook"
-WAYS = {
-    TEXTBOOK: Way(textbook_step),
-    "textbook, bfloat16": Way(textbook_step, mixed=True),
-    "vsd": Way(our_step, mixed=bfloat16_pays()),
-    "vsd, activation checkpointing": Way(our_step, mixed=bfloat16_pays(), checkpointing=True),
+VARIANTS = {
+    TEXTBOOK: Variant(textbook_step),
+    "textbook, bfloat16": Variant(textbook_step, mixed=True),
+    "vsd": Variant(vsd_step, mixed=bfloat16_pays()),
+    "vsd, activation checkpointing": Variant(vsd_step, mixed=bfloat16_pays(), checkpointing=True),
 }
 
 
-def made_up(count: int) -> list[Example]:
-    """Random tokens, with few enough kinds that the draft vocabulary means something."""
+def random_examples(count: int) -> list[Example]:
+    """Conversations of random tokens, skewed so that a draft vocabulary covers most of them."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for _ in range(count):
@@ -169,7 +172,7 @@ def made_up(count: int) -> list[Example]:
 
 
 def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, list[Batch]]:
-    """Drafter, target and batches; of the real target where it is installed, else random ones of the same sizes."""
+    """Drafter, target and batches: of the real target if it is installed, else random ones of the same sizes."""
     torch.manual_seed(0)
     try:
         target = load_target(dtype="float32", pack=False)
@@ -178,7 +181,7 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
     if text is not None and target is not None:
         examples = load_examples(text, target.tokenizer, 1024)[: B * batches]
     else:
-        examples = made_up(B * batches)
+        examples = random_examples(B * batches)
     dataset = DraftDataset(examples)
     vocabulary = draft_vocabulary(dataset.drafted_tokens(), V, VD)
     if target is not None:
@@ -190,11 +193,11 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
         drafter.t2d.copy_(vocabulary.t2d)
         embedding = torch.randn(V, H) * 0.1
         frozen = Frozen(embedding, embedding.clone())
-    made = []
+    prepared = []
     for start in range(0, len(examples), B):
         items = [dataset[i] for i in range(start, min(start + B, len(examples)))]
-        made.append(_batch(Collator()(items), target, frozen))
-    return drafter.train(), frozen, made
+        prepared.append(_batch(Collator()(items), target, frozen))
+    return drafter.train(), frozen, prepared
 
 
 @torch.no_grad()
@@ -213,21 +216,21 @@ def _batch(batch: dict[str, Tensor], target: Any, frozen: Frozen) -> Batch:
     return Batch(ids, labels, drafted, valid, aux, hidden, normaliser)
 
 
-def one_step(way: Way, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
-    """Forward and backward; the loss."""
+def one_step(variant: Variant, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
+    """Forward and backward pass; returns the loss."""
     drafter.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=way.mixed):
-        loss = way.step(drafter, target, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=variant.mixed):
+        loss = variant.step(drafter, target, batch)
     loss.backward()
     return float(loss.detach())
 
 
 def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
-    """Both steps give the same loss and the same gradient of every weight."""
+    """Assert that both steps have the same loss and the same gradient of every weight."""
     gradients: dict[str, list[Tensor]] = {}
     losses = []
-    for step in (textbook_step, our_step):
-        losses.append(one_step(Way(step), drafter, target, batch))
+    for step in (textbook_step, vsd_step):
+        losses.append(one_step(Variant(step), drafter, target, batch))
         for name, weight in drafter.named_parameters():
             assert weight.grad is not None, name
             gradients.setdefault(name, []).append(weight.grad.clone())
@@ -238,7 +241,7 @@ def check_equal(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> None:
 
 
 class Worker:
-    """A process that steps on demand: the textbook as plain PyTorch runs it, ours as `vsd train` does."""
+    """A process that runs one variant, a step at a time."""
 
     def __init__(self, name: str, folder: Path) -> None:
         words = [sys.executable, __file__, "--worker", name, str(folder)]
@@ -246,39 +249,40 @@ class Worker:
         self.peak_mib = self.ask(0)["peak"]
 
     def ask(self, batch: int) -> dict[str, float]:
-        """Seconds of one step, and MiB that the process has needed at most beyond weights and batches."""
+        """Seconds of one step, and peak MiB of the process beyond weights and batches."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(batch, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer: dict[str, float] = json.loads(self.process.stdout.readline())
+        return answer
 
 
-def work(name: str, folder: Path) -> None:
-    """The other end of a `Worker`."""
-    way = WAYS[name]
-    if way.step is our_step:
+def run_worker(name: str, folder: Path) -> None:
+    """The loop in the process of a `Worker`."""
+    variant = VARIANTS[name]
+    if variant.step is vsd_step:
         keep_freed_memory()
     inputs = torch.load(folder / "inputs.pt")
     target, batches = Frozen(*inputs[0]), [Batch(*batch) for batch in inputs[1]]
     drafter = Eagle3Drafter.from_pretrained(folder).train()
-    if way.checkpointing:
+    if variant.checkpointing:
         drafter.activation_checkpointing_enable()
     before = peak_mib()
     for line in sys.stdin:
         start = time.perf_counter()
-        one_step(way, drafter, target, batches[int(line)])
+        one_step(variant, drafter, target, batches[int(line)])
         print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_mib() - before}), flush=True)
 
 
-def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, Any]:
-    """Supervised tokens a second in every round, and peak memory, of every step; they take turns."""
+def time_alternately(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: int) -> dict[str, Any]:
+    """Supervised tokens per second in every round, and peak memory, of every variant; the variants alternate."""
     with tempfile.TemporaryDirectory() as folder:
         drafter.save_pretrained(folder)
         torch.save((tuple(target), [tuple(batch) for batch in batches]), Path(folder) / "inputs.pt")
-        workers = {name: Worker(name, Path(folder)) for name in WAYS}
-        rates: dict[str, list[float]] = {name: [] for name in WAYS}
+        workers = {name: Worker(name, Path(folder)) for name in VARIANTS}
+        rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
         for number in range(rounds):
             i = number % len(batches)
-            for name in list(WAYS) if number % 2 == 0 else list(reversed(WAYS)):
+            for name in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
                 rates[name].append(int(batches[i].valid.sum()) / workers[name].ask(i)["seconds"])
         for worker in workers.values():
             worker.process.communicate("")
@@ -286,7 +290,7 @@ def race(drafter: Eagle3Drafter, target: Frozen, batches: list[Batch], rounds: i
 
 
 def peak_mib() -> float:
-    """Peak resident MiB. Not ru_maxrss where it can be helped: a Linux process inherits that from its parent."""
+    """Peak resident MiB. Not ru_maxrss on Linux: a process inherits the value of its parent."""
     try:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
@@ -295,10 +299,10 @@ def peak_mib() -> float:
 
 
 def measure(text: Path | None, rounds: int) -> dict[str, Any]:
-    """Everything; what --json writes."""
+    """All measurements; the content of --json."""
     drafter, target, batches = prepare(text, min(rounds, 4))
     check_equal(drafter, target, batches[0])
-    found = race(drafter, target, batches, rounds)
+    found = time_alternately(drafter, target, batches, rounds)
     textbook = found["rates"][TEXTBOOK], found["peak_mib"][TEXTBOOK]
     report: dict[str, Any] = {
         "steps": {
@@ -321,15 +325,15 @@ def measure(text: Path | None, rounds: int) -> dict[str, Any]:
             "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     }
-    target = target_seconds(batches, rounds)
-    if target is not None:
-        report["target_seconds"] = target
-        report["run_ratio"] = whole_runs(report, target, report["settings"]["supervised"])
+    seconds = target_seconds(batches, rounds)
+    if seconds is not None:
+        report["target_seconds"] = seconds
+        report["run_ratio"] = whole_runs(report, seconds, report["settings"]["supervised"])
     return report
 
 
 def target_seconds(batches: list[Batch], rounds: int) -> dict[str, float] | None:
-    """Median seconds of the target's pass over a batch: all hidden states, as the textbook takes them, and ours."""
+    """Median seconds of the target's pass over a batch: with all hidden states (textbook), and with features only."""
     try:
         plain, ours = load_target(dtype="float32", pack=False), load_target(dtype="float32")
     except VSDError:
@@ -348,7 +352,7 @@ def target_seconds(batches: list[Batch], rounds: int) -> dict[str, float] | None
 
 
 def whole_runs(report: dict[str, Any], target: dict[str, float], supervised: int) -> dict[int, float]:
-    """Textbook seconds over ours for whole runs of so many epochs, the target's passes included."""
+    """By number of epochs: seconds of a textbook run over seconds of a vsd run, the target's passes included."""
     step = {name: supervised / report["steps"][name]["tokens_per_second"] for name in ("textbook", "vsd")}
     return {E: (step["textbook"] + target["textbook"]) / (step["vsd"] + target["vsd"] / E) for E in EPOCHS}
 
@@ -374,19 +378,19 @@ def show(report: dict[str, Any]) -> None:
     Console().print(table)
     if "run_ratio" in report:
         ratios = ", ".join(f"{ratio:.2f} × in {E} epochs" for E, ratio in report["run_ratio"].items())
-        Console().print(f"whole runs, the target in every step of the textbook's, in the first epoch of ours: {ratios}")
+        Console().print(f"whole runs, with the target in every epoch (textbook) and in the first (vsd): {ratios}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="JSONL written by the target; default random tokens")
+    parser.add_argument("--text", type=Path, help="JSONL written by the target (default: random tokens)")
     parser.add_argument("--rounds", type=int, default=6, help="default 6")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--worker", nargs=2, metavar=("STEP", "FOLDER"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     if a.worker:
-        work(a.worker[0], Path(a.worker[1]))
+        run_worker(a.worker[0], Path(a.worker[1]))
         return
     report = measure(a.text, a.rounds)
     show(report)

@@ -1,7 +1,8 @@
-"""Linux CPUs: let glibc keep freed buffers instead of giving them back to the kernel after every operation.
+"""Linux CPUs: glibc keeps freed buffers instead of returning them to the kernel after every operation.
 
-By default every tensor above 32 MB is a fresh mapping of zeroed pages; keeping them makes element-wise work two to
-three times faster. It is what `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` do, without having to export them.
+By default the kernel maps and zeroes new pages for every tensor above 32 MB. With freed buffers kept, element-wise
+operations on such tensors are two to three times faster. The environment variables `MALLOC_MMAP_THRESHOLD_` and
+`MALLOC_TRIM_THRESHOLD_` have the same effect.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Set both thresholds as high as they go; False where the C library has no `mallopt`."""
+    """Set both thresholds to their maximum; False if the C library has no `mallopt`."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

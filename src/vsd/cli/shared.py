@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
-    from vsd.targets import Target
+    from vsd.targets import Target, TargetInfo
 
 
 @dataclass
@@ -39,6 +39,19 @@ def load(options: TargetOptions, compiled: bool = False) -> "Target":
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         compiled=compiled,
+    )
+
+
+def load_info(options: TargetOptions) -> "TargetInfo":
+    """Its tokenizer, embedding and LM head, without the layers."""
+    from vsd.targets import load_target_info
+
+    return load_target_info(
+        options.target,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

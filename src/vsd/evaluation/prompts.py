@@ -1,4 +1,4 @@
-"""Prompt files for measuring: single- and multi-turn, in any form `vsd.data` reads."""
+"""Prompt files for evaluation: single- and multi-turn, in every format that `vsd.data` reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,13 @@ from vsd.data import read_conversations
 
 
 class Prompt(NamedTuple):
-    """User turns to be answered one after another, and the file (suite) they came from."""
+    """The user turns of one conversation.
+
+    Attributes:
+        suite: name of the prompt file, without its suffixes.
+        system: system message, if there is one.
+        turns: user messages, answered one after another.
+    """
 
     id: str
     suite: str
@@ -17,10 +23,10 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
-    """The user turns of every conversation; of each file at most `limit`, evenly spread over it.
+    """The prompts of all files; at most `limit` of each, evenly spaced over the file.
 
     Raises:
-        VSDError: a bad line, with file and line number.
+        DataError: a file that does not exist, or a bad line; the message names file and line.
     """
     prompts = []
     for file in files:

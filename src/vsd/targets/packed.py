@@ -1,8 +1,8 @@
-"""Linear layers of frozen models: on a CPU with oneDNN's pre-packed weights, and neighbours multiplied at once.
+"""Linear layers of frozen models on a CPU: weights in oneDNN's packed layout, layers of one input joined.
 
-A verification pass has 2-64 rows. For so few rows the plain matmul spends most of its time re-ordering the
-weight; a weight that never changes is re-ordered once. On two AVX2 cores a (1536, 576) layer takes 206 µs
-instead of 366 µs at 8 rows, and 134 µs instead of 246 µs at one: speculative *and* plain decoding gain.
+A verification pass has 2-64 rows. With so few rows a plain matmul spends most of its time on re-ordering the weight.
+A frozen weight is re-ordered once, here. On two AVX2 cores a (1536, 576) layer takes 206 µs instead of 366 µs at 8
+rows, and 134 µs instead of 246 µs at one row: speculative *and* plain decoding are faster.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# The row count the layout is chosen for. 8 and above give one layout that is good for every row count; 1 does not.
+# oneDNN chooses the layout for a row count. From 8 on it is one layout, fast for every row count; that for 1 is not.
 _PACKED_ROWS = 16
 
-# By the names that nearly all decoders give them.
+# Layers of one input, by the names that nearly all decoders use.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, weight held in oneDNN's blocked layout."""
+    """`nn.Linear` for inference; the weight is in oneDNN's packed layout."""
 
     packed: Tensor
     bias: Tensor | None
@@ -28,16 +28,17 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         with torch.no_grad():
             packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), _PACKED_ROWS)
-        self.packed = packed  # a plain attribute: opaque layouts can be neither cast nor saved
+        self.packed = packed  # not a buffer: an opaque layout can be neither cast nor saved
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return output
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether this processor, this build of torch and this layer (float32 or bfloat16 on the CPU) allow packing."""
+    """Whether processor, torch build and layer (an `nn.Linear` on the CPU, float32 or bfloat16) support packing."""
     weight = linear.weight
     return (
         type(linear) is nn.Linear
@@ -49,17 +50,17 @@ def can_pack(linear: nn.Linear) -> bool:
 
 
 def _has_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor (not with AVX2 alone)."""
+    """Whether oneDNN supports bfloat16 on this processor (AVX2 alone does not suffice)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER) -> int:
-    """Replace every packable `nn.Linear` inside `model` in place; returns how many there were.
+    """Pack every `nn.Linear` inside `model` that can be packed, in place; returns their number.
 
-    Call it on frozen modules only: a packed weight has no gradient and is absent from `state_dict`.
+    For frozen modules only: a packed weight has no gradient and is not in `state_dict`.
 
     Args:
-        together: as for `join_linears`.
+        together: see `join_linears`.
     """
     count = sum(isinstance(module, nn.Linear) and can_pack(module) for module in model.modules())
     if count:
@@ -72,10 +73,10 @@ def pack_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER)
 
 
 def join_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER) -> None:
-    """Let layers that are given the same input be computed as one: wider products waste less of the memory bus.
+    """Compute layers of the same input in one matmul, in place: a wider matmul uses more of the memory bandwidth.
 
     Args:
-        together: names of such layers, wherever one module has all of them.
+        together: groups of layer names; a group is joined in every module that has all of its layers.
     """
     for parent in list(model.modules()):
         for names in together:
@@ -88,7 +89,7 @@ def join_linears(model: nn.Module, together: Sequence[Sequence[str]] = TOGETHER)
 
 
 class _Joint(nn.Module):
-    """Linear layers of one input: whoever is asked first computes all."""
+    """Linear layers of one input; the first call with a new input computes all outputs."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -99,20 +100,20 @@ class _Joint(nn.Module):
             joined = torch.cat([getattr(linear, name).detach() for linear in linears])
             setattr(self.linear, name, nn.Parameter(joined, requires_grad=False))
         self.input: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}  # outputs for `input` that nobody has asked for yet
+        self.waiting: dict[int, Tensor] = {}  # outputs for `input` that were not returned yet, by part
 
     def forward(self, part: int, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out of that part]."""
+        """x [..., in] -> the output of layer `part`, [..., out]."""
         if self.input is not x or part not in self.waiting:
             self.input, self.waiting = x, dict(enumerate(self.linear(x).split(self.widths, -1)))
         output = self.waiting.pop(part)
         if not self.waiting:
-            self.input = None  # nothing is kept from one pass to the next
+            self.input = None  # no tensor is kept between passes
         return output
 
 
 class _Part(nn.Module):
-    """One of the layers of a `_Joint`."""
+    """One layer of a `_Joint`; stands in the place of the original layer."""
 
     def __init__(self, joint: _Joint, part: int) -> None:
         super().__init__()
@@ -120,4 +121,5 @@ class _Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.joint(self.part, x)
+        output: Tensor = self.joint(self.part, x)
+        return output

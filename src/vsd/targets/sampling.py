@@ -1,6 +1,6 @@
-"""The one place where a token is taken from logits.
+"""Sampling of tokens from logits or probabilities; all sampling of the package is here.
 
-Legend: R rows, V vocabulary. A row's generator draws its tokens; where there is none, temperature is 0.
+Legend: R rows, V vocabulary. Each row has a generator of its own; None stands for temperature 0.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Generators = Sequence[torch.Generator | None]
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """A token for every row of logits [..., V]: the argmax at temperature 0, else one draw -> [...]."""
+    """One token for each row of logits [..., V] -> [...]: the argmax at temperature 0, else a sample."""
     if temperature == 0:
         return logits.argmax(-1)
     uniform = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64, device=logits.device)
@@ -20,9 +20,9 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 
 def drawn_at(weights: Tensor, uniform: Tensor) -> Tensor:
-    """What weights [..., V] draw at uniform numbers [...] in [0, 1), by their inverse distribution function -> [...].
+    """Indices drawn in proportion to weights [..., V] at uniform numbers [...] in [0, 1) -> [...].
 
-    One number for each draw; `multinomial` takes one for every index.
+    By the inverse distribution function: one random number for each draw, where `multinomial` needs V.
     """
     below = weights.cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(below, (uniform * below[..., -1])[..., None], right=True)[..., 0]
@@ -30,7 +30,7 @@ def drawn_at(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def probabilities(scores: Tensor, generators: Generators) -> Tensor:
-    """The law each row draws from, [R, V]: softmax of scores [R, V], or all mass on the best."""
+    """The distribution of each row, [R, V]: softmax of scores [R, V]; without a generator all mass on the argmax."""
     p = scores.float().softmax(-1)
     if None not in generators:
         return p
@@ -40,9 +40,10 @@ def probabilities(scores: Tensor, generators: Generators) -> Tensor:
 
 
 def draw(p: Tensor, generators: Generators) -> Tensor:
-    """One token of every row's law p [R, V] -> [R]; what a row draws depends on its own generator alone.
+    """One token from each row of p [R, V] -> [R]; a row's sample depends on its own generator only.
 
-    argmax p/e with e ~ Exp(1) has law p; `torch.multinomial` draws like this, but all rows from one generator.
+    argmax p/e with e ~ Exp(1) has distribution p. `torch.multinomial` samples in the same way, but with one generator
+    for all rows.
     """
     noise = torch.ones_like(p)
     for row, generator in zip(noise, generators):

@@ -1,0 +1,234 @@
+"""Gradient accumulation and DDP with every kind of E-step.
+
+Paths are drawn by seed, step, batch and process, so a step on one batch of eight differs from a step on two batches of
+four. These properties hold for every E-step: the gradient of an accumulated step is the sum over its batches, the
+gradient of several processes is the mean over theirs, and all replicas stay equal. Continuations are drawn by the text
+alone, so with them the division into batches and processes changes nothing.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_run
+from vsd.data import Example
+from vsd.targets import Target
+from vsd.training import VSDTrainer
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "recorded": ("eagle3", {}),
+    "continued": ("vsd", {"anchors": 3, "length": 4}),
+    "drafted": ("vsd", {"rule": "rejection", "e_step": "drafted", "samples": 3, "every": 1, "weight": 1.0}),
+    "trees": ("vsd", {"rule": "target", "e_step": "trees", "tree": "3x3x9", "every": 1, "weight": 1.0}),
+    "distillspec": ("distillspec", {"samples": 3}),
+    "gto": ("gto", {"tree": "3x3x9", "anchors": 3, "rule": "target"}),
+}
+DRAWN = [kind for kind in KINDS if kind != "recorded"]
+LEARNING_RATE = 1e-2
+ONE_STEP = {"optim": "sgd", "max_steps": 1, "warmup_steps": 0, "learning_rate": LEARNING_RATE, "max_grad_norm": 1e9}
+Weights = dict[str, Tensor]
+
+
+def trainer_of(kind: str, target: Target, examples: list[Example], folder: Path, **options: Any) -> VSDTrainer:
+    """A trainer whose drafter has moved since the start (`gto` compares both), the same in every process."""
+    objective, objective_options = KINDS[kind]
+    trainer = tiny_run.tiny_trainer(
+        target, examples, folder, objective=objective, objective_options=objective_options, **options
+    )
+    generator = torch.Generator().manual_seed(1)
+    for weight in drafter_of(trainer).parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    return trainer
+
+
+def drafter_of(trainer: VSDTrainer) -> nn.Module:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def weights_of(trainer: VSDTrainer) -> Weights:
+    return {name: weight.detach().clone() for name, weight in drafter_of(trainer).named_parameters()}
+
+
+def gradients(trainer: VSDTrainer, items: int) -> list[Weights]:
+    """Gradient of every batch of this process in the first step; `items`: supervised tokens of the whole step."""
+    found = []
+    drafter = drafter_of(trainer)
+    for inputs in trainer.get_train_dataloader():
+        drafter.zero_grad()
+        trainer.compute_loss(drafter, inputs, num_items_in_batch=torch.tensor(items)).backward()
+        found.append(
+            {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.grad is not None}
+        )
+    return found
+
+
+def uneven(examples: list[Example]) -> list[Example]:
+    """Answers of very different lengths: a mean of means would not be the mean."""
+    return [
+        Example(ids[:end], drafted[:end])
+        for i, (ids, drafted) in enumerate(examples)
+        for end in [drafted.index(True) + 1 + 3 * i]
+    ]
+
+
+def supervised(examples: list[Example]) -> int:
+    return sum(sum(example.drafted) for example in examples)
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_target: Target) -> list[Example]:
+    return uneven(tiny_run.tiny_examples(tiny_target, 8))
+
+
+def assert_moved_by(found: Weights, start: Weights, gradient: Weights) -> None:
+    """`found` is one step of SGD from `start`."""
+    for name, weight in start.items():
+        assert gradient[name].abs().max() > 0, name
+        torch.testing.assert_close(found[name], weight - LEARNING_RATE * gradient[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def added(gradients: list[Weights]) -> Weights:
+    return {name: torch.stack([gradient[name] for gradient in gradients]).sum(0) for name in gradients[0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accumulated_step_is_the_sum_of_its_batches(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, kind: str
+) -> None:
+    cut = {**ONE_STEP, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = trainer_of(kind, tiny_target, examples, tmp_path, **cut)
+    start = weights_of(trainer)
+    trainer.train()
+    each = gradients(trainer_of(kind, tiny_target, examples, tmp_path, **cut), supervised(examples))
+    assert len(each) == 4
+    assert_moved_by(weights_of(trainer), start, added(each))
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_batches_of_a_step_draw_different_paths(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, kind: str
+) -> None:
+    """Two batches of the same text have different gradients."""
+    twins = [examples[-1]] * 2
+    options = {**ONE_STEP, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    first, second = gradients(trainer_of(kind, tiny_target, twins, tmp_path, **options), supervised(twins))
+    assert any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
+
+
+# ---- two processes
+
+WORKER = """
+import sys
+from pathlib import Path
+
+import torch
+
+import test_distributed as shared
+import tiny, tiny_run
+from vsd.training.job import end_processes
+
+out, target = Path(sys.argv[1]), tiny.tiny_target()
+examples = shared.uneven(tiny_run.tiny_examples(target, 8))
+two = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
+for kind in shared.KINDS:
+    def trainer_of(text, **options):
+        return shared.trainer_of(kind, target, text, out, **{**two, **options})
+
+    trainer = trainer_of(examples, **shared.ONE_STEP)
+    assert trainer.accelerator.num_processes == 2
+    rank = trainer.accelerator.process_index
+    found = {"start": shared.weights_of(trainer)}
+    trainer.train()
+    found["one step"] = shared.weights_of(trainer)
+    (found["gradient"],) = shared.gradients(trainer_of(examples, **shared.ONE_STEP), shared.supervised(examples))
+    twins = [examples[-1]] * 2
+    alone = trainer_of(twins, **shared.ONE_STEP, per_device_train_batch_size=1)
+    (found["gradient of twins"],) = shared.gradients(alone, shared.supervised(twins))
+    trainer = trainer_of(
+        examples, max_steps=3, learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, eval_prompts=[examples[0].input_ids[:8]], eval_strategy="steps", eval_steps=1,
+        eval_max_new_tokens=4,
+    )
+    trainer.train()
+    found["three steps"] = shared.weights_of(trainer)
+    found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.save(found, out / f"{kind}-{rank}.pt")
+    del trainer, alone
+end_processes()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `KIND-RANK.pt` for every kind of E-step and both processes."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    here = Path(__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, str(script), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def ranks(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    return first, second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_two_processes_is_the_mean_of_their_gradients(two_processes: Path, kind: str) -> None:
+    first, second = ranks(two_processes, kind)
+    mean = {name: (first["gradient"][name] + second["gradient"][name]) / 2 for name in first["start"]}
+    assert_moved_by(first["one step"], first["start"], mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_stay_equal(two_processes: Path, kind: str) -> None:
+    """Three steps of accumulated batches with a measurement behind each: the same weights to the last bit."""
+    first, second = ranks(two_processes, kind)
+    for name, weight in first["three steps"].items():
+        assert torch.equal(weight, second["three steps"][name]), name
+        assert bool(weight.isfinite().all()) and not torch.equal(weight, first["start"][name]), name
+    assert len(first["losses"]) == 3 and all(torch.tensor(first["losses"]).isfinite())
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_processes_draw_different_paths(two_processes: Path, kind: str) -> None:
+    """On the same text they have different gradients."""
+    first, second = (found["gradient of twins"] for found in ranks(two_processes, kind))
+    assert any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
+
+
+def test_continuations_are_drawn_by_the_text_alone(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, two_processes: Path
+) -> None:
+    """One batch of 8, four batches of 2, two processes of 4: the same step."""
+    whole, cut = (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    )
+    found = []
+    for division in (whole, cut):
+        trainer = trainer_of("continued", tiny_target, examples, tmp_path, **ONE_STEP, **division)
+        trainer.train()
+        found.append(weights_of(trainer))
+    found.append(ranks(two_processes, "continued")[0]["one step"])
+    for other in found[1:]:
+        for name, weight in found[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-5, msg=name)
