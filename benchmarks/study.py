@@ -29,7 +29,7 @@ from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids, read_conversations, regenerate
+from vsd.data import TargetTeacher, prompt_ids, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
@@ -134,7 +134,9 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
             files.append(str(folder / f"more-{len(files)}.jsonl"))
             Path(files[-1]).unlink(missing_ok=True)  # of an interrupted run: its time is not known
             number = 1000 * seed + len(files)
-            regenerate(target, prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip")
+            regenerate(
+                TargetTeacher(target), prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip"
+            )
             minutes = (time.perf_counter() - start) / 60
         path.write_text(json.dumps([files, minutes]))
     files, minutes = json.loads(path.read_text())

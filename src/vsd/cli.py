@@ -240,7 +240,7 @@ def _regenerate_options(parser: argparse.ArgumentParser) -> None:
 def _regenerate(a: argparse.Namespace) -> None:
     from itertools import chain, islice
 
-    from vsd.data import Server, read_conversations, regenerate, regenerate_by_server
+    from vsd.data import Server, ServerTeacher, TargetTeacher, Teacher, read_conversations, regenerate
     from vsd.targets import load_lexicon
 
     if (a.server is None) != (a.model is None):
@@ -249,19 +249,23 @@ def _regenerate(a: argparse.Namespace) -> None:
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=_warn, need_answer=False)
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
     given = islice(chain([first], conversations), a.limit)
-    options: dict[str, Any] = {
-        "max_new_tokens": a.max_new_tokens,
-        "temperature": a.temperature,
-        "seed": a.seed,
-        "max_length": a.max_length,
-        "on_bad_line": a.on_bad_line,
-        "report": _warn,
-    }
+    teacher: Teacher
     if server is None:
-        summary = regenerate(_load_target(a), given, a.out, batch_size=a.batch_size, **options)
+        teacher = TargetTeacher(_load_target(a), a.batch_size)
     else:
-        lexicon = load_lexicon(a.target, revision=a.revision, trust_remote_code=a.trust_remote_code)
-        summary = regenerate_by_server(server, lexicon, given, a.out, concurrency=a.concurrency, **options)
+        info = load_lexicon(a.target, revision=a.revision, trust_remote_code=a.trust_remote_code)
+        teacher = ServerTeacher(server, info, a.concurrency)
+    summary = regenerate(
+        teacher,
+        given,
+        a.out,
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        seed=a.seed,
+        max_length=a.max_length,
+        on_bad_line=a.on_bad_line,
+        report=_warn,
+    )
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
 
 

@@ -30,7 +30,7 @@ BAD = {
     "message 1 is assistant, not user": json.dumps({"messages": [ANSWER, USER]}).encode(),
     "message 2 is user, not assistant": json.dumps({"messages": [USER, USER, ANSWER]}).encode(),
     "a system message alone": b'{"messages": [{"role": "system", "content": "x"}]}',
-    "no answer in it": json.dumps({"messages": [USER]}).encode(),
+    "there is no answer": json.dumps({"messages": [USER]}).encode(),
     "the last message is not an answer": json.dumps({"messages": [USER, ANSWER, USER]}).encode(),
     "prompt_ids must be a list of token ids": b'{"prompt_ids": [1.5], "response_ids": [1]}',
     "response_ids must be a list of token ids": b'{"prompt_ids": [1], "response_ids": "x"}',
@@ -119,6 +119,6 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said: list[str] = []
     (found,) = read(Path(f"hf:{tmp_path}/set:train"), on_bad_line="skip", report=said.append)
     assert found.messages == [USER, ANSWER]
-    assert said == [f"{tmp_path}/set[train]:1: no answer in it: make one with `vsd data regenerate`"]
+    assert said == [f"{tmp_path}/set[train]:1: there is no answer: make one with `vsd data regenerate`"]
     with pytest.raises(VSDError, match=r"cannot read data set '.*' \(split 'nope'\)"):
         read(Path(f"hf:{tmp_path}/set:nope"))

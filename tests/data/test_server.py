@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fake_server import END, LEXICON, FakeServer, Handler, completion
-from vsd.data import Conversation, Server, encode, load_examples, prompt_ids, regenerate_by_server
+from fake_server import END, INFO, FakeServer, Handler, completion
+from vsd.data import Conversation, Server, ServerTeacher, encode, load_examples, prompt_inputs, regenerate
 from vsd.data import server as client
 from vsd.errors import VSDError
 
@@ -37,8 +37,8 @@ def fake() -> Iterator[Callable[..., FakeServer]]:
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(client, "_PATIENCE", 5.0)
-    monkeypatch.setattr(client, "_PATIENCE_AT_FIRST", 0.2)
+    monkeypatch.setattr(client, "_RETRY_SECONDS", 5.0)
+    monkeypatch.setattr(client, "_FIRST_RETRY_SECONDS", 0.2)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -54,7 +54,8 @@ def run(server: FakeServer, out: Path, given: list[Conversation], **options: Any
     rate = options.pop("requests_per_second", None)
     model = options.pop("model", "tiny")
     options = {"max_new_tokens": 40, "concurrency": 4, "progress": False, **options}
-    return regenerate_by_server(Server(server.url, model, rate), LEXICON, given, out, **options)
+    teacher = ServerTeacher(Server(server.url, model, rate), INFO, options.pop("concurrency"))
+    return regenerate(teacher, given, out, **options)
 
 
 def records(path: Path) -> dict[str, dict[str, Any]]:
@@ -72,13 +73,13 @@ def test_records_are_those_of_regeneration_in_process(fake: Any, tmp_path: Path,
     assert (summary.written, summary.skipped) == (len(found), 0) == (9, 0)
     assert summary.tokens == sum(len(record["response_ids"]) for record in found.values())
     for record in found.values():
-        assert record["prompt_ids"] == prompt_ids(LEXICON.tokenizer, record["messages"][:-1])
+        assert record["prompt_ids"] == prompt_inputs(INFO.tokenizer, record["messages"][:-1]).ids
         assert record["response_ids"][-1] == END and record["finish"] == "stop"
         said = record["messages"][-1]["content"]
         assert said == f"answer to {record['messages'][-2]['content']}"
-        assert LEXICON.tokenizer.decode(record["response_ids"][:-1]) == said
+        assert INFO.tokenizer.decode(record["response_ids"][:-1]) == said
     assert found["c1/1"]["messages"][:2] == found["c1/0"]["messages"]
-    assert len(load_examples(out, LEXICON.tokenizer, 512)) == 9
+    assert len(load_examples(out, INFO.tokenizer, 512)) == 9
     assert all(body["temperature"] == 0 and body["model"] == "tiny" for body in server.asked)
 
 
@@ -95,7 +96,7 @@ def test_prompts_that_are_tokens_are_sent_as_tokens(fake: Any, tmp_path: Path) -
     run(server, out, [Conversation("x", "f:1", [], [20, 21, 22], [5])])
     (record,) = records(out).values()
     assert server.asked[0]["prompt"] == record["prompt_ids"] == [20, 21, 22]
-    assert encode(LEXICON.tokenizer, Conversation("x", "f:1", [], [20, 21, 22], record["response_ids"]), 99)
+    assert encode(INFO.tokenizer, Conversation("x", "f:1", [], [20, 21, 22], record["response_ids"]), 99)
 
 
 def dropped(handler: Handler) -> None:
@@ -192,7 +193,7 @@ def test_a_server_that_is_not_there_or_has_another_model(fake: Any, tmp_path: Pa
         run(server, tmp_path / "a.jsonl", chats(1), model="nobody")
     gone = Server("http://127.0.0.1:9", "tiny")
     with pytest.raises(VSDError, match="refused"):
-        regenerate_by_server(gone, LEXICON, chats(1), tmp_path / "b.jsonl", progress=False)
+        regenerate(ServerTeacher(gone, INFO), chats(1), tmp_path / "b.jsonl", progress=False)
     for url in ("localhost:8000", "ftp://host", "http://", "http://host:port"):
         with pytest.raises(VSDError, match="no server's address"):
             Server(url, "tiny")
@@ -203,7 +204,7 @@ def test_tokens_of_another_target(fake: Any, tmp_path: Path) -> None:
         choice = {"message": {"content": "hello"}, "finish_reason": "stop", "token_ids": ids}
         return lambda handler: handler.json(200, {"choices": [choice]})
 
-    with pytest.raises(VSDError, match="not 'tiny''s"):
+    with pytest.raises(VSDError, match="not in the vocabulary of 'tiny'"):
         run(fake(other([5000, 2])), tmp_path / "a.jsonl", chats(1))
     with pytest.raises(VSDError, match="do not spell"):
         run(fake(other([20, 21, 2])), tmp_path / "b.jsonl", chats(1))
@@ -219,7 +220,7 @@ def test_empty_answers_are_reported_and_end_their_conversation(fake: Any, tmp_pa
 
 def test_a_server_that_gives_up_loses_nothing(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It dies for longer than our patience; the same command, later and elsewhere, asks only what is missing."""
-    monkeypatch.setattr(client, "_PATIENCE", 0.1)
+    monkeypatch.setattr(client, "_RETRY_SECONDS", 0.1)
     out = tmp_path / "out.jsonl"
     serve = lambda handler: handler.json(200, completion(handler.path, {**BODY, "max_tokens": 40}))  # noqa: E731
     with pytest.raises(VSDError, match="run the same command again"):
@@ -240,7 +241,7 @@ from pathlib import Path
 import test_server as t
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 server = t.Server(sys.argv[1], "tiny")
-t.regenerate_by_server(server, t.LEXICON, t.chats(30), Path(sys.argv[2]), max_new_tokens=40, concurrency=4)
+t.regenerate(t.ServerTeacher(server, t.INFO, 4), t.chats(30), Path(sys.argv[2]), max_new_tokens=40)
 """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tiny import CHATML, tiny_tokenizer
-from vsd.data import Conversation, encode, load_examples, prompt_ids
+from vsd.data import Conversation, encode, load_examples, prompt_inputs
 from vsd.errors import VSDError
 
 LLAMA3 = (
@@ -99,7 +99,7 @@ def test_masks_worked_out_by_hand(name: str) -> None:
     template, text, marks = DRAWN[name]
     tokenizer = tiny_tokenizer(template)
     example = encode(tokenizer, talk(TWO_TURNS), 1000)
-    assert draw(example.input_ids, tokenizer) == text
+    assert draw(example.inputs.ids, tokenizer) == text
     assert "".join("^" if d else "." for d in example.drafted) == marks.replace("s", ".")
 
 
@@ -107,22 +107,22 @@ def test_masks_worked_out_by_hand(name: str) -> None:
 def test_an_answer_starts_where_the_served_prompt_ends(name: str) -> None:
     template, _, marks = DRAWN[name]
     tokenizer = tiny_tokenizer(template)
-    whole = encode(tokenizer, talk(TWO_TURNS), 1000).input_ids
+    whole = encode(tokenizer, talk(TWO_TURNS), 1000).inputs.ids
     for answer, start in zip((1, 3), [i for i, mark in enumerate(marks) if mark == "s"]):
-        assert whole[:start] == prompt_ids(tokenizer, TWO_TURNS[:answer])
+        assert whole[:start] == prompt_inputs(tokenizer, TWO_TURNS[:answer]).ids
 
 
 def test_system_message_and_repeated_words_do_not_confuse_the_spans() -> None:
     tokenizer = tiny_tokenizer()
     messages = [{"role": r, "content": "a"} for r in ("system", "user", "assistant", "user", "assistant")]
     example = encode(tokenizer, talk(messages), 1000)
-    drafted = [draw([i], tokenizer) for i, d in zip(example.input_ids, example.drafted) if d]
+    drafted = [draw([i], tokenizer) for i, d in zip(example.inputs.ids, example.drafted) if d]
     assert drafted == ["E", "E"]
 
 
 def test_exact_ids_are_taken_as_they_are() -> None:
     example = encode(tiny_tokenizer(), talk([], prompt_ids=[40, 41], response_ids=[42, 43, 2]), 10)
-    assert example.input_ids == [40, 41, 42, 43, 2]
+    assert example.inputs.ids == [40, 41, 42, 43, 2]
     assert example.drafted == [False, False, False, True, True]
 
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_without_template_says_so() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(VSDError, match="no chat template"):
-        prompt_ids(tokenizer, TWO_TURNS[:1])
+        prompt_inputs(tokenizer, TWO_TURNS[:1])
 
 
 def test_load_examples_names_over_long_and_undraftable_lines(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from vsd.data.chat import (
     handle_bad_line,
     read_conversations,
 )
-from vsd.errors import VSDError
+from vsd.errors import DataError, TargetError
+from vsd.targets.inputs import Inputs
 
 
 class Example(NamedTuple):
     """One training sequence: drafted[j] is True iff token j is drafted when the conversation is served."""
 
-    input_ids: list[int]
+    inputs: Inputs
     drafted: list[bool]
 
 
@@ -49,7 +50,7 @@ def load_examples(
         except BadLineError as error:
             handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
     if not examples:
-        raise VSDError(f"{source}: no usable conversation in it")
+        raise DataError(f"{source} holds no usable conversation")
     return examples
 
 
@@ -70,16 +71,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_l
         drafted[start + 1 : end + 1] = [True] * (end - start)
     if not any(drafted):
         raise BadLineError("nothing to draft: the answer is a single token")
-    return Example(ids, drafted)
+    return Example(Inputs(ids), drafted)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Tokens of the conversation so far, up to where the target's answer begins."""
-    return tokenize(tokenizer, render(tokenizer, messages, answer_next=True))
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Inputs:
+    """The prompt that is served for these messages: everything up to the first token of the target's answer."""
+    return Inputs(tokenize(tokenizer, render(tokenizer, messages, answer_next=True)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of rendered text, which brings its control tokens along."""
+    """Tokens of rendered text, which contains its control tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -87,7 +88,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, answer_next: bool) -> str:
     """The chat template's text, with or without the header of the next answer."""
     if not tokenizer.chat_template:
-        raise VSDError("the target's tokenizer has no chat template: use the instruction-tuned version of the model")
+        raise TargetError("the target's tokenizer has no chat template: use the instruction-tuned version of the model")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
         assert isinstance(text, str)
@@ -102,7 +103,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of an answer, without markup and otherwise as the tokens have it."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
@@ -119,7 +120,7 @@ def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tu
             f"token {max(*prompt, *response)} is not in this target's vocabulary: made by another target?"
         )
     if conversation.messages:
-        said = spell(tokenizer, response)
+        said = answer_text(tokenizer, response)
         if said.strip() != conversation.messages[-1]["content"].strip():
             raise BadLineError(
                 "response_ids do not spell the answer: made by another target? Regenerate it for this one"
@@ -129,7 +130,7 @@ def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tu
 
 def _from_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], Spans]:
     if not tokenizer.is_fast:
-        raise VSDError("this target has no fast tokenizer: only fast ones say where in the text a token stands")
+        raise TargetError("this target has no fast tokenizer: only fast ones say where in the text a token stands")
     text = render(tokenizer, messages, answer_next=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
