@@ -137,8 +137,9 @@ def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:
     with as_file(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz") as path:
         kept, questions = hold_out(list(read_conversations(path)), 2 * HELD_OUT)
     examples = [
-        encode(target.tokenizer, conversation, max_length=1024)
+        example
         for conversation in kept
         if len(conversation.response_ids or []) > 1
+        for example in encode(target.tokenizer, conversation, max_length=1024)
     ]
     return examples, questions

@@ -1,6 +1,7 @@
 """Conversations as token ids and drafted positions; training text written by the target."""
 
 from vsd.data.chat import Conversation, read_conversations
+from vsd.data.examples import Example, encode, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
 from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
@@ -9,7 +10,7 @@ from vsd.data.server_teacher import ServerTeacher
 from vsd.data.synthesize import synthesize
 from vsd.data.target_teacher import TargetTeacher
 from vsd.data.teacher import Teacher
-from vsd.data.template import Example, encode, load_examples, prompt_inputs
+from vsd.data.template import prompt_inputs
 
 __all__ = [
     "Answer",

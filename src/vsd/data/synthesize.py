@@ -24,7 +24,7 @@ from vsd.targets.target import Target
 _MAX_TURN_TOKENS = 128
 _MIN_TURN_TOKENS = 5  # with the end-of-turn token
 _MAX_EMPTY_BATCHES = 20  # after so many batches without one usable turn, synthesis fails
-_SENTINEL = "USERWORDS"
+_PLACEHOLDER = "USERTEXT"
 
 
 def synthesize(
@@ -50,7 +50,8 @@ def synthesize(
     Raises:
         ConfigurationError: neither `conversations` nor `tokens`.
         MismatchError: `out` was begun with other settings.
-        TargetError: the target writes no usable user turn, or its chat template does not show where one begins.
+        TargetError: the target writes no usable user turn.
+        DataError: `out` is damaged, or the chat template does not print a user's text unchanged.
     """
     if conversations is None and tokens is None:
         raise ConfigurationError("synthesis needs an end: give the number of conversations or of tokens")
@@ -137,12 +138,10 @@ def user_opening(target: Target) -> Opening:
     """Find in the chat template where the text of a user turn begins and which token ends it.
 
     Raises:
-        TargetError: the template changes the text of a user turn.
+        DataError: the template does not print the text of a user turn unchanged.
     """
-    text = render(target.tokenizer, [{"role": "user", "content": _SENTINEL}], answer_next=True)
-    before, found, after = text.partition(_SENTINEL)
-    if not found:
-        raise TargetError("the chat template does not print a user's text unchanged: give the target prompts instead")
+    text = render(target.tokenizer, [{"role": "user", "content": _PLACEHOLDER}], answer_next=True)
+    before, _, after = text.partition(_PLACEHOLDER)
     control = control_ids(target.tokenizer)
     end = [token for token in tokenize(target.tokenizer, after) if token in control]
     ids = tokenize(target.tokenizer, before.rstrip(" "))
