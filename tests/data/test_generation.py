@@ -1,4 +1,4 @@
-"""Generation, regeneration and synthesis: right tokens, and files that survive anything."""
+"""Generation, regeneration and synthesis: right tokens, and files that a killed run leaves usable."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from vsd.data import (
 from vsd.data import synthesize as make
 from vsd.data.records import RecordLog
 from vsd.data.synthesize import user_opening
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, DataError, MismatchError, TargetError
 from vsd.targets.inputs import Inputs
 from vsd.targets.target import Target
 
@@ -50,8 +50,8 @@ def chats(count: int) -> list[Conversation]:
     """Conversations of one, two and three user turns."""
     turns = [[f"question {i}.{t}" * (i % 3 + 1) for t in range(i % 3 + 1)] for i in range(count)]
     return [
-        Conversation(f"c{i}", f"f.jsonl:{i + 1}", [{"role": "user", "content": t} for t in said])
-        for i, said in enumerate(turns)
+        Conversation(f"c{i}", f"f.jsonl:{i + 1}", [{"role": "user", "content": t} for t in texts])
+        for i, texts in enumerate(turns)
     ]
 
 
@@ -178,54 +178,72 @@ def test_other_settings_are_refused_by_name(tiny_target: Target, tmp_path: Path)
     out = tmp_path / "out.jsonl"
     answer(tiny_target, chats(3), out, **REGENERATE)
     before = out.read_bytes()
-    for change, what in (
+    for change, reason in (
         ({"temperature": 0.5}, "temperature was 1.0, is 0.5"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"max_new_tokens": 9}, "max_new_tokens was 12, is 9"),
     ):
-        with pytest.raises(VSDError, match=f"{what}.*use another --out"):
+        with pytest.raises(MismatchError, match=f"{reason}.*use another --out"):
             answer(tiny_target, chats(3), out, **{**REGENERATE, **change})
-    with pytest.raises(VSDError, match="prompts was"):
+    with pytest.raises(MismatchError, match="prompts was"):
         answer(tiny_target, chats(4), out, **REGENERATE)
-    with pytest.raises(VSDError, match="target was"):
+    with pytest.raises(MismatchError, match="target was"):
         answer(build_target(seed=1), chats(3), out, **REGENERATE)
-    with pytest.raises(VSDError, match="kind was regenerate, is synthesize"):
+    with pytest.raises(MismatchError, match="kind was regenerate, is synthesize"):
         make(tiny_target, out, conversations=1, **SYNTHESIZE)
     assert out.read_bytes() == before
 
 
 def test_outputs_that_cannot_be_resumed(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with RecordLog(out, {}), pytest.raises(VSDError, match="another run is writing"):
+    with RecordLog(out, {}), pytest.raises(ConfigurationError, match="another run is writing"):
         RecordLog(out, {})
     out.write_text("precious\n")
     (tmp_path / "out.jsonl.meta.json").unlink()
-    with pytest.raises(VSDError, match="cannot be resumed: use another --out"):
+    with pytest.raises(MismatchError, match="cannot be resumed: use another --out"):
         RecordLog(out, {})
     (tmp_path / "out.jsonl.meta.json").write_text("{}")
     out.write_text('damaged\n{"id": "a"}\n')
-    with pytest.raises(VSDError, match=r"out\.jsonl:1: damaged line"):
+    with pytest.raises(DataError, match=r"out\.jsonl:1: damaged line"):
         RecordLog(out, {})
 
 
 def test_prompts_that_do_not_fit(tiny_target: Target, tmp_path: Path) -> None:
     long = Conversation("long", "f.jsonl:9", [{"role": "user", "content": "x" * 400}])
-    said: list[str] = []
+    reports: list[str] = []
     options = {**REGENERATE, "max_length": 100}
-    with pytest.raises(VSDError, match=r"f\.jsonl:9: too long"):
+    with pytest.raises(DataError, match=r"f\.jsonl:9: too long"):
         answer(tiny_target, [long], tmp_path / "a.jsonl", **options)
     summary = answer(
         tiny_target,
         [*chats(3), long],
         tmp_path / "b.jsonl",
         on_bad_line="skip",
-        report=said.append,
+        report=reports.append,
         **options,
     )
     assert summary.skipped >= 2  # the long one, and the third chat's last turns
-    assert any(line.startswith("f.jsonl:9: too long") for line in said)
-    assert any(line.startswith("f.jsonl:3: ends before 'c2/") for line in said)
+    assert any(line.startswith("f.jsonl:9: too long") for line in reports)
+    assert any(line.startswith("f.jsonl:3: ends before 'c2/") for line in reports)
     assert all(len(r["prompt_ids"] + r["response_ids"]) <= 100 for r in records(tmp_path / "b.jsonl"))
+
+
+def test_a_later_prompt_that_the_template_refuses_ends_its_chat(tmp_path: Path) -> None:
+    target, reports = build_target(), list[str]()
+    refusal = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
+    target.tokenizer.chat_template = refusal + target.tokenizer.chat_template
+    summary = answer(target, chats(3), tmp_path / "out.jsonl", report=reports.append, **REGENERATE)
+    assert (summary.written, summary.skipped) == (3, 3)
+    assert [line.split(" (")[0] for line in reports] == [
+        "f.jsonl:2: ends before 'c1/1': the chat template refuses it: one turn only",
+        "f.jsonl:3: ends before 'c2/1': the chat template refuses it: one turn only",
+    ]
+
+
+def test_a_batch_holds_something(tiny_target: Target, tmp_path: Path) -> None:
+    for size in (0, -1):
+        with pytest.raises(ConfigurationError, match=f"batch size must be at least 1, not {size}"):
+            answer(tiny_target, chats(1), tmp_path / "out.jsonl", batch_size=size, progress=False)
 
 
 def test_repeated_ids_are_told_apart(tiny_target: Target, tmp_path: Path) -> None:
@@ -262,11 +280,11 @@ def test_synthesis_goes_on_where_it_stopped(tiny_target: Target, tmp_path: Path)
 
 
 def test_synthesis_needs_an_end_and_a_template_that_shows_the_user(tiny_target: Target, tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="needs an end"):
+    with pytest.raises(ConfigurationError, match="needs an end"):
         make(tiny_target, tmp_path / "a.jsonl")
     shouting = build_target()
     shouting.tokenizer.chat_template = "{{ messages[0]['content'] | lower }}"
-    with pytest.raises(VSDError, match="does not print"):
+    with pytest.raises(DataError, match="does not print"):
         make(shouting, tmp_path / "a.jsonl", conversations=1)
 
 
@@ -283,7 +301,7 @@ def test_the_opening_is_the_template_up_to_the_users_words(tiny_target: Target) 
 
 def test_a_target_that_never_ends_a_turn(tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vsd.data.synthesize"], "_MAX_TURN_TOKENS", 4)
-    with pytest.raises(VSDError, match="no usable user turn"):
+    with pytest.raises(TargetError, match="no usable user turn"):
         make(
             tiny_target,
             tmp_path / "a.jsonl",

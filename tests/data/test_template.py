@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tiny import CHATML, tiny_tokenizer
 from vsd.data import Conversation, Example, encode, load_examples, prompt_inputs
-from vsd.errors import DataError, VSDError
+from vsd.errors import DataError, TargetError
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}"
@@ -161,9 +161,9 @@ def test_exact_ids_are_taken_as_they_are() -> None:
 
 def test_ids_of_another_target_are_refused() -> None:
     tokenizer = tiny_tokenizer()
-    with pytest.raises(VSDError, match="vocabulary"):
+    with pytest.raises(DataError, match="vocabulary"):
         encode(tokenizer, talk([], prompt_ids=[40], response_ids=[4000, 2]), 10)
-    with pytest.raises(VSDError, match="do not spell the answer"):
+    with pytest.raises(DataError, match="do not spell the answer"):
         encode(tokenizer, talk(TWO_TURNS, prompt_ids=[40], response_ids=[40, 41, 2]), 10)
 
 
@@ -295,14 +295,14 @@ def answers_of(example: Example, tokenizer) -> list[tuple[list[int], str]]:
 
 def test_what_a_template_refuses_is_a_bad_line() -> None:
     messages = [{"role": "system", "content": "s"}, *TWO_TURNS]
-    with pytest.raises(VSDError, match="no system role"):
+    with pytest.raises(DataError, match="no system role"):
         encode(tiny_tokenizer(GEMMA), talk(messages), 1000)
 
 
 def test_a_tokenizer_without_template_says_so() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(VSDError, match="no chat template"):
+    with pytest.raises(TargetError, match="no chat template"):
         prompt_inputs(tokenizer, TWO_TURNS[:1])
 
 
@@ -314,14 +314,14 @@ def test_load_examples_names_over_long_and_undraftable_lines(tmp_path: Path) -> 
     ]
     file = tmp_path / "f.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    said: list[str] = []
-    examples = load_examples(file, tiny_tokenizer(), 60, "skip", said.append)
+    reports: list[str] = []
+    examples = load_examples(file, tiny_tokenizer(), 60, "skip", reports.append)
     assert len(examples) == 1
-    assert [line.removeprefix(str(file)).split(" (")[0] for line in said] == [
+    assert [line.removeprefix(str(file)).split(" (")[0] for line in reports] == [
         ":2: too long: 122 tokens, more than the 60 allowed",
         ":3: nothing to draft: the answer is a single token",
     ]
-    with pytest.raises(VSDError, match=r"f\.jsonl:2: too long"):
+    with pytest.raises(DataError, match=r"f\.jsonl:2: too long"):
         load_examples(file, tiny_tokenizer(), 60)
-    with pytest.raises(VSDError, match="no usable conversation"):
+    with pytest.raises(DataError, match="no usable conversation"):
         load_examples(file, tiny_tokenizer(), 3, "skip")

@@ -2,7 +2,7 @@
 
 An answer occupies tokens s … e. Its first token x_s comes out of the target's prefill, so the drafter's first chance is
 x_{s+1}; its last token x_e is the end-of-turn token. Supervised are exactly s+1 … e. The positions are read off the
-chat template, whatever it is, by comparing three renderings of the conversation up to the answer: with a generation
+chat template itself, by comparing three renderings of the conversation up to the answer: with a generation
 prompt (the prompt that is served), with the answer, and with a placeholder in its place.
 
 - The answer begins where the prompt stops. Text that the template inserts between the prompt and the answer's own text,

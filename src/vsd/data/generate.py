@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vsd.errors import ConfigurationError
 from vsd.targets.cache import TreeCache
 from vsd.targets.inputs import Inputs, Padded
 from vsd.targets.sampling import choose
@@ -52,13 +51,7 @@ def generate_answers(
 
 
 def plan_batches(prompts: Sequence[Inputs], batch_size: int) -> list[list[int]]:
-    """Indices of `prompts` in batches of similar length.
-
-    Raises:
-        ConfigurationError: `batch_size` is not positive.
-    """
-    if batch_size < 1:
-        raise ConfigurationError(f"the batch size must be at least 1, not {batch_size}")
+    """Indices of `prompts` in batches of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 

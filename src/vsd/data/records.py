@@ -151,7 +151,7 @@ def _lock(file: IO[bytes], out: Path) -> None:
 
 
 def _check_settings(out: Path, settings: dict[str, Any], *, empty: bool) -> None:
-    """Compare `settings` with those beside `out`; write them where `out` is empty."""
+    """Compare `settings` with those that `out` was begun with; store them if `out` is empty."""
     meta = out.with_name(out.name + ".meta.json")
     if empty:
         half = meta.with_name(meta.name + ".tmp")

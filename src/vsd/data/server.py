@@ -1,9 +1,9 @@
 """A client of servers with OpenAI's API (vLLM, SGLang, llama.cpp, …) that retries for as long as a batch job needs.
 
 Messages go to `/v1/chat/completions`, prompts of token ids to `/v1/completions`. Temporary failures (status 408, 425,
-429 or 5xx, a lost connection, a malformed response) are retried after a pause: as long as Retry-After says, or doubling
-from half a second to thirty. A request that has failed for ten minutes raises; a permanent failure (no such model, no
-permission) raises at once. Token ids are requested with vLLM's `return_token_ids`.
+429 or 5xx, a lost connection, a malformed response) are retried after the pause that Retry-After gives, or a pause that
+doubles from half a second to thirty. A request that has failed for ten minutes raises; a permanent failure (no such
+model, no permission) raises at once. Token ids are requested with vLLM's `return_token_ids`.
 """
 
 import http.client

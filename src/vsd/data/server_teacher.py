@@ -56,7 +56,7 @@ class ServerTeacher:
     def answers(
         self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
-        """All turns in batches of one, in the order of arrival, as `Teacher` says.
+        """All turns in batches of one, in the order of arrival.
 
         Raises:
             ConfigurationError, TargetError: the server refuses all requests, or has failed too long.
@@ -110,10 +110,10 @@ def exact_answer(info: TargetInfo, question: Question, reply: Reply) -> tuple[Qu
     prompt = reply.prompt_ids or question.inputs.ids
     ids = reply.ids or _tokenized(info, question, reply.text)
     if max([*prompt, *ids], default=0) >= len(info.tokenizer):
-        raise MismatchError(f"the server's token ids are not in the vocabulary of '{info.name}': is it what it serves?")
+        raise MismatchError(f"the server's token ids are not in the vocabulary of '{info.name}': give its own target")
     if reply.ids and reply.text.strip().rstrip("\ufffd") not in answer_text(info.tokenizer, ids):
         raise MismatchError(
-            f"the server's token ids do not spell its answer with the tokenizer of '{info.name}': is it what it serves?"
+            f"the server's token ids do not spell its answer with the tokenizer of '{info.name}': give its own target"
         )
     if reply.finish == "stop" and info.eos_ids and (not ids or ids[-1] not in info.eos_ids):
         ids = [*ids, _end_token(info)]

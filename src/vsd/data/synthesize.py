@@ -64,14 +64,9 @@ def synthesize(
     }
     writer = TurnWriter(target, user_opening(target), prompt_temperature, seed, batch_size)
     with RecordLog(Path(out), header) as log, progress_bar(enabled=progress) as bar:
-        wanted = Wanted(conversations, tokens)
-        kept = Kept([*log.entries.values()], wanted)
+        kept, number = Kept.resumed(log, Wanted(conversations, tokens))
         task = bar.add_task("synthesize", total=conversations or tokens, completed=kept.progress, tokens=0)
-        before = kept.tokens
-        number = max(log.last_batch, 0)
-        dropped = empty = 0
-        if not kept.enough:  # the file's last batch may be incomplete: it is made again
-            kept = Kept([entry for entry in log.entries.values() if entry.batch < number], wanted)
+        before, dropped, empty = log.tokens, 0, 0
         while not kept.enough:
             questions = writer.questions(number, kept.asked)
             dropped += batch_size - len(questions)
@@ -83,7 +78,7 @@ def synthesize(
             if empty == _MAX_EMPTY_BATCHES:
                 raise TargetError(f"the target wrote no usable user turn in {empty * batch_size} tries: bring prompts")
             number += 1
-            bar.update(task, completed=kept.progress, tokens=max(0, kept.tokens - before))
+            bar.update(task, completed=kept.progress, tokens=log.tokens - before)
     return Summary(len(kept.entries), dropped, kept.tokens)
 
 
@@ -103,6 +98,16 @@ class Kept:
         self.asked: set[str] = set()
         self.tokens = 0
         self.add(entries)
+
+    @classmethod
+    def resumed(cls, log: RecordLog, wanted: Wanted) -> "tuple[Kept, int]":
+        """The conversations in the file and the number of the next batch.
+
+        The file's last batch may be incomplete: unless the file holds enough, this batch is made again.
+        """
+        entries, number = [*log.entries.values()], max(log.last_batch, 0)
+        kept = cls(entries, wanted)
+        return (kept if kept.enough else cls([entry for entry in entries if entry.batch < number], wanted)), number
 
     def add(self, entries: list[Entry]) -> None:
         """Add the conversations of one batch."""

@@ -11,6 +11,7 @@ from vsd.data.generate import Answer, batch_seed, generate_batch, plan_batches
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.teacher import Answered, Batch, digest
+from vsd.errors import ConfigurationError
 from vsd.targets.lexicon import Lexicon as TargetInfo
 from vsd.targets.target import Target
 
@@ -18,9 +19,15 @@ _WINDOW = 16  # the conversations of so many batches are sorted by length togeth
 
 
 class TargetTeacher:
-    """Answers with a loaded target, `batch_size` questions at a time."""
+    """Answers with a loaded target, `batch_size` questions at a time.
+
+    Raises:
+        ConfigurationError: `batch_size` is not positive.
+    """
 
     def __init__(self, target: Target, batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise ConfigurationError(f"the batch size must be at least 1, not {batch_size}")
         self.target, self.batch_size = target, batch_size
         self.info = TargetInfo.of(target)
 
@@ -37,7 +44,7 @@ class TargetTeacher:
     def answers(
         self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
-        """All turns in numbered batches, as `Teacher` says."""
+        """All turns in numbered batches."""
         for number, asked in enumerate(self._batches(chats)):
             answers = self.answer(number, [question for _, question in asked], log, settings)
             yield Batch(number, [Answered(*turn, answer) for turn, answer in zip(asked, answers, strict=True)])

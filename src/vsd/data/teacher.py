@@ -1,7 +1,7 @@
-"""Teachers: whatever answers the prompts of training text. A drafter predicts its target, so a teacher is the target.
+"""The protocol of teachers. A teacher answers the prompts of training text; a drafter must learn from its own target.
 
-There are two: the target in this process (`target_teacher`) and a server that holds it (`server_teacher`). They differ
-in the order of their questions, and in nothing that is written: `regenerate` does the rest.
+There are two: the target in this process (`target_teacher`) and a server that holds the target (`server_teacher`). A
+teacher decides in which order questions are asked and which of them together. Everything else is `regenerate`.
 """
 
 import hashlib
@@ -40,15 +40,15 @@ class Teacher(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the answers besides the prompts and the `GenerationSettings`, as JSON values."""
+        """The teacher's own settings, as JSON values: a file that was begun with others is not resumed."""
 
     def answers(
         self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
-        """Ask every question of all chats once; those in `log` are yielded without an answer.
+        """Ask all questions of all chats; those that `log` holds are not asked, and yielded without an answer.
 
-        Whoever iterates writes each batch to `log` and tells its chats what was answered before taking the next one:
-        a chat's next question holds the earlier answers.
+        The caller writes each batch to `log` and adds its answers to the chats before it takes the next batch, because
+        a chat's next question contains the earlier answers.
         """
 
 
