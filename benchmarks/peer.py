@@ -26,7 +26,7 @@ from transformers import set_seed
 
 from training_step import peak_mib
 from vsd.allocator import keep_freed_memory
-from vsd.data import Example, load_examples, prompt_ids
+from vsd.data import Example, load_examples, prompt_inputs
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter, draft_vocabulary
@@ -98,7 +98,7 @@ def train_theirs(target: Target, examples: Sequence[Example], start: Eagle3Draft
 @torch.inference_mode()
 def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
     """Row t: features at t, token t + 1, final state at t + 1, whether token t + 2 is drafted."""
-    ids = torch.tensor([example.input_ids])
+    ids = torch.tensor([example.inputs.ids])
     output, drafted = target.features(ids), torch.tensor([*example.drafted[2:], False])
     return {
         "aux": output.aux[0, :-1].float().clone(),
@@ -139,7 +139,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     for objective in OBJECTIVES:
         subprocess.run([sys.executable, *sys.argv, "--train", objective], check=True)
     prompts = [
-        prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}])
+        prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids
         for p in load_prompts(a.prompts, a.limit)
     ]
     answers = Engine(target).generate(prompts, Sampling(NEW_TOKENS))

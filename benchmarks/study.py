@@ -29,7 +29,7 @@ from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers
 from vsd.allocator import keep_freed_memory
-from vsd.data import TargetTeacher, prompt_ids, read_conversations, regenerate
+from vsd.data import TargetTeacher, prompt_inputs, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
@@ -165,7 +165,9 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
         return
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
-    questions = [prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    questions = [
+        prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids for prompt in prompts
+    ]
     for engine in engines:  # first passes are slower
         engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}

@@ -408,7 +408,7 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune(a: argparse.Namespace) -> None:
-    from vsd.data import prompt_ids
+    from vsd.data import prompt_inputs
     from vsd.decoding import Engine, Sampling
     from vsd.drafters import load_drafter
     from vsd.evaluation import load_prompts, print_trees, tune
@@ -416,7 +416,7 @@ def _tune(a: argparse.Namespace) -> None:
     prompts = load_prompts(a.prompts, a.limit)
     target = _load_target(a)
     drafter = load_drafter(a.drafter, target)
-    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    ids = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids for p in prompts]
     results = Engine(target).generate(ids, Sampling(a.max_new_tokens))
     print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
 

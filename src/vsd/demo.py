@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from transformers import set_seed
 
-from vsd.data import Conversation, Example, encode, prompt_ids, read_conversations
+from vsd.data import Conversation, Example, encode, prompt_inputs, read_conversations
 from vsd.drafters import Eagle3Drafter, draft_vocabulary, load_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
@@ -129,7 +129,7 @@ def _train(
 def texts(target: Target, conversation: Conversation) -> tuple[list[int], list[int]]:
     """(prompt, greedy answer) token ids."""
     answer = list(conversation.response_ids or [])
-    return prompt_ids(target.tokenizer, conversation.messages[:1]), answer[:ANSWER_TOKENS]
+    return prompt_inputs(target.tokenizer, conversation.messages[:1]).ids, answer[:ANSWER_TOKENS]
 
 
 def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:

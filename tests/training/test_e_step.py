@@ -9,6 +9,7 @@ import tiny_run
 from vsd.data import Example
 from vsd.objective import Continued
 from vsd.targets import Target
+from vsd.targets.inputs import Inputs
 from vsd.training import e_step
 from vsd.training.e_step import Batch, EStep, Posterior
 from vsd.training.trainer import VSDTrainer
@@ -18,8 +19,8 @@ from vsd.training.trainer import VSDTrainer
 def examples(tiny_target: Target) -> list[Example]:
     """Answers of different lengths, so that a batch has padding."""
     return [
-        Example(ids[:end], drafted[:end])
-        for i, (ids, drafted) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
+        Example(Inputs(ids[:end]), drafted[:end])
+        for i, ((ids, *_), drafted) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
         for end in [drafted.index(True) + 3 + 3 * i]
     ]
 
@@ -79,7 +80,7 @@ def test_they_are_remembered_for_some_epochs(trainer: VSDTrainer, monkeypatch: p
 
 
 def test_measuring_stops_the_clock(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    prompts = [example.input_ids[: example.drafted.index(True) - 1] for example in examples]
+    prompts = [example.inputs.ids[: example.drafted.index(True) - 1] for example in examples]
     trainer = tiny_run.tiny_trainer(tiny_target, examples, tmp_path, eval_prompts=prompts, max_minutes=1)
     assert trainer._budget is not None
     trainer._budget.start = 100.0

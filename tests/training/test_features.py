@@ -10,13 +10,14 @@ import tiny_run
 from vsd.data import Example
 from vsd.errors import VSDError
 from vsd.targets import Target
+from vsd.targets.inputs import Inputs
 from vsd.training import Collator, DraftDataset, FeatureStore, features
 from vsd.training.features import affordable, compute_features
 
 T, F = True, False
 MULTI_TURN = [
-    Example([10, 11, 12, 13, 14, 15, 16, 17], [F, F, F, T, T, F, F, T]),
-    Example([20, 21, 22, 23], [F, F, T, F]),
+    Example(Inputs([10, 11, 12, 13, 14, 15, 16, 17]), [F, F, F, T, T, F, F, T]),
+    Example(Inputs([20, 21, 22, 23]), [F, F, T, F]),
 ]
 
 
@@ -62,7 +63,7 @@ def test_stored_features_are_the_online_ones(
         assert batch["hidden"].shape == (len(indices), count, 32)
         assert batch["log_normaliser"].shape == (len(indices), count)
         for b, i in enumerate(indices):
-            ids, drafted = examples[i]
+            (ids, *_), drafted = examples[i]
             real = slice(0, len(ids)), slice(0, sum(drafted))
             torch.testing.assert_close(batch["aux"][b, real[0]], online.aux[b, real[0]], rtol=1e-2, atol=1e-2)
             torch.testing.assert_close(batch["hidden"][b, real[1]], online.hidden[b, real[1]], rtol=1e-2, atol=1e-2)
@@ -72,8 +73,8 @@ def test_stored_features_are_the_online_ones(
 
 
 def test_hidden_states_are_those_that_predict_the_drafted_tokens(tiny_target: Target) -> None:
-    found = compute_features(tiny_target, torch.tensor([MULTI_TURN[0].input_ids]), torch.tensor([[3, 4, 7]]))
-    logits = tiny_target.model(torch.tensor([MULTI_TURN[0].input_ids])).logits[0]
+    found = compute_features(tiny_target, torch.tensor([MULTI_TURN[0].inputs.ids]), torch.tensor([[3, 4, 7]]))
+    logits = tiny_target.model(torch.tensor([MULTI_TURN[0].inputs.ids])).logits[0]
     torch.testing.assert_close(tiny_target.logits(found.hidden[0]), logits[[2, 3, 6]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.log_normaliser[0], logits[[2, 3, 6]].logsumexp(-1), rtol=1e-5, atol=1e-4)
 
@@ -119,9 +120,9 @@ def test_features_of_anything_else_are_refused(tiny_target: Target, examples: li
         FeatureStore.build(tmp_path, other, examples)
     with pytest.raises(VSDError, match=r"made with another text\b"):
         FeatureStore.build(tmp_path, tiny_target, examples[1:])
-    unmasked = [Example(ids, [False] * 3 + drafted[3:]) for ids, drafted in examples[2:]]
+    unmasked = [Example(inputs, [False] * 3 + drafted[3:]) for inputs, drafted in examples[2:]]
     FeatureStore.build(tmp_path / "mask", tiny_target, examples[2:])
-    moved = [Example(ids, [*drafted[1:], True]) for ids, drafted in unmasked]
+    moved = [Example(inputs, [*drafted[1:], True]) for inputs, drafted in unmasked]
     with pytest.raises(VSDError, match=r"made with another text\b"):
         FeatureStore.build(tmp_path / "mask", tiny_target, moved)
     tokenizer = tiny_target.tokenizer

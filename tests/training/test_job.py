@@ -16,6 +16,7 @@ from vsd import cli
 from vsd.data import Example
 from vsd.errors import VSDError
 from vsd.targets import Target
+from vsd.targets.inputs import Inputs
 from vsd.training.job import hold_out, prompt_of, recipe
 
 # ---- recipes
@@ -104,17 +105,17 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_held_out_conversations_are_spread_over_the_text() -> None:
-    examples = [Example([i], [True]) for i in range(10)]
+    examples = [Example(Inputs([i]), [True]) for i in range(10)]
     kept, held_out = hold_out(examples, 3)
-    assert [e.input_ids[0] for e in held_out] == [0, 3, 6]
-    assert [e.input_ids[0] for e in kept] == [1, 2, 4, 5, 7, 8, 9]
+    assert [e.inputs.ids[0] for e in held_out] == [0, 3, 6]
+    assert [e.inputs.ids[0] for e in kept] == [1, 2, 4, 5, 7, 8, 9]
     assert hold_out(examples, 0) == (examples, [])
     with pytest.raises(VSDError, match="10 of 10"):
         hold_out(examples, 10)
 
 
 def test_the_prompt_ends_where_the_first_answer_begins() -> None:
-    example = Example([1, 2, 3, 4, 5, 6], [False, False, False, True, True, False])
+    example = Example(Inputs([1, 2, 3, 4, 5, 6]), [False, False, False, True, True, False])
     assert prompt_of(example) == [1, 2]  # 3 is the first token of the answer: the target's prefill gives it
 
 

@@ -19,6 +19,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
 from vsd.paths import TreeShape, draw_trees
 from vsd.targets import Target
+from vsd.targets.inputs import Inputs
 from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
 from vsd.training.job import prompt_of
 
@@ -33,8 +34,8 @@ def examples(tiny_target: Target) -> list[Example]:
 def uneven(examples: list[Example]) -> list[Example]:
     """Answers of very different lengths: a mean of means would not be the mean."""
     return [
-        Example(ids[:ids_end], drafted[:ids_end])
-        for i, (ids, drafted) in enumerate(examples)
+        Example(Inputs(ids[:ids_end]), drafted[:ids_end])
+        for i, ((ids, *_), drafted) in enumerate(examples)
         for ids_end in [drafted.index(True) + 1 + 3 * i]
     ]
 
@@ -94,7 +95,7 @@ def test_the_served_temperature_is_the_targets_law(
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1.0))
     total, drafter = torch.zeros(()), trainer.model
-    for ids, drafted in examples:
+    for (ids, *_), drafted in examples:
         text = torch.tensor([ids])
         features = tiny_target.features(text)
         roots = torch.tensor(drafted).nonzero()[:, 0] - 2
@@ -111,7 +112,7 @@ def test_the_served_temperature_is_the_targets_law(
 
 def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """Fewer drafted tokens than steps in the whole batch."""
-    text = [Example(ids[: d.index(True) + 2], d[: d.index(True) + 2]) for ids, d in examples]
+    text = [Example(Inputs(ids[: d.index(True) + 2]), d[: d.index(True) + 2]) for (ids, *_), d in examples]
     assert max(sum(example.drafted) for example in text) == 2
     weights = weights_after(tiny_target, text, tmp_path, draft_steps=6)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
@@ -240,7 +241,7 @@ def test_roads_not_taken_are_trained_like_texts(
 ) -> None:
     """From E-step to loss and gradient, against a text of its own for every continuation."""
     A, L = 3, 5
-    common = int(torch.tensor([example.input_ids[-8:] for example in examples]).mode().values.mode().values)
+    common = int(torch.tensor([example.inputs.ids[-8:] for example in examples]).mode().values.mode().values)
     monkeypatch.setattr(Target, "eos_ids", (tiny_target.eos_ids[0], common))  # so that some paths end early
     options = {"anchors": A, "length": L, "weight": 2.0}
     choice = {"objective": "vsd", "objective_options": options, "draft_steps": 3, "temperature": temperature}
@@ -473,8 +474,8 @@ from pathlib import Path
 import tiny, tiny_run
 from vsd.training.job import end_processes
 target = tiny.tiny_target()
-text = [tiny_run.Example(ids[: d.index(True) + 1 + 3 * i], d[: d.index(True) + 1 + 3 * i])
-        for i, (ids, d) in enumerate(tiny_run.tiny_examples(target, 8))]
+text = [tiny_run.Example(tiny_run.Inputs(ids[: d.index(True) + 1 + 3 * i]), d[: d.index(True) + 1 + 3 * i])
+        for i, ((ids, *_), d) in enumerate(tiny_run.tiny_examples(target, 8))]
 out = Path(sys.argv[1])
 trainer = tiny_run.tiny_trainer(target, text, out, optim="sgd", per_device_train_batch_size=4, **eval(sys.argv[2]))
 trainer.train()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding.engine import Engine, Result
 from vsd.decoding.sampling import Sampling
 from vsd.decoding.statistics import acceptance_length
@@ -29,7 +29,7 @@ def answer(
     """Stream the answer to one user message to the console."""
     console = console or Console(highlight=False)
     messages = [{"role": "system", "content": system}] if system else []
-    ids = prompt_ids(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
+    ids = prompt_inputs(target.tokenizer, [*messages, {"role": "user", "content": prompt}]).ids
     engine = Engine(target, drafter, shape, verification)
     result, start = Result(ids), time.perf_counter()
     steps = (step.tokens.get(0, []) for step in engine.stream([result], sampling))

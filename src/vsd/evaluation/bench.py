@@ -16,7 +16,7 @@ import transformers
 from rich.progress import track
 
 from vsd import __version__
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter
@@ -137,7 +137,7 @@ def _measure(
         history = [{"role": "system", "content": prompt.system}] if prompt.system else []
         for turn in prompt.turns:
             history.append({"role": "user", "content": turn})
-            ids = prompt_ids(target.tokenizer, history)
+            ids = prompt_inputs(target.tokenizer, history).ids
             for done in (*answers, reference):
                 done.prompts.append(n)
                 done.suites.append(prompt.suite)
@@ -171,7 +171,7 @@ def _rotated(n: int, by: int) -> list[int]:
 
 def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     """Let kernels and allocators settle before anything is timed."""
-    ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
+    ids = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}]).ids
     short = Sampling(min(8, sampling.max_new_tokens), sampling.temperature)
     for engine in engines:
         _decode(engine, ids, short, Answers())

@@ -31,12 +31,12 @@ class DraftDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example, and its index."""
-        ids, drafted = self.examples[index]
-        return {"input_ids": ids, "drafted": drafted, "index": index}
+        inputs, drafted = self.examples[index]
+        return {"input_ids": inputs.ids, "drafted": drafted, "index": index}
 
     def drafted_tokens(self) -> Tensor:
         """Every supervised token, [n]: what a draft vocabulary is built from."""
-        return torch.cat([torch.tensor(ids)[torch.tensor(mask)] for ids, mask in self.examples])
+        return torch.cat([torch.tensor(inputs.ids)[torch.tensor(mask)] for inputs, mask in self.examples])
 
 
 class ByLength(Sampler[int]):
@@ -47,7 +47,7 @@ class ByLength(Sampler[int]):
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self.lengths = torch.tensor([len(example.input_ids) for example in dataset.examples])
+        self.lengths = torch.tensor([len(example.inputs.ids) for example in dataset.examples])
 
     def __len__(self) -> int:
         """Number of examples."""

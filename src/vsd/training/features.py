@@ -122,17 +122,17 @@ def affordable(target: Target, examples: Sequence[Example], seconds: float) -> i
     probe = list(examples[:16])
     start = time.perf_counter()
     _shard(target, probe)
-    cost = (time.perf_counter() - start) / sum(len(example.input_ids) for example in probe)
-    lengths = accumulate(len(example.input_ids) for example in examples)
+    cost = (time.perf_counter() - start) / sum(len(example.inputs.ids) for example in probe)
+    lengths = accumulate(len(example.inputs.ids) for example in examples)
     return max(len(probe), sum(length * cost <= seconds for length in lengths))
 
 
 def _shard(target: Target, examples: list[Example], temperature: float = 1.0) -> dict[str, Tensor]:
     """Features of some examples, concatenated in their order."""
     done: dict[int, tuple[Tensor, ...]] = {}
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for group in _batches(order, [len(examples[i].input_ids) for i in order], _BATCH_TOKENS):
-        ids = [torch.tensor(examples[i].input_ids) for i in group]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].inputs.ids))
+    for group in _batches(order, [len(examples[i].inputs.ids) for i in order], _BATCH_TOKENS):
+        ids = [torch.tensor(examples[i].inputs.ids) for i in group]
         drafted = [torch.tensor(examples[i].drafted).nonzero()[:, 0] for i in group]
         pad = torch.nn.utils.rnn.pad_sequence
         features = compute_features(
@@ -163,11 +163,11 @@ def _shards(examples: Sequence[Example]) -> list[list[int]]:
     shards: list[list[int]] = [[]]
     tokens = 0
     for i, example in enumerate(examples):
-        if shards[-1] and tokens + len(example.input_ids) > _SHARD_TOKENS:
+        if shards[-1] and tokens + len(example.inputs.ids) > _SHARD_TOKENS:
             shards.append([])
             tokens = 0
         shards[-1].append(i)
-        tokens += len(example.input_ids)
+        tokens += len(example.inputs.ids)
     return shards
 
 
@@ -178,15 +178,15 @@ def _places(
     for s, indices in enumerate(_shards(examples)):
         token = row = 0
         for i in indices:
-            tokens, rows = len(examples[i].input_ids), sum(examples[i].drafted)
+            tokens, rows = len(examples[i].inputs.ids), sum(examples[i].drafted)
             yield i, (s, (token, tokens), (row, rows))
             token, row = token + tokens, row + rows
 
 
 def _manifest(target: Target, examples: Sequence[Example], temperature: float) -> dict[str, str]:
     text = hashlib.sha256()
-    for ids, drafted in examples:
-        text.update(json.dumps([ids, [int(d) for d in drafted]]).encode())
+    for inputs, drafted in examples:
+        text.update(json.dumps([inputs.ids, [int(d) for d in drafted]]).encode())
     template = str(getattr(target.tokenizer, "chat_template", None)).encode()
     return {
         "target": target.fingerprint(),

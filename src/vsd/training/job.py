@@ -176,7 +176,7 @@ def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
 
 def prompt_of(example: Example) -> list[int]:
     """The tokens before the first answer."""
-    return example.input_ids[: example.drafted.index(True) - 1]
+    return example.inputs.ids[: example.drafted.index(True) - 1]
 
 
 def _new_drafter(job: TrainJob, target: Target, dataset: DraftDataset) -> Eagle3Drafter:

@@ -81,7 +81,7 @@ class VSDTrainer(Trainer):
         for part in self._objective.parts:
             match part.paths:
                 case Continued() as draw:
-                    longest = max(len(example.input_ids) for example in train_dataset.examples)
+                    longest = max(len(example.inputs.ids) for example in train_dataset.examples)
                     check_length(target, longest, draw.length)
                 case Contrasted():
                     self._beginning = copy.deepcopy(drafter).eval().requires_grad_(False)
