@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Eagle3Drafter, load_drafter
@@ -55,7 +55,7 @@ def plain_answers(
         open_prompts = [i for i, p in enumerate(prompts) if number < len(p.turns)]
         for i in open_prompts:
             histories[i].append({"role": "user", "content": prompts[i].turns[number]})
-        ids = {i: prompt_ids(target.tokenizer, histories[i]) for i in open_prompts}
+        ids = {i: prompt_inputs(target.tokenizer, histories[i]).ids for i in open_prompts}
         open_prompts.sort(key=lambda i: len(ids[i]))
         for start in track(range(0, len(open_prompts), 32), f"answers, turn {number + 1}"):
             batch = open_prompts[start : start + 32]

@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Sampling
 from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.evaluation import load_prompts, write_json
@@ -186,7 +186,7 @@ def main() -> None:
     a = parser.parse_args()
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
-    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    ids = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids for p in prompts]
     rows = measure(all_decoders(target, a), ids)
     write_json({"rows": rows, "prompts": len(ids), "machine": machine(target)}, a.out / "against.json")
     table = Table(

@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Result, Sampling
 from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.evaluation import load_prompts, write_json
@@ -113,7 +113,7 @@ def main() -> None:
     engines |= {str(shape): Engine(target, drafter, shape) for shape in a.trees}
     spent: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in engines}
     for prompt in track(prompts, "prompts"):
-        ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        ids = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids
         for name, engine in engines.items():
             add(spent[name], profile(engine, ids, Sampling(a.max_new_tokens), timers))
     rows = {}

@@ -23,6 +23,7 @@ from vsd.drafters import Eagle3Drafter
 from vsd.evaluation import load_prompts
 from vsd.paths import consumed, recorded
 from vsd.targets import Target, load_target
+from vsd.targets.inputs import Inputs
 from vsd.training.batch import Collator, DraftDataset, real
 from vsd.training.features import compute_features
 
@@ -32,7 +33,7 @@ _BATCH = 16
 def answered_prompts(target: Target, a: argparse.Namespace) -> list[Example]:
     """The prompts of --prompts with the target's greedy answers."""
     turns = plain_answers(target, load_prompts(a.prompts), 128, a.answers)
-    return [Example(q + r, [False] * (len(q) + 1) + [True] * (len(r) - 1)) for _, q, r in turns if len(r) > 1]
+    return [Example(Inputs(q + r), [False] * (len(q) + 1) + [True] * (len(r) - 1)) for _, q, r in turns if len(r) > 1]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Sampling
 from vsd.drafters import Eagle3Drafter, load_drafter
 from vsd.errors import ConfigurationError
@@ -116,7 +116,7 @@ def measure(
     if not lines:
         out.write_text(json.dumps(request) + "\n")
     records = lines[1:]
-    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    ids = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids for p in prompts]
     for start in track(range(0, len(ids), request["batch"]), "prompts"):
         if start >= len(records):
             done = compare(target, drafter, ids[start : start + request["batch"]], request["max_new_tokens"])

@@ -26,7 +26,7 @@ from transformers import set_seed
 
 from training_step import peak_mib
 from vsd.allocator import keep_freed_memory
-from vsd.data import Example, load_examples, prompt_ids
+from vsd.data import Example, load_examples, prompt_inputs
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Eagle3Drafter, draft_vocabulary
@@ -141,7 +141,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     for objective in OBJECTIVES:
         subprocess.run([sys.executable, *sys.argv, "--train", objective], check=True)
     prompts = [
-        prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}])
+        prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids
         for p in load_prompts(a.prompts, a.limit)
     ]
     answers = Engine(target).generate(prompts, Sampling(NEW_TOKENS))

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers
 from vsd.allocator import keep_freed_memory
-from vsd.data import prompt_ids, read_conversations, regenerate
+from vsd.data import TargetTeacher, prompt_inputs, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.drafters import load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
@@ -135,7 +135,8 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
             files.append(str(folder / f"more-{len(files)}.jsonl"))
             Path(files[-1]).unlink(missing_ok=True)  # from an interrupted run: its time is unknown
             number = 1000 * seed + len(files)
-            regenerate(target, prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip")
+            teacher = TargetTeacher(target)
+            regenerate(teacher, prompts, Path(files[-1]), temperature=1.0, seed=number, on_bad_line="skip")
             minutes = (time.perf_counter() - start) / 60
         path.write_text(json.dumps([files, minutes]))
     files, minutes = json.loads(path.read_text())
@@ -164,7 +165,7 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
         return
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
-    questions = [prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    questions = [prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids for prompt in prompts]
     for engine in engines:  # warm-up
         engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}

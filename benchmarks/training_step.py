@@ -43,6 +43,7 @@ from vsd.evaluation import write_json
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
 from vsd.paths import consumed, recorded
 from vsd.targets import load_target
+from vsd.targets.inputs import Inputs
 from vsd.training import Collator, DraftDataset
 from vsd.training.config import bfloat16_pays
 from vsd.training.features import compute_features
@@ -167,7 +168,7 @@ def random_examples(count: int) -> list[Example]:
     for _ in range(count):
         prompt, answer = (int(n * (0.8 + 0.4 * torch.rand((), generator=generator))) for n in (PROMPT, ANSWER))
         ids = (torch.rand(prompt + answer, generator=generator) ** 3 * V).long().tolist()
-        examples.append(Example(ids, [False] * (prompt + 1) + [True] * (answer - 1)))
+        examples.append(Example(Inputs(ids), [False] * (prompt + 1) + [True] * (answer - 1)))
     return examples
 
 

@@ -1,4 +1,4 @@
-"""A server with OpenAI's API for the tiny target, that fails as it is told to."""
+"""A server with OpenAI's API for the tiny target; it fails on demand."""
 
 import json
 import threading
@@ -7,16 +7,20 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tiny import tiny_tokenizer
-from vsd.data import prompt_ids
-from vsd.targets import Lexicon
+import pytest
+from transformers import LlamaConfig
 
-LEXICON = Lexicon("tiny", tiny_tokenizer(), 128, 512, (2,))
+from tiny import tiny_tokenizer
+from vsd.data import prompt_inputs
+from vsd.targets.info import TargetInfo
+
+CONFIG = LlamaConfig(vocab_size=128, hidden_size=32, max_position_embeddings=512)
+INFO = TargetInfo("tiny", tiny_tokenizer(), CONFIG, (2,), lambda: pytest.fail("a weight was read"))
 END = 2
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Says "answer to " and the question. `faults` are played first: what to do with a request, in turn."""
+    """Answers "answer to " and the question. The first requests meet `faults`, one each."""
 
     daemon_threads = True
 
@@ -27,7 +31,7 @@ class FakeServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
-        self.now = self.most = 0  # requests that are being answered, and the most there were
+        self.now = self.most = 0  # requests in progress, and the largest number of them
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -35,7 +39,7 @@ class FakeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Clients that disconnect are expected."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -82,10 +86,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def completion(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What a server that gives token ids says: an answer of at most `max_tokens` tokens."""
-    tokenizer = LEXICON.tokenizer
+    """The response with token ids, where they are requested: an answer of at most `max_tokens` tokens."""
+    tokenizer = INFO.tokenizer
     chat = path == "/v1/chat/completions"
-    prompt = prompt_ids(tokenizer, body["messages"]) if chat else body["prompt"]
+    prompt = prompt_inputs(tokenizer, body["messages"]).ids if chat else body["prompt"]
     text = f"answer to {body['messages'][-1]['content'] if chat else len(prompt)}"
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], END][: body["max_tokens"]]
     text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vsd.data import Example, generate_answers, prompt_ids
+from vsd.data import Example, generate_answers, prompt_inputs
 from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.features import FeatureSource
 from vsd.targets import Inputs, Target
@@ -18,9 +18,9 @@ WORDS = ["hi", "what is", "name", "why", "tell me", "again", "how", "who"]
 def tiny_text(target: Target, count: int, max_new_tokens: int = 24) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) tokens of `count` conversations; every answer has at least two tokens."""
     texts = [f"{WORDS[i % len(WORDS)]} {i}" for i in range(2 * count)]
-    prompts = [prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    prompts = [prompt_inputs(target.tokenizer, [{"role": "user", "content": text}]) for text in texts]
     answers = dict(p for batch in generate_answers(target, prompts, max_new_tokens=max_new_tokens) for p in batch)
-    kept = [(prompts[i], answers[i].ids) for i in sorted(answers) if len(answers[i].ids) > 1]
+    kept = [(prompts[i].ids, answers[i].ids) for i in sorted(answers) if len(answers[i].ids) > 1]
     assert len(kept) >= count
     return kept[:count]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from transformers import set_seed
 
-from vsd.data import Conversation, Example, encode, prompt_ids, read_conversations
+from vsd.data import Conversation, Example, encode, prompt_inputs, read_conversations
 from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
@@ -128,7 +128,7 @@ def _train(target: Target, drafter: Any, text: _Text, minutes: float, out: Path,
 def texts(target: Target, conversation: Conversation) -> tuple[Inputs, list[int]]:
     """Prompt, and token ids of the greedy answer."""
     answer = list(conversation.response_ids or [])
-    return Inputs(prompt_ids(target.tokenizer, conversation.messages[:1])), answer[:ANSWER_TOKENS]
+    return prompt_inputs(target.tokenizer, conversation.messages[:1]), answer[:ANSWER_TOKENS]
 
 
 def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:
@@ -136,8 +136,9 @@ def demo_text(target: Target) -> tuple[list[Example], list[Conversation]]:
     with as_file(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz") as path:
         kept, questions = hold_out(list(read_conversations(path)), 2 * HELD_OUT)
     examples = [
-        encode(target.tokenizer, conversation, max_length=1024)
+        example
         for conversation in kept
         if len(conversation.response_ids or []) > 1
+        for example in encode(target.tokenizer, conversation, max_length=1024)
     ]
     return examples, questions

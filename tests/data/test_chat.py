@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vsd.data import read_conversations
-from vsd.errors import VSDError
+from vsd.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
 GOOD = json.dumps({"id": "good", "messages": [USER, ANSWER]})
@@ -30,7 +30,7 @@ BAD = {
     "message 1 is assistant, not user": json.dumps({"messages": [ANSWER, USER]}).encode(),
     "message 2 is user, not assistant": json.dumps({"messages": [USER, USER, ANSWER]}).encode(),
     "a system message alone": b'{"messages": [{"role": "system", "content": "x"}]}',
-    "no answer in it": json.dumps({"messages": [USER]}).encode(),
+    "there is no answer": json.dumps({"messages": [USER]}).encode(),
     "the last message is not an answer": json.dumps({"messages": [USER, ANSWER, USER]}).encode(),
     "prompt_ids must be a list of token ids": b'{"prompt_ids": [1.5], "response_ids": [1]}',
     "response_ids must be a list of token ids": b'{"prompt_ids": [1], "response_ids": "x"}',
@@ -48,19 +48,19 @@ def write(path: Path, *rows) -> Path:
     return path
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_lines_are_named_and_left_out(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_lines_are_named_and_left_out(reason: str, tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
-    file.write_bytes(GOOD.encode() + b"\n" + BAD[what] + b"\n" + GOOD.encode())
-    said: list[str] = []
-    assert [c.where for c in read(file, on_bad_line="skip", report=said.append)] == [f"{file}:1", f"{file}:3"]
-    assert len(said) == 1
-    assert said[0].startswith(f"{file}:2: ")
-    assert what in said[0]
-    with pytest.raises(VSDError) as error:
+    file.write_bytes(GOOD.encode() + b"\n" + BAD[reason] + b"\n" + GOOD.encode())
+    reports: list[str] = []
+    assert [c.where for c in read(file, on_bad_line="skip", report=reports.append)] == [f"{file}:1", f"{file}:3"]
+    assert len(reports) == 1
+    assert reports[0].startswith(f"{file}:2: ")
+    assert reason in reports[0]
+    with pytest.raises(DataError) as error:
         read(file)
-    assert str(error.value) == said[0]
-    assert "\n" not in said[0]
+    assert str(error.value) == reports[0]
+    assert "\n" not in reports[0]
 
 
 def test_all_shapes_say_the_same(tmp_path: Path) -> None:
@@ -87,25 +87,25 @@ def test_exact_tokens_and_gzip(tmp_path: Path) -> None:
     (conversation,) = read(file)
     assert conversation == ("x", f"{file}:1", [], [5, 6], [7, 2])
     file.write_bytes(file.read_bytes()[:-12])
-    with pytest.raises(VSDError, match="cannot be read after line"):
+    with pytest.raises(DataError, match="cannot be read after line"):
         read(file)
 
 
 def test_sources_that_yield_nothing(tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="no file at"):
+    with pytest.raises(DataError, match="no file at"):
         read(tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(VSDError, match="no usable conversation"):
+    with pytest.raises(DataError, match="no usable conversation"):
         read(tmp_path / "empty.jsonl")
-    with pytest.raises(VSDError, match="no usable conversation"):
+    with pytest.raises(DataError, match="no usable conversation"):
         read(write(tmp_path / "bad.jsonl", {}), on_bad_line="skip")
     (tmp_path / "p.txt").write_text("Hi\n")
-    with pytest.raises(VSDError, match="prompts without answers"):
+    with pytest.raises(DataError, match="prompts without answers"):
         read(tmp_path / "p.txt")
     (tmp_path / "p.csv").touch()
-    with pytest.raises(VSDError, match=r"expected a \.jsonl"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl"):
         read(tmp_path / "p.csv")
-    with pytest.raises(VSDError, match="cannot be read after line 0"):
+    with pytest.raises(DataError, match="cannot be read after line 0"):
         (tmp_path / "d.jsonl").mkdir()
         read(tmp_path / "d.jsonl")
 
@@ -116,9 +116,9 @@ def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", {"messages": [USER, ANSWER]}, {"messages": [USER]})
-    said: list[str] = []
-    (found,) = read(Path(f"hf:{tmp_path}/set:train"), on_bad_line="skip", report=said.append)
+    reports: list[str] = []
+    (found,) = read(Path(f"hf:{tmp_path}/set:train"), on_bad_line="skip", report=reports.append)
     assert found.messages == [USER, ANSWER]
-    assert said == [f"{tmp_path}/set[train]:1: no answer in it: make one with `vsd data regenerate`"]
-    with pytest.raises(VSDError, match=r"cannot read data set '.*' \(split 'nope'\)"):
+    assert reports == [f"{tmp_path}/set[train]:1: there is no answer: make one with `vsd data regenerate`"]
+    with pytest.raises(DataError, match=r"cannot read data set '.*' \(split 'nope'\)"):
         read(Path(f"hf:{tmp_path}/set:nope"))

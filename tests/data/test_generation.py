@@ -1,4 +1,4 @@
-"""Generation, regeneration and synthesis: right tokens, and files that survive anything."""
+"""Generation, regeneration and synthesis: right tokens, and files that a killed run leaves usable."""
 
 import json
 import os
@@ -16,35 +16,42 @@ from transformers import GenerationConfig
 from tiny import tiny_target as build_target
 from vsd.data import (
     Conversation,
+    Summary,
+    TargetTeacher,
     encode,
     generate_answers,
     generate_batch,
     load_examples,
-    prompt_ids,
+    prompt_inputs,
     regenerate,
 )
 from vsd.data import synthesize as make
 from vsd.data.records import RecordLog
 from vsd.data.synthesize import user_opening
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, DataError, MismatchError, TargetError
+from vsd.targets.inputs import Inputs
 from vsd.targets.target import Target
 
 REGENERATE = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 4, "progress": False}
 SYNTHESIZE = {"max_new_tokens": 8, "temperature": 1.0, "batch_size": 8, "progress": False}
 
 
-def prompts_of(target: Target, count: int) -> list[list[int]]:
+def answer(target: Target, given: list[Conversation], out: Path, batch_size: int = 64, **options) -> Summary:
+    return regenerate(TargetTeacher(target, batch_size), given, out, **options)
+
+
+def prompts_of(target: Target, count: int) -> list[Inputs]:
     words = ["hi", "what is this", "name a city", "why", "tell me a story"]
     texts = [f"{words[i % 5]} {i}" for i in range(count)]
-    return [prompt_ids(target.tokenizer, [{"role": "user", "content": t}]) for t in texts]
+    return [prompt_inputs(target.tokenizer, [{"role": "user", "content": t}]) for t in texts]
 
 
 def chats(count: int) -> list[Conversation]:
     """Conversations of one, two and three user turns."""
     turns = [[f"question {i}.{t}" * (i % 3 + 1) for t in range(i % 3 + 1)] for i in range(count)]
     return [
-        Conversation(f"c{i}", f"f.jsonl:{i + 1}", [{"role": "user", "content": t} for t in said])
-        for i, said in enumerate(turns)
+        Conversation(f"c{i}", f"f.jsonl:{i + 1}", [{"role": "user", "content": t} for t in texts])
+        for i, texts in enumerate(turns)
     ]
 
 
@@ -57,9 +64,9 @@ def test_greedy_batches_equal_transformers_generate(tiny_target: Target) -> None
     found = dict(p for b in generate_answers(tiny_target, prompts, max_new_tokens=30, batch_size=3) for p in b)
     greedy = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=2, pad_token_id=2)
     for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt.ids])
         whole = tiny_target.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-        assert found[i].ids == whole[0, len(prompt) :].tolist()
+        assert found[i].ids == whole[0, len(prompt.ids) :].tolist()
 
 
 def test_answers_end_at_the_first_stop_token(tiny_target: Target) -> None:
@@ -75,15 +82,15 @@ def test_rows_that_leave_do_not_disturb_the_others(tiny_target: Target) -> None:
     prompts = prompts_of(tiny_target, 24)
     answers = generate_batch(tiny_target, prompts, max_new_tokens=40, temperature=0.01, seed=0)
     for prompt, answer in zip(prompts, answers):
-        ids = torch.tensor([prompt + answer.ids])
-        logits = tiny_target.model(ids).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        ids = torch.tensor([prompt.ids + answer.ids])
+        logits = tiny_target.model(ids).logits[0, len(prompt.ids) - 1 : -1]
+        chosen = logits.gather(1, ids[0, len(prompt.ids) :, None])[:, 0]
         assert (logits.max(-1).values - chosen).max() < 0.3  # at temperature 0.01 a gap of 0.3 has odds e^-30
 
 
 def test_records_hold_what_training_needs(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    summary = regenerate(tiny_target, chats(7), out, **REGENERATE)
+    summary = answer(tiny_target, chats(7), out, **REGENERATE)
     found = records(out)
     assert summary.written == len(found)
     assert summary.tokens == sum(len(r["response_ids"]) for r in found)
@@ -91,7 +98,7 @@ def test_records_hold_what_training_needs(tiny_target: Target, tmp_path: Path) -
     assert summary.written + summary.skipped == sum(i % 3 + 1 for i in range(7))
     by_id = {r["id"]: r for r in found}
     for r in found:
-        assert r["prompt_ids"] == prompt_ids(tiny_target.tokenizer, r["messages"][:-1])
+        assert r["prompt_ids"] == prompt_inputs(tiny_target.tokenizer, r["messages"][:-1]).ids
         chat, turn = r["id"].split("/")
         if int(turn):
             assert r["messages"][:-2] == by_id[f"{chat}/{int(turn) - 1}"]["messages"]
@@ -101,8 +108,9 @@ def test_records_hold_what_training_needs(tiny_target: Target, tmp_path: Path) -
 
 def test_exact_prompts_are_answered_as_they_are(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    (ids,) = prompts_of(tiny_target, 1)
-    regenerate(tiny_target, [Conversation("x", "f:1", [], ids, [5])], out, progress=False, max_new_tokens=8)
+    (prompt,) = prompts_of(tiny_target, 1)
+    ids = prompt.ids
+    answer(tiny_target, [Conversation("x", "f:1", [], ids, [5])], out, progress=False, max_new_tokens=8)
     (record,) = records(out)
     assert record["prompt_ids"] == ids
     assert "messages" not in record
@@ -113,7 +121,7 @@ def test_stopped_after_any_batch_and_resumed_equals_straight(
     tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, out = tmp_path / "straight.jsonl", tmp_path / "out.jsonl"
-    expected = regenerate(tiny_target, chats(9), straight, **REGENERATE)
+    expected = answer(tiny_target, chats(9), straight, **REGENERATE)
     append, calls = RecordLog.append, []
 
     def killed(self: RecordLog, batch: list) -> None:
@@ -125,12 +133,12 @@ def test_stopped_after_any_batch_and_resumed_equals_straight(
         patch.setattr(RecordLog, "append", killed)
         for _attempt in range(3):
             with pytest.raises(KeyboardInterrupt):
-                regenerate(tiny_target, chats(9), out, **REGENERATE)
+                answer(tiny_target, chats(9), out, **REGENERATE)
             with out.open("ab") as file:
                 file.write(b'{"id": "c1/0", "mess')  # a torn line
-    assert regenerate(tiny_target, chats(9), out, **REGENERATE) == expected
+    assert answer(tiny_target, chats(9), out, **REGENERATE) == expected
     assert out.read_bytes() == straight.read_bytes()
-    assert regenerate(tiny_target, chats(9), out, **REGENERATE) == expected
+    assert answer(tiny_target, chats(9), out, **REGENERATE) == expected
     assert out.read_bytes() == straight.read_bytes()
 
 
@@ -139,24 +147,25 @@ import sys
 from pathlib import Path
 import test_generation as t
 folder, target = Path(sys.argv[1]), t.build_target()
-t.regenerate(target, t.chats(40), folder / "regenerated.jsonl", **t.REGENERATE)
+t.answer(target, t.chats(40), folder / "regenerated.jsonl", **t.REGENERATE)
 t.make(target, folder / "synthesized.jsonl", conversations=16, **t.SYNTHESIZE)
 """
 
 
 def test_sigkill_at_a_random_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     command = [sys.executable, "-c", CHILD]
     subprocess.run([*command, str(straight)], env=environment, check=True)
-    chance = random.Random(0)
+    moments = random.Random(0)
     for name in ("regenerated.jsonl", "synthesized.jsonl"):
         out = killed / name
         child = subprocess.Popen([*command, str(killed)], env=environment)
         while child.poll() is None and (not out.exists() or out.stat().st_size == 0):
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.15))
+        time.sleep(moments.uniform(0, 0.15))
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert out.stat().st_size > 0
@@ -167,61 +176,79 @@ def test_sigkill_at_a_random_moment_loses_and_doubles_nothing(tmp_path: Path) ->
 
 def test_other_settings_are_refused_by_name(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    regenerate(tiny_target, chats(3), out, **REGENERATE)
+    answer(tiny_target, chats(3), out, **REGENERATE)
     before = out.read_bytes()
-    for change, what in (
+    for change, reason in (
         ({"temperature": 0.5}, "temperature was 1.0, is 0.5"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"max_new_tokens": 9}, "max_new_tokens was 12, is 9"),
     ):
-        with pytest.raises(VSDError, match=f"{what}.*use another --out"):
-            regenerate(tiny_target, chats(3), out, **{**REGENERATE, **change})
-    with pytest.raises(VSDError, match="prompts was"):
-        regenerate(tiny_target, chats(4), out, **REGENERATE)
-    with pytest.raises(VSDError, match="target was"):
-        regenerate(build_target(seed=1), chats(3), out, **REGENERATE)
-    with pytest.raises(VSDError, match="kind was regenerate, is synthesize"):
+        with pytest.raises(MismatchError, match=f"{reason}.*use another --out"):
+            answer(tiny_target, chats(3), out, **{**REGENERATE, **change})
+    with pytest.raises(MismatchError, match="prompts was"):
+        answer(tiny_target, chats(4), out, **REGENERATE)
+    with pytest.raises(MismatchError, match="target was"):
+        answer(build_target(seed=1), chats(3), out, **REGENERATE)
+    with pytest.raises(MismatchError, match="kind was regenerate, is synthesize"):
         make(tiny_target, out, conversations=1, **SYNTHESIZE)
     assert out.read_bytes() == before
 
 
 def test_outputs_that_cannot_be_resumed(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with RecordLog(out, {}), pytest.raises(VSDError, match="another run is writing"):
+    with RecordLog(out, {}), pytest.raises(ConfigurationError, match="another run is writing"):
         RecordLog(out, {})
     out.write_text("precious\n")
     (tmp_path / "out.jsonl.meta.json").unlink()
-    with pytest.raises(VSDError, match="cannot be resumed: use another --out"):
+    with pytest.raises(MismatchError, match="cannot be resumed: use another --out"):
         RecordLog(out, {})
     (tmp_path / "out.jsonl.meta.json").write_text("{}")
     out.write_text('damaged\n{"id": "a"}\n')
-    with pytest.raises(VSDError, match=r"out\.jsonl:1: damaged line"):
+    with pytest.raises(DataError, match=r"out\.jsonl:1: damaged line"):
         RecordLog(out, {})
 
 
 def test_prompts_that_do_not_fit(tiny_target: Target, tmp_path: Path) -> None:
     long = Conversation("long", "f.jsonl:9", [{"role": "user", "content": "x" * 400}])
-    said: list[str] = []
+    reports: list[str] = []
     options = {**REGENERATE, "max_length": 100}
-    with pytest.raises(VSDError, match=r"f\.jsonl:9: too long"):
-        regenerate(tiny_target, [long], tmp_path / "a.jsonl", **options)
-    summary = regenerate(
+    with pytest.raises(DataError, match=r"f\.jsonl:9: too long"):
+        answer(tiny_target, [long], tmp_path / "a.jsonl", **options)
+    summary = answer(
         tiny_target,
         [*chats(3), long],
         tmp_path / "b.jsonl",
         on_bad_line="skip",
-        report=said.append,
+        report=reports.append,
         **options,
     )
     assert summary.skipped >= 2  # the long one, and the third chat's last turns
-    assert any(line.startswith("f.jsonl:9: too long") for line in said)
-    assert any(line.startswith("f.jsonl:3: ends before 'c2/") for line in said)
+    assert any(line.startswith("f.jsonl:9: too long") for line in reports)
+    assert any(line.startswith("f.jsonl:3: ends before 'c2/") for line in reports)
     assert all(len(r["prompt_ids"] + r["response_ids"]) <= 100 for r in records(tmp_path / "b.jsonl"))
+
+
+def test_a_later_prompt_that_the_template_refuses_ends_its_chat(tmp_path: Path) -> None:
+    target, reports = build_target(), list[str]()
+    refusal = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
+    target.tokenizer.chat_template = refusal + target.tokenizer.chat_template
+    summary = answer(target, chats(3), tmp_path / "out.jsonl", report=reports.append, **REGENERATE)
+    assert (summary.written, summary.skipped) == (3, 3)
+    assert [line.split(" (")[0] for line in reports] == [
+        "f.jsonl:2: ends before 'c1/1': the chat template refuses it: one turn only",
+        "f.jsonl:3: ends before 'c2/1': the chat template refuses it: one turn only",
+    ]
+
+
+def test_a_batch_holds_something(tiny_target: Target, tmp_path: Path) -> None:
+    for size in (0, -1):
+        with pytest.raises(ConfigurationError, match=f"batch size must be at least 1, not {size}"):
+            answer(tiny_target, chats(1), tmp_path / "out.jsonl", batch_size=size, progress=False)
 
 
 def test_repeated_ids_are_told_apart(tiny_target: Target, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    regenerate(tiny_target, [chats(1)[0], chats(1)[0]], out, **{**REGENERATE, "temperature": 0.0})
+    answer(tiny_target, [chats(1)[0], chats(1)[0]], out, **{**REGENERATE, "temperature": 0.0})
     assert [r["id"] for r in records(out)] == ["c0/0", "c0~2/0"]
 
 
@@ -253,11 +280,11 @@ def test_synthesis_goes_on_where_it_stopped(tiny_target: Target, tmp_path: Path)
 
 
 def test_synthesis_needs_an_end_and_a_template_that_shows_the_user(tiny_target: Target, tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="needs an end"):
+    with pytest.raises(ConfigurationError, match="needs an end"):
         make(tiny_target, tmp_path / "a.jsonl")
     shouting = build_target()
     shouting.tokenizer.chat_template = "{{ messages[0]['content'] | lower }}"
-    with pytest.raises(VSDError, match="does not print"):
+    with pytest.raises(DataError, match="does not print"):
         make(shouting, tmp_path / "a.jsonl", conversations=1)
 
 
@@ -274,7 +301,7 @@ def test_the_opening_is_the_template_up_to_the_users_words(tiny_target: Target) 
 
 def test_a_target_that_never_ends_a_turn(tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vsd.data.synthesize"], "_MAX_TURN_TOKENS", 4)
-    with pytest.raises(VSDError, match="no usable user turn"):
+    with pytest.raises(TargetError, match="no usable user turn"):
         make(
             tiny_target,
             tmp_path / "a.jsonl",

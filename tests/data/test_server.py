@@ -1,4 +1,4 @@
-"""Answers from a server: whatever it does, every question is answered once, and nothing is written twice."""
+"""Answers from a server: whatever fails, every question is answered once, and no answer is written twice."""
 
 import email.utils
 import json
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fake_server import END, LEXICON, FakeServer, Handler, completion
-from vsd.data import Conversation, Server, encode, load_examples, prompt_ids, regenerate_by_server
+from fake_server import END, INFO, FakeServer, Handler, completion
+from vsd.data import Conversation, Server, ServerTeacher, encode, load_examples, prompt_inputs, regenerate
 from vsd.data import server as client
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, DataError, MismatchError, TargetError
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def fake() -> Iterator[Callable[..., FakeServer]]:
 
 
 @pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(client, "_PATIENCE", 5.0)
-    monkeypatch.setattr(client, "_PATIENCE_AT_FIRST", 0.2)
+    monkeypatch.setattr(client, "_RETRY_SECONDS", 5.0)
+    monkeypatch.setattr(client, "_FIRST_RETRY_SECONDS", 0.2)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -54,7 +54,8 @@ def run(server: FakeServer, out: Path, given: list[Conversation], **options: Any
     rate = options.pop("requests_per_second", None)
     model = options.pop("model", "tiny")
     options = {"max_new_tokens": 40, "concurrency": 4, "progress": False, **options}
-    return regenerate_by_server(Server(server.url, model, rate), LEXICON, given, out, **options)
+    teacher = ServerTeacher(Server(server.url, model, rate), INFO, options.pop("concurrency"))
+    return regenerate(teacher, given, out, **options)
 
 
 def records(path: Path) -> dict[str, dict[str, Any]]:
@@ -72,13 +73,13 @@ def test_records_are_those_of_regeneration_in_process(fake: Any, tmp_path: Path,
     assert (summary.written, summary.skipped) == (len(found), 0) == (9, 0)
     assert summary.tokens == sum(len(record["response_ids"]) for record in found.values())
     for record in found.values():
-        assert record["prompt_ids"] == prompt_ids(LEXICON.tokenizer, record["messages"][:-1])
+        assert record["prompt_ids"] == prompt_inputs(INFO.tokenizer, record["messages"][:-1]).ids
         assert record["response_ids"][-1] == END and record["finish"] == "stop"
-        said = record["messages"][-1]["content"]
-        assert said == f"answer to {record['messages'][-2]['content']}"
-        assert LEXICON.tokenizer.decode(record["response_ids"][:-1]) == said
+        text = record["messages"][-1]["content"]
+        assert text == f"answer to {record['messages'][-2]['content']}"
+        assert INFO.tokenizer.decode(record["response_ids"][:-1]) == text
     assert found["c1/1"]["messages"][:2] == found["c1/0"]["messages"]
-    assert len(load_examples(out, LEXICON.tokenizer, 512)) == 9
+    assert len(load_examples(out, INFO.tokenizer, 512)) == 9
     assert all(body["temperature"] == 0 and body["model"] == "tiny" for body in server.asked)
 
 
@@ -95,7 +96,7 @@ def test_prompts_that_are_tokens_are_sent_as_tokens(fake: Any, tmp_path: Path) -
     run(server, out, [Conversation("x", "f:1", [], [20, 21, 22], [5])])
     (record,) = records(out).values()
     assert server.asked[0]["prompt"] == record["prompt_ids"] == [20, 21, 22]
-    assert encode(LEXICON.tokenizer, Conversation("x", "f:1", [], [20, 21, 22], record["response_ids"]), 99)
+    assert encode(INFO.tokenizer, Conversation("x", "f:1", [], [20, 21, 22], record["response_ids"]), 99)
 
 
 def dropped(handler: Handler) -> None:
@@ -121,17 +122,17 @@ FAULTS: dict[str, Callable[[Handler], None]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_that_pass_cost_nothing(fake: Any, tmp_path: Path, name: str) -> None:
+def test_temporary_failures_lose_no_answer(fake: Any, tmp_path: Path, name: str) -> None:
     server, out = fake(*[FAULTS[name]] * 5), tmp_path / "out.jsonl"
     assert run(server, out, chats(6)).written == 9
     assert len(records(out)) == 9 == len(server.asked)  # none was asked again after its answer had come
 
 
-def test_all_faults_at_once_give_the_file_of_a_quiet_day(fake: Any, tmp_path: Path) -> None:
-    quiet, stormy = tmp_path / "quiet.jsonl", tmp_path / "stormy.jsonl"
-    run(fake(), quiet, chats(20))
-    run(fake(*FAULTS.values(), *FAULTS.values()), stormy, chats(20))
-    without_order = [{k: {**r, "batch": 0} for k, r in records(path).items()} for path in (quiet, stormy)]
+def test_all_failures_together_leave_the_same_records(fake: Any, tmp_path: Path) -> None:
+    sound, failing = tmp_path / "sound.jsonl", tmp_path / "failing.jsonl"
+    run(fake(), sound, chats(20))
+    run(fake(*FAULTS.values(), *FAULTS.values()), failing, chats(20))
+    without_order = [{k: {**r, "batch": 0} for k, r in records(path).items()} for path in (sound, failing)]
     assert without_order[0] == without_order[1]
 
 
@@ -144,7 +145,7 @@ def test_retry_after_is_honoured(fake: Any, tmp_path: Path, form: str) -> None:
     assert server.times[1] - server.times[0] > 0.6
 
 
-def test_no_more_a_second_than_allowed_and_no_more_at_once(fake: Any, tmp_path: Path) -> None:
+def test_the_rate_and_the_concurrency_are_limited(fake: Any, tmp_path: Path) -> None:
     server = fake(delay=0.05)
     run(server, tmp_path / "a.jsonl", chats(10), requests_per_second=50.0)
     times = sorted(server.times)
@@ -155,7 +156,7 @@ def test_no_more_a_second_than_allowed_and_no_more_at_once(fake: Any, tmp_path: 
     assert 4 < server.most <= 8
 
 
-def test_the_key_goes_where_it_belongs(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_and_not_stored(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = fake()
     run(server, tmp_path / "a.jsonl", chats(1))
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -168,33 +169,33 @@ def test_the_key_goes_where_it_belongs(fake: Any, tmp_path: Path, monkeypatch: p
     ("status", "reason"),
     [(401, "OPENAI_API_KEY"), (404, "status 404: no such model"), (301, "status 301")],
 )
-def test_what_will_not_pass_is_told_at_once(fake: Any, tmp_path: Path, status: int, reason: str) -> None:
+def test_permanent_failures_raise_at_once(fake: Any, tmp_path: Path, status: int, reason: str) -> None:
     server = fake(lambda handler: handler.json(status, {"error": {"message": "no such model"}}))
-    with pytest.raises(VSDError, match=reason):
+    with pytest.raises(ConfigurationError, match=reason):
         run(server, tmp_path / "out.jsonl", chats(1))
     assert len(server.times) == 1
 
 
 def test_a_conversation_that_the_server_refuses_is_a_bad_line(fake: Any, tmp_path: Path) -> None:
     refuse = lambda handler: handler.json(400, {"error": {"message": "too long for me"}})  # noqa: E731
-    with pytest.raises(VSDError, match=r"f\.jsonl:1: the server refuses it: too long for me"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1: the server refuses it: too long for me"):
         run(fake(refuse), tmp_path / "a.jsonl", chats(1))
-    said: list[str] = []
+    reports: list[str] = []
     server = fake(refuse)
-    options = {"on_bad_line": "skip", "report": said.append, "concurrency": 1}
+    options = {"on_bad_line": "skip", "report": reports.append, "concurrency": 1}
     summary = run(server, tmp_path / "b.jsonl", chats(3), **options)
-    assert (summary.written, summary.skipped, len(said)) == (3, 1, 1)
+    assert (summary.written, summary.skipped, len(reports)) == (3, 1, 1)
 
 
-def test_a_server_that_is_not_there_or_has_another_model(fake: Any, tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_or_has_another_model(fake: Any, tmp_path: Path) -> None:
     server = fake()
-    with pytest.raises(VSDError, match="does not serve 'nobody': it has tiny, other"):
+    with pytest.raises(MismatchError, match="does not serve 'nobody': it has tiny, other"):
         run(server, tmp_path / "a.jsonl", chats(1), model="nobody")
     gone = Server("http://127.0.0.1:9", "tiny")
-    with pytest.raises(VSDError, match="refused"):
-        regenerate_by_server(gone, LEXICON, chats(1), tmp_path / "b.jsonl", progress=False)
+    with pytest.raises(TargetError, match="refused"):
+        regenerate(ServerTeacher(gone, INFO), chats(1), tmp_path / "b.jsonl", progress=False)
     for url in ("localhost:8000", "ftp://host", "http://", "http://host:port"):
-        with pytest.raises(VSDError, match="no server's address"):
+        with pytest.raises(ConfigurationError, match="no server's address"):
             Server(url, "tiny")
 
 
@@ -203,32 +204,34 @@ def test_tokens_of_another_target(fake: Any, tmp_path: Path) -> None:
         choice = {"message": {"content": "hello"}, "finish_reason": "stop", "token_ids": ids}
         return lambda handler: handler.json(200, {"choices": [choice]})
 
-    with pytest.raises(VSDError, match="not 'tiny''s"):
+    with pytest.raises(MismatchError, match="not in the vocabulary of 'tiny'"):
         run(fake(other([5000, 2])), tmp_path / "a.jsonl", chats(1))
-    with pytest.raises(VSDError, match="do not spell"):
+    with pytest.raises(MismatchError, match="do not spell"):
         run(fake(other([20, 21, 2])), tmp_path / "b.jsonl", chats(1))
 
 
 def test_empty_answers_are_reported_and_end_their_conversation(fake: Any, tmp_path: Path) -> None:
     empty = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
-    said: list[str] = []
+    reports: list[str] = []
     server = fake(lambda handler: handler.json(200, empty))
-    summary = run(server, tmp_path / "a.jsonl", chats(2)[1:], report=said.append, concurrency=1)
-    assert (summary.written, summary.skipped) == (0, 2) and "is empty" in said[0]
+    summary = run(server, tmp_path / "a.jsonl", chats(2)[1:], report=reports.append, concurrency=1)
+    assert (summary.written, summary.skipped) == (0, 2) and "is empty" in reports[0]
 
 
-def test_a_server_that_gives_up_loses_nothing(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It dies for longer than our patience; the same command, later and elsewhere, asks only what is missing."""
-    monkeypatch.setattr(client, "_PATIENCE", 0.1)
+def test_answers_of_a_server_that_fails_for_good_are_kept(
+    fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails for longer than requests are retried; the same call with another server asks the other questions."""
+    monkeypatch.setattr(client, "_RETRY_SECONDS", 0.1)
     out = tmp_path / "out.jsonl"
     serve = lambda handler: handler.json(200, completion(handler.path, {**BODY, "max_tokens": 40}))  # noqa: E731
-    with pytest.raises(VSDError, match="run the same command again"):
+    with pytest.raises(TargetError, match="run the same command again"):
         run(fake(serve, serve, *[FAULTS["500"]] * 1000), out, chats(1) * 6, concurrency=1)
     assert len(records(out)) == 2
     server = fake()
     assert run(server, out, chats(1) * 6).written == 6
     assert len(records(out)) == 6 and len(server.asked) == 4
-    with pytest.raises(VSDError, match="temperature was"):
+    with pytest.raises(MismatchError, match="temperature was"):
         run(server, out, chats(1) * 6, temperature=1.0)
 
 
@@ -240,11 +243,11 @@ from pathlib import Path
 import test_server as t
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 server = t.Server(sys.argv[1], "tiny")
-t.regenerate_by_server(server, t.LEXICON, t.chats(30), Path(sys.argv[2]), max_new_tokens=40, concurrency=4)
+t.regenerate(t.ServerTeacher(server, t.INFO, 4), t.chats(30), Path(sys.argv[2]), max_new_tokens=40)
 """
 
 
-def test_a_killed_client_goes_on_where_it_was(fake: Any, tmp_path: Path) -> None:
+def test_a_killed_client_continues_where_it_stopped(fake: Any, tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     server, out = fake(delay=0.2), tmp_path / "out.jsonl"
@@ -258,4 +261,4 @@ def test_a_killed_client_goes_on_where_it_was(fake: Any, tmp_path: Path) -> None
         assert count <= out.read_bytes().count(b"\n") < 45
     subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
     assert len(records(out)) == 45
-    assert len(server.asked) <= 45 + 2 * 2 * 4  # what was being answered when it died is asked again, no more
+    assert len(server.asked) <= 45 + 2 * 2 * 4  # questions in progress at a kill are asked again, no others

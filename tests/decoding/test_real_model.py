@@ -12,7 +12,7 @@ import torch
 import along
 from goodness import p_value
 from overfit import random_drafter
-from vsd.data import prompt_ids, read_conversations
+from vsd.data import prompt_inputs, read_conversations
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import load_drafter
@@ -44,7 +44,7 @@ def prompts(target: Target) -> list[list[int]]:
     """First user turns, by length, so that batches are even."""
     found = []
     for conversation in read_conversations(TEXT, need_answer=False):
-        ids = prompt_ids(target.tokenizer, [m for m in conversation.messages if m["role"] == "user"][:1])
+        ids = prompt_inputs(target.tokenizer, [m for m in conversation.messages if m["role"] == "user"][:1]).ids
         if len(ids) <= 120:
             found.append(ids)
         if len(found) == PROMPTS:

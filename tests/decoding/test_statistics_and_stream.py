@@ -9,7 +9,7 @@ from rich.console import Console
 
 import tiny
 from overfit import random_drafter
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.decoding.stream import answer, pieces
@@ -65,7 +65,7 @@ def test_answer_prints_the_text_and_a_summary(drafting: bool) -> None:
     shape = TreeShape(3, 2, 6)
     result = answer(target, drafter, shape, "Hello?", Sampling(12), system="Be brief.", console=console)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
-    assert result.prompt.ids == prompt_ids(target.tokenizer, messages)
+    assert result.prompt.ids == prompt_inputs(target.tokenizer, messages).ids
     expected = Engine(target, drafter, shape).generate([result.prompt], Sampling(12))[0]
     assert result.tokens == expected.tokens
     printed = out.getvalue()

@@ -185,9 +185,9 @@ def test_drafting_changes_speed_and_not_one_token(report: dict[str, Any]) -> Non
 
 def test_tau_is_pooled_over_all_passes(tiny_target: Target, drafter: Eagle3Drafter, report: dict[str, Any]) -> None:
     """The single-turn prompts again, by hand."""
-    from vsd.data import prompt_ids
+    from vsd.data import prompt_inputs
 
-    ids = prompt_ids(tiny_target.tokenizer, [{"role": "user", "content": "who 2"}])
+    ids = prompt_inputs(tiny_target.tokenizer, [{"role": "user", "content": "who 2"}]).ids
     (result,) = Engine(tiny_target, drafter, SHAPE).generate([ids], Sampling(20))
     wanted = (len(result.tokens) - 1) / len(result.delivered)  # the first token is the prefill's
     assert report["runs"][1]["tau_by_suite"]["qa"] == pytest.approx(wanted)

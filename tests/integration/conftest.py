@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, TEXT
-from vsd.data import prompt_ids, read_conversations
+from vsd.data import prompt_inputs, read_conversations
 from vsd.drafters import Eagle3Drafter
 from vsd.export import export_drafter
 from vsd.targets import Target, load_target
@@ -77,7 +77,7 @@ def prompts(targets: dict[str, Target]) -> list[list[int]]:
         for conversation in read_conversations(source, need_answer=False)
     ]
     picked = [users[i * len(users) // PROMPTS] for i in range(PROMPTS)]
-    return [prompt_ids(targets["float32"].tokenizer, messages) for messages in picked]
+    return [prompt_inputs(targets["float32"].tokenizer, messages).ids for messages in picked]
 
 
 @pytest.fixture(scope="session")

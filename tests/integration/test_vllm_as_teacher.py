@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from setting import ENVIRONMENT
-from vsd.data import Conversation, Server, Summary, load_examples, prompt_ids, regenerate_by_server
-from vsd.targets import Lexicon, load_lexicon
+from vsd.data import Conversation, Server, ServerTeacher, Summary, load_examples, prompt_inputs, regenerate
+from vsd.targets import load_lexicon
+from vsd.targets.info import TargetInfo
 
 Start = Callable[[], subprocess.Popen[bytes]]
 CHATS, LENGTH = 40, 24
@@ -22,7 +23,7 @@ TOPICS = ["rivers", "bread", "the moon", "trains", "chess"]
 
 
 @pytest.fixture(scope="module")
-def lexicon() -> Lexicon:
+def info() -> TargetInfo:
     return load_lexicon("smollm2-135m")
 
 
@@ -78,7 +79,7 @@ def chats() -> list[Conversation]:
     return found
 
 
-def test_killed_in_the_middle_and_started_again(vllm: tuple[str, Start], lexicon: Lexicon, tmp_path: Path) -> None:
+def test_killed_in_the_middle_and_started_again(vllm: tuple[str, Start], info: TargetInfo, tmp_path: Path) -> None:
     out, done = tmp_path / "out.jsonl", list[Summary]()
     url, start = vllm
     server = start()
@@ -86,8 +87,8 @@ def test_killed_in_the_middle_and_started_again(vllm: tuple[str, Start], lexicon
 
     def ask() -> None:
         done.append(
-            regenerate_by_server(
-                Server(url, "smollm2"), lexicon, chats(), out, max_new_tokens=LENGTH, concurrency=4, progress=False
+            regenerate(
+                ServerTeacher(Server(url, "smollm2"), info, 4), chats(), out, max_new_tokens=LENGTH, progress=False
             )
         )
 
@@ -106,13 +107,13 @@ def test_killed_in_the_middle_and_started_again(vllm: tuple[str, Start], lexicon
     assert len({record["id"] for record in found}) == len(found) == CHATS + CHATS // 2
     assert {f"c{i}/{t}" for i in range(CHATS) for t in range(i % 2 + 1)} == {record["id"] for record in found}
     for record in found:  # the server's own tokens
-        assert record["prompt_ids"] == prompt_ids(lexicon.tokenizer, record["messages"][:-1])
-        ended = record["response_ids"][-1] in lexicon.eos_ids
+        assert record["prompt_ids"] == prompt_inputs(info.tokenizer, record["messages"][:-1]).ids
+        ended = record["response_ids"][-1] in info.eos_ids
         assert ended == (record["finish"] == "stop")
         assert len(record["response_ids"]) == LENGTH or ended
-    assert len(load_examples(out, lexicon.tokenizer, 1024)) == len(found)
+    assert len(load_examples(out, info.tokenizer, 1024)) == len(found)
 
-    again = regenerate_by_server(  # nothing is asked twice
-        Server(url, "smollm2"), lexicon, chats(), out, max_new_tokens=LENGTH, progress=False
+    again = regenerate(  # nothing is asked twice
+        ServerTeacher(Server(url, "smollm2"), info), chats(), out, max_new_tokens=LENGTH, progress=False
     )
     assert again == done[0] and lines() == len(found)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import load, report_skipped
+from vsd.cli.shared import load, load_info, report_skipped
 from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
@@ -65,8 +65,7 @@ def run(given: Given) -> None:
     """Replace answers by the target's own."""
     from itertools import chain, islice
 
-    from vsd.data import Server, read_conversations, regenerate, regenerate_by_server
-    from vsd.targets import load_lexicon
+    from vsd.data import Server, ServerTeacher, TargetTeacher, Teacher, read_conversations, regenerate
 
     a, by, target = given.of(Regenerate), given.of(ServerOptions), given.of(TargetOptions)
     if (by.server is None) != (by.model is None):
@@ -74,20 +73,23 @@ def run(given: Given) -> None:
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
     texts = islice(chain([first], conversations), a.limit)
-    options: dict[str, Any] = {
-        "max_new_tokens": a.max_new_tokens,
-        "temperature": a.temperature,
-        "seed": a.seed,
-        "max_length": a.max_length,
-        "on_bad_line": a.on_bad_line,
-        "report": report_skipped,
-    }
+    teacher: Teacher
     if by.server is not None and by.model is not None:
         server = Server(by.server, by.model, by.requests_per_second)
-        lexicon = load_lexicon(target.target, revision=target.revision, trust_remote_code=target.trust_remote_code)
-        summary = regenerate_by_server(server, lexicon, texts, a.out, concurrency=by.concurrency, **options)
+        teacher = ServerTeacher(server, load_info(target), by.concurrency)
     else:
-        summary = regenerate(load(target), texts, a.out, batch_size=a.batch_size, **options)
+        teacher = TargetTeacher(load(target), a.batch_size)
+    summary = regenerate(
+        teacher,
+        texts,
+        a.out,
+        max_new_tokens=a.max_new_tokens,
+        temperature=a.temperature,
+        seed=a.seed,
+        max_length=a.max_length,
+        on_bad_line=a.on_bad_line,
+        report=report_skipped,
+    )
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
 
 

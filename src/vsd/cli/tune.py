@@ -31,7 +31,7 @@ class Tune:
 
 def run(given: Given) -> None:
     """Find the fastest tree."""
-    from vsd.data import prompt_ids
+    from vsd.data import prompt_inputs
     from vsd.decoding import Engine, Sampling
     from vsd.drafters import load_drafter
     from vsd.evaluation import load_prompts, print_trees, tune
@@ -40,8 +40,8 @@ def run(given: Given) -> None:
     prompts = load_prompts(a.prompts, a.limit)
     target = load(given.of(TargetOptions))
     drafter = load_drafter(a.drafter, target)
-    ids = [prompt_ids(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
-    results = Engine(target).generate(ids, Sampling(a.max_new_tokens))
+    asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    results = Engine(target).generate(asked, Sampling(a.max_new_tokens))
     print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
 
 

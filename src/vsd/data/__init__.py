@@ -1,27 +1,32 @@
-"""Chat text in, tokens and drafted positions out; text made by the target itself."""
+"""Conversations as token ids and drafted positions; training text written by the target."""
 
 from vsd.data.chat import Conversation, read_conversations
+from vsd.data.examples import Example, encode, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
-from vsd.data.questions import Summary
+from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
-from vsd.data.remote import regenerate_by_server
 from vsd.data.server import Server
+from vsd.data.server_teacher import ServerTeacher
 from vsd.data.synthesize import synthesize
-from vsd.data.template import Example, encode, load_examples, prompt_ids
+from vsd.data.target_teacher import TargetTeacher
+from vsd.data.teacher import Teacher
+from vsd.data.template import prompt_inputs
 
 __all__ = [
     "Answer",
     "Conversation",
     "Example",
     "Server",
+    "ServerTeacher",
     "Summary",
+    "TargetTeacher",
+    "Teacher",
     "encode",
     "generate_answers",
     "generate_batch",
     "load_examples",
-    "prompt_ids",
+    "prompt_inputs",
     "read_conversations",
     "regenerate",
-    "regenerate_by_server",
     "synthesize",
 ]

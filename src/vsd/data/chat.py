@@ -1,6 +1,6 @@
-"""Conversations in, from any of the shapes people keep them in; every bad line named, none trained on.
+"""Reads conversations from JSONL files, text files and data sets of the Hugging Face hub.
 
-A line (or a row of a Hugging Face data set) is one of
+A line of a file (or a row of a data set) is one of
 
     {"messages": [{"role": "user", "content": "…"}, …]}       OpenAI
     {"conversations": [{"from": "human", "value": "…"}, …]}   ShareGPT
@@ -8,8 +8,9 @@ A line (or a row of a Hugging Face data set) is one of
     {"prompt": "…"}                                           one user turn
     {"prompt_ids": […], "response_ids": […]}                  the target's own tokens, by `vsd data`
 
-with an optional "id". Order is: at most one system message, then user and assistant in turn. Prompts alone
-(`turns`, `prompt`, a `.txt` file with one prompt a line) are for regeneration, not for training.
+with an optional "id". The messages are at most one system message, then user and assistant alternately. Prompts without
+answers (`turns`, `prompt`, a `.txt` file with one prompt a line) are for regeneration, not for training. A line that
+cannot be used is an error, or is reported and skipped; it is never changed to fit.
 """
 
 import gzip
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vsd.errors import VSDError
+from vsd.errors import DataError
 
 OnBadLine = Literal["fatal", "skip"]
 Report = Callable[[str], None]
@@ -31,17 +32,24 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class Conversation(NamedTuple):
-    """One conversation, with `prompt_ids` and `response_ids` when the line carries exact target tokens."""
+    """One conversation.
+
+    Attributes:
+        id: the line's "id", else the file's name and the line's number.
+        where: the line's place, "file.jsonl:12", for messages to the user.
+        messages: as a chat template takes them; empty where the line has token ids alone.
+        prompt_ids, response_ids: the target's own tokens of the last turn, where the line has them.
+    """
 
     id: str
-    where: str  # "file.jsonl:12", for messages to the user
+    where: str
     messages: list[Message]
     prompt_ids: list[int] | None = None
     response_ids: list[int] | None = None
 
 
-class BadLineError(VSDError):
-    """A line that cannot be used; the message says why, the reader adds where."""
+class BadLineError(DataError):
+    """A line that cannot be used. The message names the reason; the reader of the file adds the place."""
 
 
 def read_conversations(
@@ -54,12 +62,12 @@ def read_conversations(
     """Read a `.jsonl`, `.jsonl.gz` or `.txt` file, or a data set of the Hugging Face hub, `hf:NAME[:SPLIT]`.
 
     Args:
-        on_bad_line: "fatal" raises on the first bad line, "skip" reports it and goes on.
-        report: called with "FILE:LINE: what is wrong" for every skipped line; default a logged warning.
-        need_answer: False where only the user turns matter, as for regeneration.
+        on_bad_line: "fatal" raises at the first bad line, "skip" reports it and continues.
+        report: called with "FILE:LINE: REASON" for every skipped line; default: a logged warning.
+        need_answer: False where only the user turns are used, as in regeneration.
 
     Raises:
-        VSDError: a bad line, when fatal; nothing usable in the source; no such source.
+        DataError: a bad line, when fatal; no usable line in the source; no such source.
     """
     lines, parse = _open(source, need_answer)
     usable = 0
@@ -72,13 +80,13 @@ def read_conversations(
         usable += 1
         yield conversation
     if not usable:
-        raise VSDError(f"{source}: no usable conversation in it")
+        raise DataError(f"{source} holds no usable conversation")
 
 
 def handle_bad_line(message: str, on_bad_line: OnBadLine, report: Report | None) -> None:
-    """Raise or report, as the caller chose; nothing is skipped in silence."""
+    """Raise DataError, or report the line as skipped."""
     if on_bad_line == "fatal":
-        raise VSDError(message)
+        raise DataError(message)
     (report or LOG.warning)(message)
 
 
@@ -88,11 +96,11 @@ Lines = Iterator[tuple[str, str, Any]]  # (where, default id, raw line)
 def _open(source: str | Path, need_answer: bool) -> tuple[Lines, Callable[[Any], Any]]:
     path = Path(source)
     if path.suffix == ".txt" and need_answer:
-        raise VSDError(f"{source} holds prompts without answers: make them with `vsd data regenerate` first")
+        raise DataError(f"{source} holds prompts without answers: make them with `vsd data regenerate` first")
     if path.name.endswith((".jsonl", ".jsonl.gz", ".txt")):
         return _file_lines(path), _prompt if path.suffix == ".txt" else _json
     if path.is_file():
-        raise VSDError(f"{source}: expected a .jsonl, .jsonl.gz or .txt file")
+        raise DataError(f"{source}: expected a .jsonl, .jsonl.gz or .txt file")
     return _dataset_rows(str(source)), lambda row: row
 
 
@@ -104,14 +112,14 @@ def _file_lines(path: Path) -> Lines:
             for number, line in enumerate(file, start=1):
                 yield f"{path}:{number}", f"{stem}-{number:06d}", line.removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError as error:
-        raise VSDError(f"no file at '{path}'") from error
+        raise DataError(f"no file at '{path}'") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise VSDError(f"{path}: cannot be read after line {number}: {error}") from error
+        raise DataError(f"{path}: cannot be read after line {number}: {error}") from error
 
 
 def _dataset_rows(source: str) -> Lines:
     """Rows of `hf:NAME[:SPLIT]` or `hf:NAME:CONFIG:SPLIT`, streamed."""
-    import datasets  # heavy, and few need it
+    import datasets  # slow to import
 
     name, *rest = source.removeprefix("hf:").split(":")
     config, split = (rest[0], rest[1]) if len(rest) == 2 else (None, rest[0] if rest else "train")
@@ -119,9 +127,9 @@ def _dataset_rows(source: str) -> Lines:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, row in enumerate(rows):
             yield f"{name}[{split}]:{number}", f"{split}-{number:06d}", row
-    except Exception as error:  # the hub, the network, scripts, parsers: many kinds, one consequence
-        what = str(error).strip().split("\n")[0] or type(error).__name__
-        raise VSDError(f"cannot read data set '{name}' (split '{split}'): {what}") from error
+    except Exception as error:  # of the hub, the network or a parser: they have no common class
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"cannot read data set '{name}' (split '{split}'): {reason}") from error
 
 
 def _text(line: bytes) -> str:
@@ -154,12 +162,12 @@ def _conversation(row: Any, where: str, name: str, need_answer: bool) -> Convers
     messages = _messages(row, exact)
     if messages and need_answer:
         _check_answer([m["role"] for m in messages])
-    given = row.get("id")
-    return Conversation(name if given in (None, "") else str(given), where, messages, prompt_ids, response_ids)
+    own_id = row.get("id")
+    return Conversation(name if own_id in (None, "") else str(own_id), where, messages, prompt_ids, response_ids)
 
 
 def _messages(row: dict[str, Any], exact: bool) -> list[Message]:
-    """Messages with the roles system, user and assistant, from whichever shape the row has."""
+    """Messages with the roles system, user and assistant, from any of the row formats."""
     if row.get("messages") is not None:
         return _in_order([_message(m, "role", "content") for m in _list(row, "messages")])
     if row.get("conversations") is not None:
@@ -175,9 +183,10 @@ def _messages(row: dict[str, Any], exact: bool) -> list[Message]:
 
 
 def _list(row: dict[str, Any], key: str) -> list[Any]:
-    if not isinstance(row[key], list) or not row[key]:
+    items = row[key]
+    if not isinstance(items, list) or not items:
         raise BadLineError(f"{key} must be a list that is not empty")
-    return row[key]
+    return items
 
 
 def _message(message: Any, role_key: str, content_key: str) -> Message:
@@ -215,7 +224,7 @@ def _in_order(messages: list[Message]) -> list[Message]:
 
 def _check_answer(roles: list[str]) -> None:
     if "assistant" not in roles:
-        raise BadLineError("no answer in it: make one with `vsd data regenerate`")
+        raise BadLineError("there is no answer: make one with `vsd data regenerate`")
     if roles[-1] != "assistant":
         raise BadLineError("the last message is not an answer")
 
@@ -229,5 +238,5 @@ def _exact_ids(row: dict[str, Any], need_answer: bool) -> tuple[list[int], list[
     if not prompt_ids:
         raise BadLineError("prompt_ids is empty")
     if need_answer and not response_ids:
-        raise BadLineError("response_ids is empty: no answer in it")
+        raise BadLineError("response_ids is empty: there is no answer")
     return prompt_ids, response_ids

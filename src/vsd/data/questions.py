@@ -1,4 +1,4 @@
-"""Conversations while they are being answered: each user turn in order, with the earlier answers as history."""
+"""Conversations that a teacher is answering: each user turn in order, with the earlier answers as history."""
 
 import sys
 from collections.abc import Iterable
@@ -6,46 +6,37 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from vsd.data.chat import BadLineError, Conversation, Message, OnBadLine, Report, handle_bad_line
-from vsd.data.generate import Answer
-from vsd.data.records import Record
-from vsd.data.template import prompt_ids, spell
-from vsd.errors import VSDError
+from vsd.data.template import prompt_inputs
+from vsd.errors import DataError
+from vsd.targets.inputs import Inputs
 from vsd.targets.info import TargetInfo
 
 
 class Question(NamedTuple):
-    """One user turn to answer: `messages` end with it, `ids` is what the target reads."""
+    """One user turn to answer: `messages` end with it, `inputs` is the prompt that the target reads."""
 
     id: str
     messages: list[Message]
-    ids: list[int]
+    inputs: Inputs
 
 
-class Sampling(NamedTuple):
-    """How answers are drawn."""
+class Limits(NamedTuple):
+    """The target that reads the prompts, the longest prompt in tokens, and who hears of a longer one."""
 
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
-class Summary(NamedTuple):
-    """Answers in the file, conversations or turns that are not, and the answer tokens in the file."""
-
-    written: int
-    skipped: int
-    tokens: int
+    info: TargetInfo
+    room: int
+    report: Report
 
 
 @dataclass
 class Chat:
-    """A conversation, and how far it has been answered.
+    """A conversation, and how many of its user turns have been answered.
 
     Attributes:
-        history: the system message, then answered turns.
+        history: the system message, then the answered turns.
         turns: all user turns.
-        exact: the prompt's tokens, where the line has no text.
-        asked: how many turns have been answered.
+        exact: the prompt's token ids, where the line has no text.
+        asked: the number of answered turns.
     """
 
     id: str
@@ -53,88 +44,78 @@ class Chat:
     history: list[Message]
     turns: list[str]
     exact: list[int] | None
+    limits: Limits
     asked: int = 0
 
-    def question(self, info: TargetInfo) -> Question | None:
-        """The next user turn, if there is one."""
+    def question(self) -> Question | None:
+        """The next user turn; None behind the last one."""
         if self.asked == len(self.turns):
             return None
-        messages = [*self.history, {"role": "user", "content": self.turns[self.asked]}]
+        name = f"{self.id}/{self.asked}"
         if self.exact is not None:
-            return Question(f"{self.id}/{self.asked}", [], self.exact)
-        return Question(f"{self.id}/{self.asked}", messages, prompt_ids(info.tokenizer, messages))
+            return Question(name, [], Inputs(self.exact))
+        messages = [*self.history, {"role": "user", "content": self.turns[self.asked]}]
+        return Question(name, messages, prompt_inputs(self.limits.info.tokenizer, messages))
 
-    def question_within(self, info: TargetInfo, room: int, report: Report) -> Question | None:
-        """The next user turn; one longer than `room` tokens ends the conversation, and is reported."""
-        question = self.question(info)
-        if question is None or len(question.ids) <= room:
-            return question
+    def next_question(self) -> Question | None:
+        """As `question`; a prompt that is too long, or that the template refuses, is reported and ends the chat."""
+        name, reason = f"{self.id}/{self.asked}", "its prompt is too long"
+        try:
+            question = self.question()
+            if question is None or len(question.inputs.ids) <= self.limits.room:
+                return question
+        except BadLineError as error:
+            reason = str(error)
         self.end()
-        report(f"{self.where}: ends before '{question.id}', which would be too long")
+        self.limits.report(f"{self.where}: ends before '{name}': {reason}")
         return None
 
     def answered(self, answer: str) -> None:
-        """Take the answer to the question asked last into the history."""
+        """Add the current turn and its answer to the history."""
         self.history.append({"role": "user", "content": self.turns[self.asked]})
         self.history.append({"role": "assistant", "content": answer})
         self.asked += 1
 
     def end(self) -> None:
-        """Ask no more."""
+        """Leave the remaining turns without an answer."""
         self.asked = len(self.turns)
 
 
 def room_for_prompts(info: TargetInfo, max_length: int | None, max_new_tokens: int) -> int:
-    """Tokens a prompt may have; `max_length` (default: the target's context) is for prompt and answer together."""
+    """The longest prompt in tokens; `max_length` (default: the target's context) holds prompt and answer."""
     return (max_length or info.context or sys.maxsize) - max_new_tokens
 
 
-def open_chats(
-    info: TargetInfo,
-    conversations: Iterable[Conversation],
-    room: int,
-    on_bad_line: OnBadLine,
-    report: Report | None,
-) -> tuple[list[Chat], int]:
-    """Chats whose first prompt fits into `room` tokens, with ids made unique, and how many there are not."""
-    chats, seen, skipped = [], dict[str, int](), 0
-    for given in conversations:
-        seen[given.id] = seen.get(given.id, 0) + 1
-        name = given.id if seen[given.id] == 1 else f"{given.id}~{seen[given.id]}"
-        turns = [m["content"] for m in given.messages if m["role"] == "user"]
-        system = [m for m in given.messages[:1] if m["role"] == "system"]
-        exact = None if turns else given.prompt_ids
-        chat = Chat(name, given.where, system, turns or [""], exact)
+def open_chats(limits: Limits, conversations: Iterable[Conversation], on_bad_line: OnBadLine) -> tuple[list[Chat], int]:
+    """The chats whose first prompt is usable, with ids made unique, and the number of conversations skipped.
+
+    Raises:
+        DataError: an unusable prompt, when fatal; no usable prompt at all.
+    """
+    chats, seen, skipped = list[Chat](), dict[str, int](), 0
+    for conversation in conversations:
+        count = seen[conversation.id] = seen.get(conversation.id, 0) + 1
+        name = conversation.id if count == 1 else f"{conversation.id}~{count}"
         try:
-            question = chat.question(info)
-            if question is None or len(question.ids) > room:
-                raise BadLineError(f"too long: the prompt leaves no room for an answer ({max(room, 0)} tokens allowed)")
-            if max(question.ids) >= info.vocab_size:
-                raise BadLineError(
-                    f"token {max(question.ids)} is not in this target's vocabulary: made by another target?"
-                )
+            chats.append(_open(limits, conversation, name))
         except BadLineError as error:
-            handle_bad_line(f"{given.where}: {error}", on_bad_line, report)
+            handle_bad_line(f"{conversation.where}: {error}", on_bad_line, limits.report)
             skipped += 1
-            continue
-        chats.append(chat)
     if not chats:
-        raise VSDError("no prompt to answer")
+        raise DataError("there is no prompt to answer")
     return chats, skipped
 
 
-def record_of(info: TargetInfo, question: Question, answer: Answer, batch: int, sampling: Sampling) -> Record | None:
-    """The line for one answer; None if there is no text in it, hence nothing to draft."""
-    text = spell(info.tokenizer, answer.ids)
-    if not text.strip() or len(answer.ids) < 2:
-        return None
-    messages = [*question.messages, {"role": "assistant", "content": text}] if question.messages else None
-    return {
-        "id": question.id,
-        **({"messages": messages} if messages else {}),
-        "prompt_ids": question.ids,
-        "response_ids": answer.ids,
-        "finish": answer.finish,
-        "temperature": sampling.temperature,
-        "batch": batch,
-    }
+def _open(limits: Limits, conversation: Conversation, name: str) -> Chat:
+    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+    system = [m for m in conversation.messages[:1] if m["role"] == "system"]
+    exact = None if turns else conversation.prompt_ids
+    chat = Chat(name, conversation.where, system, turns or [""], exact, limits)
+    question = chat.question()
+    if question is None or len(question.inputs.ids) > limits.room:
+        raise BadLineError(
+            f"too long: the prompt leaves no room for an answer ({max(limits.room, 0)} tokens are allowed)"
+        )
+    if (largest := max(question.inputs.ids)) >= limits.info.vocab_size:
+        raise BadLineError(f"token {largest} is not in this target's vocabulary: was it made by another target?")
+    return chat

@@ -1,9 +1,8 @@
-"""The output file of generation: append-only JSONL that survives being killed.
+"""The output file of generation: append-only JSONL that a killed process leaves usable.
 
-Batches of records are appended and synced to disk in a fixed order, so whatever was written stays, a torn
-last line is cut off on the next start, and every batch before the last one seen is known to be complete. A
-sidecar, `OUT.meta.json`, holds the settings: another run may continue the file only if it would have written
-the same.
+Batches of records are appended and synced to disk in a fixed order. So every complete line is kept, a torn last line is
+cut off on the next start, and every batch before the last one in the file is complete. The file `OUT.meta.json` holds
+the settings: another run may continue OUT only with the same settings.
 """
 
 import json
@@ -13,25 +12,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from vsd.errors import VSDError
+from vsd.data.generate import Answer
+from vsd.data.questions import Question
+from vsd.data.template import answer_text
+from vsd.errors import ConfigurationError, DataError, MismatchError
+from vsd.targets.info import TargetInfo
 
 Record = dict[str, Any]
 
 
+class GenerationSettings(NamedTuple):
+    """How answers are sampled."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class Summary(NamedTuple):
+    """Answers in the file, user turns and conversations that are not, and the answer tokens in the file."""
+
+    written: int
+    skipped: int
+    tokens: int
+
+
 class Entry(NamedTuple):
-    """What is remembered of a record: enough to continue after it."""
+    """The part of a record that is kept in memory: enough to continue after it."""
 
     id: str
     batch: int
@@ -47,10 +54,17 @@ class Entry(NamedTuple):
 
 
 class RecordLog:
-    """An open output file: `entries` are those of earlier runs, by id; `append` adds a batch for good.
+    """An open output file.
+
+    Attributes:
+        entries: of all records in the file, by id.
+        tokens: answer tokens in the file.
+        last_batch: the largest batch number at opening, -1 for an empty file; this batch may be incomplete.
 
     Raises:
-        VSDError: another process writes to it, its settings differ, or it is damaged or not ours.
+        ConfigurationError: another process writes to the file.
+        DataError: the file is damaged.
+        MismatchError: the file was not made by this class, or with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
@@ -64,7 +78,8 @@ class RecordLog:
         except BaseException:
             self._file.close()
             raise
-        self.last_batch = max((entry.batch for entry in self.entries.values()), default=-1)  # may be incomplete
+        self.tokens = sum(entry.tokens for entry in self.entries.values())
+        self.last_batch = max((entry.batch for entry in self.entries.values()), default=-1)
 
     def __enter__(self) -> "RecordLog":
         return self
@@ -72,12 +87,19 @@ class RecordLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
+    def holds(self, batch: int, questions: Sequence[Question]) -> bool:
+        """Whether the file has the batch whole: all its answers, or all but the empty ones."""
+        return batch < self.last_batch or all(question.id in self.entries for question in questions)
+
     def append(self, records: Sequence[Record]) -> None:
         """Write the records of one batch; they are on disk when this returns."""
         if records:
             self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
+        for record in records:
+            self.entries[record["id"]] = entry = Entry.of(record)
+            self.tokens += entry.tokens
 
     def _read(self) -> list[Entry]:
         self._file.seek(0)
@@ -87,9 +109,28 @@ class RecordLog:
                 entries.append(_parse(line))
             except (ValueError, KeyError, TypeError) as error:
                 if self._file.read(1):
-                    raise VSDError(f"{self.path}:{number}: damaged line; repair it or use another --out") from error
-                self._file.truncate(self._file.tell() - len(line))  # torn by a kill: its batch is redone
+                    raise DataError(f"{self.path}:{number}: damaged line; repair it or use another --out") from error
+                self._file.truncate(self._file.tell() - len(line))  # torn by a kill: its batch is made again
         return entries
+
+
+def record_of(
+    info: TargetInfo, question: Question, answer: Answer, batch: int, settings: GenerationSettings
+) -> Record | None:
+    """The line for one answer; None for an answer without text, which has no drafted positions."""
+    text = answer_text(info.tokenizer, answer.ids)
+    if not text.strip() or len(answer.ids) < 2:
+        return None
+    messages = [*question.messages, {"role": "assistant", "content": text}] if question.messages else None
+    return {
+        "id": question.id,
+        **({"messages": messages} if messages else {}),
+        "prompt_ids": question.inputs.ids,
+        "response_ids": answer.ids,
+        "finish": answer.finish,
+        "temperature": settings.temperature,
+        "batch": batch,
+    }
 
 
 def _parse(line: bytes) -> Entry:
@@ -101,52 +142,37 @@ def _parse(line: bytes) -> Entry:
 def _lock(file: IO[bytes], out: Path) -> None:
     try:
         import fcntl
-    except ImportError:  # Windows: two runs on one file are not caught there
+    except ImportError:  # Windows: two processes that write one file are not noticed there
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise VSDError(f"another run is writing to {out}: wait for it or use another --out") from error
+        raise ConfigurationError(f"another run is writing to {out}: wait for it or use another --out") from error
 
 
 def _check_settings(out: Path, settings: dict[str, Any], *, empty: bool) -> None:
+    """Compare `settings` with those that `out` was begun with; store them if `out` is empty."""
     meta = out.with_name(out.name + ".meta.json")
-    if not empty:
-        if not meta.exists():
-            raise VSDError(f"{out} exists and {meta.name} does not, so it cannot be resumed: use another --out")
-        try:
-            before = json.loads(meta.read_text())
-        except ValueError as error:
-            raise VSDError(f"{meta} is damaged, so {out.name} cannot be resumed: use another --out") from error
-        changed = [
-            f"{key} was {before.get(key)}, is {settings.get(key)}"
-            for key in sorted({*before, *settings})
-            if before.get(key) != settings.get(key)
-        ]
-        if changed:
-            raise VSDError(f"{out} was begun with other settings ({'; '.join(changed)}): use another --out")
+    if empty:
+        half = meta.with_name(meta.name + ".tmp")
+        half.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(half, meta)
         return
-    draft = meta.with_name(meta.name + ".tmp")
-    draft.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(draft, meta)
+    before = _read_settings(out, meta)
+    changed = [
+        f"{key} was {before.get(key)}, is {settings.get(key)}"
+        for key in sorted({*before, *settings})
+        if before.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise MismatchError(f"{out} was begun with other settings ({'; '.join(changed)}): use another --out")
 
 
-class _TokenRate(ProgressColumn):
-    """Answer tokens a second since this run began."""
-
-    def render(self, task: Task) -> Text:
-        seconds = task.elapsed or 0.0
-        return Text(f"{task.fields['tokens'] / seconds:.0f} tok/s" if seconds else "")
-
-
-def progress_bar(*, enabled: bool) -> Progress:
-    """Bar, count, elapsed, ETA and tokens a second; tasks carry the field `tokens`."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(
-        *columns,
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        _TokenRate(),
-        disable=not enabled,
-        speed_estimate_period=3600,
-    )
+def _read_settings(out: Path, meta: Path) -> dict[str, Any]:
+    if not meta.exists():
+        raise MismatchError(f"{out} exists and {meta.name} does not, so it cannot be resumed: use another --out")
+    try:
+        found: dict[str, Any] = json.loads(meta.read_text())
+    except ValueError as error:
+        raise DataError(f"{meta} is damaged, so {out.name} cannot be resumed: use another --out") from error
+    return found

@@ -1,9 +1,9 @@
-"""A client of servers that speak OpenAI's API (vLLM, SGLang, llama.cpp, …), as stubborn as a long job needs.
+"""A client of servers with OpenAI's API (vLLM, SGLang, llama.cpp, …) that retries for as long as a batch job needs.
 
-Messages go to `/v1/chat/completions`, prompts that are tokens to `/v1/completions`. What may pass (429, 5xx, a lost
-connection, a garbled answer) is asked again after a pause that doubles up to half a minute, or is as long as
-Retry-After says, until nothing has come for ten minutes; what will not pass (no such model, no permission) is raised.
-Token ids are asked for as vLLM gives them, `return_token_ids`.
+Messages go to `/v1/chat/completions`, prompts of token ids to `/v1/completions`. Temporary failures (status 408, 425,
+429 or 5xx, a lost connection, a malformed response) are retried after the pause that Retry-After gives, or a pause that
+doubles from half a second to thirty. A request that has failed for ten minutes raises; a permanent failure (no such
+model, no permission) raises at once. Token ids are requested with vLLM's `return_token_ids`.
 """
 
 import http.client
@@ -21,19 +21,25 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from vsd.data.chat import LOG, BadLineError
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, MismatchError, TargetError
 
 T = TypeVar("T")
-_PATIENCE = 600.0  # seconds of nothing but failures for one question
-_PATIENCE_AT_FIRST = 5.0  # a wrong address is told soon
-_QUIET = 60.0  # seconds between two warnings
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-_TIMEOUT = 600.0  # for one answer
-_REFUSED_LINE = (400, 413, 422)  # the server's word for a conversation it will not take
+_RETRY_SECONDS = 600.0  # a request that keeps failing raises after this time
+_FIRST_RETRY_SECONDS = 5.0  # the same for the first request, which finds out whether the address is right
+_WARNING_SECONDS = 60.0  # between two warnings
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+_TIMEOUT = 600.0  # seconds for one response
+_REFUSED = (400, 413, 422)  # status of a request that the server refuses for its content
+_TEMPORARY = (408, 425, 429)  # status, besides 5xx, of a request that may succeed later
 
 
 class Reply(NamedTuple):
-    """A server's answer: its text, "stop" or "length", and the tokens of prompt and answer where it gives them."""
+    """A server's answer.
+
+    Attributes:
+        finish: "stop" if the model ended its answer, "length" if the limit cut it.
+        prompt_ids, ids: tokens of the prompt and of the answer, if the server gives them.
+    """
 
     text: str
     finish: Literal["stop", "length"]
@@ -42,48 +48,50 @@ class Reply(NamedTuple):
 
 
 class Server:
-    """One model behind one address; any number of threads may ask.
+    """One model at one address; threads may share it.
 
     Args:
-        url: `http://host:8000`, with or without `/v1`; the key, if one is needed, is in `$OPENAI_API_KEY`.
-        model: the name it is served by.
-        requests_per_second: never ask more often.
+        url: `http://host:8000`, with or without `/v1`. An API key is read from `$OPENAI_API_KEY`.
+        model: the name under which it is served.
+        requests_per_second: the most requests in a second; None: no limit.
 
     Raises:
-        VSDError: no URL, or a rate that is not positive.
+        ConfigurationError: no URL, or a rate that is not positive.
     """
 
     def __init__(self, url: str, model: str, requests_per_second: float | None = None) -> None:
         if requests_per_second is not None and requests_per_second <= 0:
-            raise VSDError("requests per second must be positive")
+            raise ConfigurationError(f"requests per second must be positive, not {requests_per_second}")
         self.url, self.model = url, model
         self._secure, self._host, self._port, self._root = _address(url)
         self._pace = _Pace(requests_per_second)
-        self._mine = threading.local()  # each thread's connection
+        self._thread = threading.local()  # holds each thread's connection
         self._open: set[http.client.HTTPConnection] = set()
         self._closed = threading.Event()
-        self._gives_ids = True  # until it says no
-        self._warned = -_QUIET
+        self._gives_ids = True  # until the server refuses `return_token_ids`
+        self._warned = -_WARNING_SECONDS
 
     def check(self) -> None:
-        """Ask which models it serves.
+        """Request the names of the served models.
 
         Raises:
-            VSDError: it does not answer, or serves others.
+            MismatchError: the server has other models.
+            ConfigurationError, TargetError: as in `ask`.
         """
-        served = self._call("GET", "/models", None, _model_names, _PATIENCE_AT_FIRST)
+        served = self._call("GET", "/models", None, _model_names, _FIRST_RETRY_SECONDS)
         if self.model not in served:
-            raise VSDError(f"{self.url} does not serve '{self.model}': it has {', '.join(served) or 'no model'}")
+            raise MismatchError(f"{self.url} does not serve '{self.model}': it has {', '.join(served) or 'no model'}")
 
     def ask(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> Reply:
-        """Answer `messages`, or the tokens `ids` where there are none.
+        """The answer to `messages`, or to the prompt `ids` if `messages` is empty.
 
         Args:
             sampling: `max_tokens`, `temperature`, `seed`.
 
         Raises:
             BadLineError: the server refuses this conversation.
-            VSDError: it refuses us, or has been silent too long.
+            ConfigurationError: the server refuses every request: a wrong key or path.
+            TargetError: the request has failed for ten minutes.
         """
         path, prompt = ("/chat/completions", {"messages": messages}) if messages else ("/completions", {"prompt": ids})
         body: dict[str, Any] = {"model": self.model, **prompt, **sampling}
@@ -97,7 +105,7 @@ class Server:
         return self._call("POST", path, body, _reply)
 
     def interrupt(self) -> None:
-        """Ask no more; threads that wait for an answer stop waiting."""
+        """Send no more requests; threads that wait for a response stop waiting."""
         self._closed.set()
         for connection in list(self._open):
             if connection.sock is not None:
@@ -105,34 +113,37 @@ class Server:
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close all connections, when no thread uses them any more."""
+        """Close all connections. No thread may use them any more."""
         for connection in self._open:
             connection.close()
         self._open.clear()
 
-    def _call(self, method: str, path: str, body: Any, read: Callable[[Any], T], patience: float | None = None) -> T:
-        """What `read` makes of the JSON that comes back, however often it must be asked for."""
-        pause, deadline = _FIRST_PAUSE, time.monotonic() + (_PATIENCE if patience is None else patience)
+    def _call(
+        self, method: str, path: str, body: Any, read: Callable[[Any], T], retry_seconds: float | None = None
+    ) -> T:
+        """The response's JSON as parsed by `read`, after as many attempts as it takes."""
+        pause = _FIRST_PAUSE
+        deadline = time.monotonic() + (_RETRY_SECONDS if retry_seconds is None else retry_seconds)
         while True:
             self._pace.wait(self._closed)
             if self._closed.is_set():
-                raise VSDError("interrupted")
-            asked_for: float | None = None
+                raise TargetError("interrupted")
+            retry_after: float | None = None
             try:
                 status, headers, text = self._send(method, path, body)
                 if status == 200:
                     return read(json.loads(text))
-                self._raise_if_final(status, path, text)
-                trouble, asked_for = f"status {status}: {_excerpt(text)}", _retry_after(headers)
+                self._raise_if_permanent(status, path, text)
+                failure, retry_after = f"status {status}: {_excerpt(text)}", _retry_after(headers)
             except (OSError, http.client.HTTPException) as error:
-                self._hang_up()
-                trouble = str(error) or type(error).__name__
+                self._drop_connection()
+                failure = str(error) or type(error).__name__
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                trouble = f"not an answer of OpenAI's API ({type(error).__name__}: {error})"
-            wait = pause * random.uniform(0.75, 1.25) if asked_for is None else asked_for
+                failure = f"not a response of OpenAI's API ({type(error).__name__}: {error})"
+            wait = pause * random.uniform(0.75, 1.25) if retry_after is None else retry_after
             if time.monotonic() + wait > deadline:
-                raise VSDError(f"{self.url} fails: {trouble}; run the same command again when it is up")
-            self._warn(trouble)
+                raise TargetError(f"{self.url} fails: {failure}; run the same command again when the server is up")
+            self._warn(failure)
             self._closed.wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -145,38 +156,38 @@ class Server:
         response = connection.getresponse()
         return response.status, response.headers, response.read()
 
-    def _warn(self, trouble: str) -> None:
-        """Say that it is being asked again, now and then."""
-        if time.monotonic() - self._warned > _QUIET and not self._closed.is_set():
+    def _warn(self, failure: str) -> None:
+        """Log a warning that the request is retried, at most one a minute."""
+        if time.monotonic() - self._warned > _WARNING_SECONDS and not self._closed.is_set():
             self._warned = time.monotonic()
-            LOG.warning("%s: %s; asking again", self.url, trouble)
+            LOG.warning("%s: %s; trying again", self.url, failure)
 
-    def _raise_if_final(self, status: int, path: str, text: bytes) -> None:
-        """What asking again will not change."""
-        if status in _REFUSED_LINE:
+    def _raise_if_permanent(self, status: int, path: str, text: bytes) -> None:
+        """Raise for a status that another attempt will not change."""
+        if status in _REFUSED:
             raise BadLineError(f"the server refuses it: {_excerpt(text)}")
-        if status not in (408, 425, 429) and status < 500:
+        if status not in _TEMPORARY and status < 500:
             hint = " (is $OPENAI_API_KEY right?)" if status in (401, 403) else ""
-            raise VSDError(f"{self.url} answers {path} with status {status}{hint}: {_excerpt(text)}")
+            raise ConfigurationError(f"{self.url} answers {path} with status {status}{hint}: {_excerpt(text)}")
 
     def _connection(self) -> http.client.HTTPConnection:
-        found: http.client.HTTPConnection | None = getattr(self._mine, "connection", None)
+        found: http.client.HTTPConnection | None = getattr(self._thread, "connection", None)
         if found is None:
             make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-            found = self._mine.connection = make(self._host, self._port, timeout=_TIMEOUT)
+            found = self._thread.connection = make(self._host, self._port, timeout=_TIMEOUT)
             self._open.add(found)
         return found
 
-    def _hang_up(self) -> None:
-        """Forget this thread's connection; the next request opens another."""
+    def _drop_connection(self) -> None:
+        """Close this thread's connection; the next request opens another."""
         connection = self._connection()
         connection.close()
         self._open.discard(connection)
-        self._mine.connection = None
+        self._thread.connection = None
 
 
 def _address(url: str) -> tuple[bool, str, int | None, str]:
-    """Whether it is https, host, port, and the path of the API's root."""
+    """Whether the address is https, its host, its port, and the path of the API's root."""
     try:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname:
@@ -186,20 +197,20 @@ def _address(url: str) -> tuple[bool, str, int | None, str]:
                 parts.port,
                 parts.path.rstrip("/").removesuffix("/v1") + "/v1",
             )
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         pass
-    raise VSDError(f"'{url}' is no server's address: give one like http://localhost:8000")
+    raise ConfigurationError(f"'{url}' is no server's address: give one like http://localhost:8000")
 
 
 class _Pace:
-    """Lets through so many a second, evenly, whatever the number of threads."""
+    """Spaces the requests of all threads evenly, so many a second."""
 
     def __init__(self, per_second: float | None) -> None:
         self.gap = 1 / per_second if per_second else 0.0
         self.next, self.lock = 0.0, threading.Lock()
 
     def wait(self, closed: threading.Event) -> None:
-        """Until it is this caller's turn."""
+        """Wait for this thread's turn, or until `closed` is set."""
         with self.lock:
             now = time.monotonic()
             turn = max(now, self.next)
@@ -212,8 +223,8 @@ def _reply(answer: dict[str, Any]) -> Reply:
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if text is not None and not isinstance(text, str):
-        raise TypeError("content is no text")
-    # a chat's prompt stands in the answer, a completion's in the choice
+        raise TypeError("the content is not text")
+    # `prompt_token_ids` is in the answer of a chat, in the choice of a completion
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
     return Reply(text or "", finish, prompt or None, choice.get("token_ids") or None)
@@ -239,12 +250,12 @@ def _model_names(answer: dict[str, Any]) -> list[str]:
 
 
 def _excerpt(text: bytes) -> str:
-    """The server's own message, or the beginning of what it sent, on one line."""
-    said: Any = text.decode(errors="replace")
+    """The error message of a response, or the response's beginning, on one line."""
+    message: Any = text.decode(errors="replace")
     try:
         found = json.loads(text)
-        said = found.get("message") or found["error"]
-        said = said["message"] if isinstance(said, dict) else said
+        message = found.get("message") or found["error"]
+        message = message["message"] if isinstance(message, dict) else message
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    return " ".join(str(said).split())[:300] or "no message"
+    return " ".join(str(message).split())[:300] or "no message"

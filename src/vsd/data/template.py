@@ -1,100 +1,54 @@
-"""From a conversation to token ids and the positions that are drafted when it is served.
+"""The target's chat template and tokenizer: messages to text, text to tokens and back."""
 
-An answer occupies tokens s … e. Its first token x_s comes out of the target's prefill, so the drafter's
-first chance is x_{s+1}; its last token x_e is the end-of-turn token. Supervised are exactly s+1 … e, for
-every answer of the conversation. The spans are read off the chat template itself, whatever it is: an answer
-starts where the rendering with a generation prompt stops, and ends with the control token behind its text;
-what the template prints after that (the newline of ChatML) the target never generates, so it is not drafted
-either.
-"""
+from typing import Any
 
-from itertools import takewhile
-from pathlib import Path
-from typing import NamedTuple
-
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from vsd.data.chat import (
-    BadLineError,
-    Conversation,
-    Message,
-    OnBadLine,
-    Report,
-    handle_bad_line,
-    read_conversations,
-)
-from vsd.errors import VSDError
+from vsd.data.chat import BadLineError, Message
+from vsd.errors import TargetError
 from vsd.targets.inputs import Inputs
 
-
-class Example(NamedTuple):
-    """One training sequence: drafted[j] is True iff token j is drafted when the conversation is served."""
-
-    inputs: Inputs
-    drafted: list[bool]
+_PRINTED_PART = "[{'type': 'text'"  # in the text of a template that expects plain text and prints the list of parts
 
 
-def load_examples(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    on_bad_line: OnBadLine = "fatal",
-    report: Report | None = None,
-) -> list[Example]:
-    """Read and encode a whole source; over-long and undraftable conversations are bad lines too."""
-    examples = []
-    for conversation in read_conversations(source, on_bad_line=on_bad_line, report=report):
-        try:
-            examples.append(encode(tokenizer, conversation, max_length))
-        except BadLineError as error:
-            handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
-    if not examples:
-        raise VSDError(f"{source}: no usable conversation in it")
-    return examples
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int) -> Example:
-    """Token ids and drafted positions of one conversation. Nothing is truncated.
+def prompt_inputs(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Inputs:
+    """The prompt that is served for these messages: everything up to the first token of the target's answer.
 
     Raises:
-        BadLineError: longer than `max_length`, nothing to draft, or a template that rewrites what was said.
+        BadLineError: the chat template fails, or does not print the last user message.
+        TargetError: there is no chat template.
     """
-    if conversation.response_ids:
-        ids, spans = _exact(tokenizer, conversation)
-    else:
-        ids, spans = _from_template(tokenizer, conversation.messages)
-    if len(ids) > max_length:
-        raise BadLineError(f"too long: {len(ids)} tokens, more than the {max_length} allowed")
-    drafted = [False] * len(ids)
-    for start, end in spans:
-        drafted[start + 1 : end + 1] = [True] * (end - start)
-    if not any(drafted):
-        raise BadLineError("nothing to draft: the answer is a single token")
-    return Example(Inputs(ids), drafted)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Tokens of the conversation so far, up to where the target's answer begins."""
-    return tokenize(tokenizer, render(tokenizer, messages, answer_next=True))
+    return Inputs(tokenize(tokenizer, render(tokenizer, messages, answer_next=True)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of rendered text, which brings its control tokens along."""
+    """Tokens of rendered text, which contains its control tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, answer_next: bool) -> str:
-    """The chat template's text, with or without the header of the next answer."""
+    """The chat template's text, with or without the header of the next answer.
+
+    Templates of multimodal targets may read a message as a list of parts and print nothing for plain text. So a
+    template that does not print the last user message is given parts instead.
+
+    Raises:
+        BadLineError, TargetError: as `prompt_inputs`.
+    """
     if not tokenizer.chat_template:
-        raise VSDError("the target's tokenizer has no chat template: use the instruction-tuned version of the model")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        assert isinstance(text, str)
-        return text
-    except TemplateError as error:
-        raise BadLineError(f"the chat template refuses it: {error}") from error
+        raise TargetError("the target's tokenizer has no chat template: use the instruction-tuned version of the model")
+    question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "").strip()
+    failure = BadLineError("the chat template does not print the text of the user's message")
+    for as_given, form in ((True, messages), (False, _in_parts(messages))):
+        try:
+            text = _apply(tokenizer, form, answer_next)
+        except BadLineError as error:
+            failure = error if as_given else failure
+            continue
+        if question in text and (as_given or _PRINTED_PART not in text):
+            return text
+    raise failure
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -103,70 +57,22 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of an answer, without markup and otherwise as the tokens have it."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
-Spans = list[tuple[int, int]]  # first and last token of every answer
+def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
-def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> tuple[list[int], Spans]:
-    prompt, response = conversation.prompt_ids or [], conversation.response_ids or []
-    if max(*prompt, *response) >= len(tokenizer):
-        raise BadLineError(
-            f"token {max(*prompt, *response)} is not in this target's vocabulary: made by another target?"
-        )
-    if conversation.messages:
-        said = spell(tokenizer, response)
-        if said.strip() != conversation.messages[-1]["content"].strip():
-            raise BadLineError(
-                "response_ids do not spell the answer: made by another target? Regenerate it for this one"
-            )
-    return prompt + response, [(len(prompt), len(prompt) + len(response) - 1)]
-
-
-def _from_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[list[int], Spans]:
-    if not tokenizer.is_fast:
-        raise VSDError("this target has no fast tokenizer: only fast ones say where in the text a token stands")
-    text = render(tokenizer, messages, answer_next=False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    control = control_ids(tokenizer)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        begin, content_end, limit = _locate(tokenizer, messages, i, text)
-        start = next((j for j, (_, stop) in enumerate(offsets) if stop > begin), len(ids))
-        if ids[:start] != tokenize(tokenizer, text[:begin]):
-            raise BadLineError(
-                f"the start of answer {i + 1} fuses with the template into one token: strip its whitespace"
-            )
-        end = max((j for j, (first, _) in enumerate(offsets) if first < content_end), default=-1)
-        after = next((j for j in range(end + 1, len(ids)) if ids[j] in control), None)
-        if after is not None and offsets[after][1] <= limit and not text[content_end : offsets[after][0]].strip():
-            end = after
-        spans.append((start, end))
-    return ids, spans
-
-
-def _locate(tokenizer: PreTrainedTokenizerBase, messages: list[Message], i: int, text: str) -> tuple[int, int, int]:
-    """Where in `text` answer i begins, where its words end, and where everything of its turn ends."""
-    before = render(tokenizer, messages[:i], answer_next=True)
-    content = messages[i]["content"].strip()
-    found = text.find(content, len(before))
-    if not text.startswith(before) or found < 0:
-        raise BadLineError(
-            "the chat template rewrites earlier turns, so drafted positions cannot be told from the text: "
-            "use `vsd data regenerate`, whose records carry the tokens"
-        )
-    own = render(tokenizer, messages[: i + 1], answer_next=False)
-    return len(before), found + len(content), _shared(own, text)
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Any], answer_next: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+    except Exception as error:  # a template is a program: it may raise its own errors, TypeError, ZeroDivisionError, …
+        reason = " ".join(str(error).split()) or "no message"
+        raise BadLineError(f"the chat template refuses it: {reason} ({type(error).__name__})") from error
+    assert isinstance(text, str)
+    return text

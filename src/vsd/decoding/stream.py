@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding.engine import Engine, Result
 from vsd.decoding.sampling import Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Drafter
 from vsd.paths import TreeShape
-from vsd.targets import Inputs, Target
+from vsd.targets import Target
 
 
 def answer(
@@ -29,9 +29,9 @@ def answer(
     """Stream the answer to one user message to the console."""
     console = console or Console(highlight=False)
     messages = [{"role": "system", "content": system}] if system else []
-    ids = prompt_ids(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
+    asked = prompt_inputs(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
     engine = Engine(target, drafter, shape, verification)
-    result, start = Result(Inputs(ids)), time.perf_counter()
+    result, start = Result(asked), time.perf_counter()
     steps = (step.tokens.get(0, []) for step in engine.stream([result], sampling))
     for text, drafted in pieces(target, steps):
         console.print(Text(text, style="green" if drafted else ""), end="", soft_wrap=True)

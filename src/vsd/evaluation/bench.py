@@ -16,7 +16,7 @@ import transformers
 from rich.progress import track
 
 from vsd import __version__
-from vsd.data import prompt_ids
+from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Drafter
@@ -137,15 +137,15 @@ def _measure(
         history = [{"role": "system", "content": prompt.system}] if prompt.system else []
         for turn in prompt.turns:
             history.append({"role": "user", "content": turn})
-            ids = prompt_ids(target.tokenizer, history)
+            asked = prompt_inputs(target.tokenizer, history)
             for done in (*answers, reference):
                 done.prompts.append(n)
                 done.suites.append(prompt.suite)
             for i in _rotated(len(engines) + 1, n):
                 if i == len(engines):
-                    _generate(target, ids, sampling, reference)
+                    _generate(target, asked, sampling, reference)
                 else:
-                    _decode(engines[i], ids, sampling, answers[i])
+                    _decode(engines[i], asked, sampling, answers[i])
             text = target.tokenizer.decode(answers[0].results[-1].tokens, skip_special_tokens=True)
             history.append({"role": "assistant", "content": str(text).strip() or "…"})
     if not all(any(result.delivered for result in a.results) for a in answers):
@@ -171,15 +171,15 @@ def _rotated(n: int, by: int) -> list[int]:
 
 def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     """Let kernels and allocators settle before anything is timed."""
-    ids = prompt_ids(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
+    asked = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
     short = Sampling(min(8, sampling.max_new_tokens), sampling.temperature)
     for engine in engines:
-        _decode(engine, ids, short, Answers())
-    _generate(target, ids, short, Answers())
+        _decode(engine, asked, short, Answers())
+    _generate(target, asked, short, Answers())
 
 
-def _decode(engine: Engine, ids: list[int], sampling: Sampling, answers: Answers) -> None:
-    result = Result(Inputs(ids))
+def _decode(engine: Engine, asked: Inputs, sampling: Sampling, answers: Answers) -> None:
+    result = Result(asked)
     start = time.perf_counter()
     for number, step in enumerate(engine.stream([result], sampling)):
         if number == 0:
@@ -192,7 +192,7 @@ def _decode(engine: Engine, ids: list[int], sampling: Sampling, answers: Answers
     answers.results.append(result)
 
 
-def _generate(target: Target, ids: list[int], sampling: Sampling, answers: Answers) -> None:
+def _generate(target: Target, asked: Inputs, sampling: Sampling, answers: Answers) -> None:
     """The same request to transformers' `generate`."""
     config = transformers.GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -202,13 +202,13 @@ def _generate(target: Target, ids: list[int], sampling: Sampling, answers: Answe
         eos_token_id=list(target.eos_ids) or None,
         pad_token_id=next(iter(target.eos_ids), 0),
     )
-    inputs = torch.tensor([ids], device=target.device)
+    inputs = torch.tensor([asked.ids], device=target.device)
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
     output = target.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    new = output[0, len(ids) :].tolist()
+    new = output[0, len(asked.ids) :].tolist()
     answers.seconds.append(time.perf_counter() - start)
-    answers.results.append(Result(Inputs(ids), new))
+    answers.results.append(Result(asked, new))
 
 
 def _run(contender: Contender, mine: Answers, plain: Answers, reference: Answers, temperature: float) -> Run:
