@@ -12,7 +12,8 @@ every factor other than 1 reduces τ.
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tree_argument import tree
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
-from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.drafters import Drafter, load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.evaluation.bench import Answers
 from vsd.evaluation.bootstrap import Counts, rate_interval
 from vsd.paths import TreeShape
-from vsd.targets import Target, load_target
+from vsd.targets import Inputs, Target, load_target
 
 DEFAULT = ("3x3x8", "5x4x16", "7x10x60")
 Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its answer
@@ -69,13 +71,28 @@ def plain_answers(
     return turns
 
 
+def replay_of(target: Target, turns: Sequence[Turn], temperature: float = 0.0) -> Replay:
+    """The replay of drafters along the answers of all turns."""
+    return Replay(target, [(Inputs(request), answer) for _, request, answer in turns], temperature)
+
+
+@contextmanager
+def sharpened(drafter: Any, factor: float) -> Iterator[None]:
+    """Multiply the drafter's logits by `factor`."""
+    hook = drafter.lm_head.register_forward_hook(lambda module, inputs, logits: factor * logits)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def per_prompt(turns: Sequence[Turn], results: Sequence[Result]) -> tuple[Counts, Counts]:
     """(new tokens, passes) of every prompt, each [prompts], summed over its turns."""
     return Answers(prompts=[turn[0] for turn in turns], results=list(results)).per_pass()
 
 
 def measure(
-    replay: Replay, drafter: Eagle3Drafter, shape: TreeShape, prompts: Sequence[Prompt], turns: Sequence[Turn]
+    replay: Replay, drafter: Drafter, shape: TreeShape, prompts: Sequence[Prompt], turns: Sequence[Turn]
 ) -> dict[str, Any]:
     """One row of the table."""
     results = replay(drafter, shape)
@@ -97,7 +114,7 @@ def main() -> None:
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--drafter", nargs="+", required=True)
     parser.add_argument("--prompts", nargs="+", required=True)
-    parser.add_argument("--trees", nargs="+", type=TreeShape.parse, default=list(map(TreeShape.parse, DEFAULT)))
+    parser.add_argument("--trees", nargs="+", type=tree, default=list(map(TreeShape.parse, DEFAULT)))
     parser.add_argument("--limit", type=int, help="prompts of each file; default all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -108,15 +125,14 @@ def main() -> None:
     keep_freed_memory()
     target, prompts = load_target(a.target), load_prompts(a.prompts, a.limit)
     turns = plain_answers(target, prompts, a.max_new_tokens, a.answers, a.temperature)
-    replay = Replay(target, [turn[1:] for turn in turns], a.temperature)
+    replay = replay_of(target, turns, a.temperature)
     title = f"τ at T = {a.temperature:g}, {len(turns)} turns, ≤ {a.max_new_tokens} new tokens, replayed"
     table, rows = Table("drafter", "tree", "τ", "per file", "accepted ≥ 1, 2, …", title=title), []
     for path in a.drafter:
         drafter = load_drafter(path, target)
-        weight = drafter.norm.weight.data.clone()  # scales the input of the LM head
         for sharpness, shape in track(list(itertools.product(a.sharpen, a.trees)), path):
-            drafter.norm.weight.data = sharpness * weight
-            row = {"drafter": path, "sharpen": sharpness, **measure(replay, drafter, shape, prompts, turns)}
+            with sharpened(drafter, sharpness):
+                row = {"drafter": path, "sharpen": sharpness, **measure(replay, drafter, shape, prompts, turns)}
             rows.append(row)
             if a.json:
                 write_json({"rows": rows, "prompts": len(prompts), "turns": len(turns)}, a.json)

@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -27,10 +28,12 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from tree_argument import tree
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Sampling
-from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.drafters import load_drafter
+from vsd.drafters.load import family_for, read_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bench import machine
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
@@ -137,10 +140,11 @@ def all_decoders(target: Target, a: argparse.Namespace) -> dict[str, Decoder]:
         job = {"target": source, "dtype": str(target.model.dtype).removeprefix("torch."), "max_new_tokens": length}
         exported = a.out / "exported"
         if not exported.exists():
-            export_drafter(Eagle3Drafter.from_pretrained(a.drafter, dtype="auto"), target, exported, "vllm")
+            export_drafter(read_drafter(a.drafter, target), target, exported, "vllm")
         decoders["vLLM, plain"] = VLLMDecoder(a.vllm, job, a.out / "vllm-plain.log")
-        speculative = job | {"drafter": str(exported), "k": a.k}
-        decoders[f"vLLM, chain of {a.k}"] = VLLMDecoder(a.vllm, speculative, a.out / "vllm-chain.log")
+        _, options = shlex.split(family_for(drafter).serve("vllm", str(exported), a.k))
+        with_drafter = job | {"speculative": json.loads(options)}
+        decoders[f"vLLM, chain of {a.k}"] = VLLMDecoder(a.vllm, with_drafter, a.out / "vllm-chain.log")
     return decoders
 
 
@@ -177,7 +181,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=20, help="prompts of each file (default 20)")
     parser.add_argument(
-        "--tree", type=TreeShape.parse, nargs="+", required=True, help="depth x top_k x nodes [x p_min [x lookup]]"
+        "--tree", type=tree, nargs="+", required=True, help="depth x top_k x nodes [x p_min [x lookup]]"
     )
     parser.add_argument("--vllm", type=Path, help="Python executable of an environment with vLLM")
     parser.add_argument("--k", type=int, default=3, help="tokens that vLLM drafts in a pass (default 3)")

@@ -2,8 +2,8 @@
 
     python against_vllm.py JOB
 
-JOB is JSON: `target` (folder), `dtype`, `max_new_tokens`, and optionally `drafter` (folder) with `k`. A line of input
-holds the token ids of a prompt; a line of output holds {"tokens", "seconds"}.
+JOB is JSON: `target` (folder), `dtype`, `max_new_tokens`, and, to decode with a drafter, `speculative`: vLLM's
+`speculative_config`. A line of input holds the token ids of a prompt; a line of output holds {"tokens", "seconds"}.
 """
 
 import json
@@ -18,16 +18,13 @@ from vllm import LLM, SamplingParams
 def main(job: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints to standard output, which is for answers only
-    drafter = job.get("drafter")
     llm = LLM(
         model=job["target"],
         dtype=job["dtype"],
         max_model_len=2048,
         max_num_seqs=1,
         gpu_memory_utilization=0.3,  # a share of the CPU's memory, too; two instances run
-        speculative_config={"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]}
-        if drafter
-        else None,
+        speculative_config=job.get("speculative"),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False)
     for line in sys.stdin:

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tree_argument import tree
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Result, Sampling
-from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.drafters import load_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bench import machine
 from vsd.paths import TreeShape
-from vsd.targets import Target, load_target
+from vsd.targets import Inputs, Target, load_target
 
 DEFAULT = ("2x3x6", "3x3x8", "5x4x16")
 WARM_UP = 3  # steps of every answer that are not counted
@@ -36,14 +37,14 @@ WARM_UP = 3  # steps of every answer that are not counted
 class Timers:
     """Seconds inside the models, by part; a wrapper around each model call measures them."""
 
-    def __init__(self, target: Target, drafter: Eagle3Drafter) -> None:
+    def __init__(self, target: Target, drafter: Any) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.wait: Callable[[], object] = torch.cuda.synchronize if target.device.type == "cuda" else lambda: None
         self._watch(target.model.base_model, "forward", "target")
         self._watch(target.model.get_output_embeddings(), "forward", "head")
         for name in ("expand", "log_probs"):
             self._watch(drafter, name, "draft")
-        self._watch(drafter, "extend", "extend")
+        self._watch(drafter, "advance", "advance")
 
     def _watch(self, owner: Any, name: str, part: str) -> None:
         method: Callable[..., Any] = getattr(owner, name)
@@ -59,7 +60,7 @@ class Timers:
         setattr(owner, name, timed)
 
 
-def profile(engine: Engine, prompt: list[int], sampling: Sampling, timers: Timers) -> dict[str, float]:
+def profile(engine: Engine, prompt: Inputs, sampling: Sampling, timers: Timers) -> dict[str, float]:
     """Seconds of an answer's steps by part, and the number of `steps`."""
     spent: defaultdict[str, float] = defaultdict(float)
     stream = engine.stream([Result(prompt)], sampling)
@@ -76,10 +77,10 @@ def profile(engine: Engine, prompt: list[int], sampling: Sampling, timers: Timer
                 "steps": 1,
                 "target": inside["target"],
                 "head": inside["head"],
-                "drafter": inside["draft"] + inside["extend"],
+                "drafter": inside["draft"] + inside["advance"],
                 "tree": step.draft - inside["draft"],
                 "verify": step.verify - inside["target"] - inside["head"],
-                "commit": step.commit - inside["extend"],
+                "commit": step.commit - inside["advance"],
                 "deliver": whole - step.draft - step.verify - step.commit,
             }
             add(spent, parts)
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=4, help="prompts of each file (default 4)")
-    parser.add_argument("--trees", nargs="+", type=TreeShape.parse, default=list(map(TreeShape.parse, DEFAULT)))
+    parser.add_argument("--trees", nargs="+", type=tree, default=list(map(TreeShape.parse, DEFAULT)))
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write all numbers here")
     a = parser.parse_args()
@@ -113,9 +114,9 @@ def main() -> None:
     engines |= {str(shape): Engine(target, drafter, shape) for shape in a.trees}
     spent: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in engines}
     for prompt in track(prompts, "prompts"):
-        ids = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids
+        inputs = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
         for name, engine in engines.items():
-            add(spent[name], profile(engine, ids, Sampling(a.max_new_tokens), timers))
+            add(spent[name], profile(engine, inputs, Sampling(a.max_new_tokens), timers))
     rows = {}
     for name, sums in spent.items():
         ms = {part: 1e3 * sums[part] / sums["steps"] for part in INSIDE + AROUND}

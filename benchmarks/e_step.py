@@ -23,7 +23,7 @@ import torch
 from training_step import peak_mib
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import load_drafter
 from vsd.evaluation import write_json
 from vsd.targets import Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
@@ -35,7 +35,8 @@ def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **ob
     config = VSDConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", draft_steps=a.steps, per_device_train_batch_size=4, **objective
     )
-    return VSDTrainer(target, Eagle3Drafter.from_pretrained(a.drafter), config, DraftDataset(examples))
+    drafter = load_drafter(a.drafter, target, trainable=True)
+    return VSDTrainer(target, drafter, config, DraftDataset(examples))
 
 
 def one_step(trained: VSDTrainer, batch: Batch) -> tuple[float, float]:

@@ -19,13 +19,12 @@ from torch import Tensor
 from acceptance import plain_answers
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters import Drafter, load_drafter
 from vsd.evaluation import load_prompts
-from vsd.paths import consumed, recorded
-from vsd.targets import Target, load_target
-from vsd.targets.inputs import Inputs
-from vsd.training.batch import Collator, DraftDataset, real
-from vsd.training.features import compute_features
+from vsd.features import compute_features
+from vsd.paths import Entries, recorded
+from vsd.targets import Inputs, Target, load_target
+from vsd.training.batch import Collator, DraftDataset, texts_of
 
 _BATCH = 16
 
@@ -37,22 +36,20 @@ def answered_prompts(target: Target, a: argparse.Namespace) -> list[Example]:
 
 
 @torch.no_grad()
-def accuracy(target: Target, drafter: Eagle3Drafter, examples: list[Example], steps: int) -> Tensor:
+def accuracy(target: Target, drafter: Drafter, examples: list[Example], steps: int) -> Tensor:
     """Share of tokens that are the drafter's best proposal, and among its best four, [2, K]."""
     found, count = torch.zeros(2, steps), torch.zeros(steps)
-    dataset, draft_of = DraftDataset(examples), drafter.draft_of()
+    dataset, draft_of = DraftDataset(examples), drafter.vocabulary.rows
     for start in range(0, len(examples), _BATCH):
-        batch = Collator()([dataset[i] for i in range(start, min(start + _BATCH, len(examples)))])
-        ids, drafted = batch["input_ids"], batch["drafted"]
-        paths = recorded(ids, drafted, real(batch), steps)
-        next_ids = ids.roll(-1, dims=1)
-        words = target.embed(consumed(next_ids, paths)).float()
-        aux = compute_features(target, ids, drafted).aux.float()
-        hidden = drafter(aux, target.embed(next_ids).float(), paths.roots, words)  # [K, B, Q, h]
+        texts = texts_of(Collator()([dataset[i] for i in range(start, min(start + _BATCH, len(examples)))]))
+        paths = recorded(texts.inputs.ids, texts.drafted, texts.real, steps)
+        aux = compute_features(target, texts.inputs, texts.drafted, drafter.needs.layers).aux.float()
+        entries = Entries.of(texts.inputs, aux)
+        hidden, head = drafter(entries, paths, lambda states, head: (states, head))  # [K, B, Q, h], [Vd, h]
         for k in range(steps):
             valid = paths.valid[..., k]
             label = draft_of[paths.tokens[..., k][valid]]
-            right = drafter.lm_head(hidden[k][valid]).topk(4).indices == label[:, None]
+            right = (hidden[k][valid] @ head.T).topk(4).indices == label[:, None]
             found[:, k] += torch.stack([right[:, 0].sum(), right.sum()])
             count[k] += valid.sum()
     return found / count
@@ -75,7 +72,7 @@ def main() -> None:
         texts["prompts"] = answered_prompts(target, a)
     table = Table("drafter", "text", "best proposal right, step 1, 2, …", "among the best four")
     for path in a.drafter:
-        drafter = Eagle3Drafter.from_pretrained(path).eval()
+        drafter = load_drafter(path, target, trainable=True).eval()
         for name, examples in texts.items():
             sample = random.Random(0).sample(examples, min(a.sample, len(examples)))
             found = accuracy(target, drafter, sample, a.steps).tolist()

@@ -28,11 +28,11 @@ from torch import Tensor
 from vsd.allocator import keep_freed_memory
 from vsd.data import prompt_inputs
 from vsd.decoding import Engine, Sampling
-from vsd.drafters import Eagle3Drafter, load_drafter
+from vsd.drafters import Drafter, load_drafter
 from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.paths import TreeShape
-from vsd.targets import Target, load_target
+from vsd.targets import Inputs, Padded, Target, load_target
 
 Record = dict[str, Any]  # of one prompt: the plain answer and the differences of every decoding
 SHAPES = {"tree": TreeShape(2, 3, 6, 0.03, lookup=8), "chain": TreeShape.chain(3)}
@@ -73,7 +73,8 @@ def _with_deviations(target: Target, prompt: list[int], answer: list[int], value
     """An answer up to its end-of-sequence token; gaps of its two best logits, compared with those of one pass."""
     end = next((i + 1 for i, token in enumerate(answer) if token in target.eos_ids), len(answer))
     answer = answer[:end]
-    hidden = target.features(torch.tensor([prompt + answer], device=target.device)).hidden[0, len(prompt) - 1 : -1]
+    text = Padded.of([Inputs(prompt + answer)], target.device)
+    hidden = target.features(text).hidden[0, len(prompt) - 1 : -1]
     again = target.logits(hidden).gather(1, indices[:end])
     gaps = values[:end, 0] - values[:end, 1]
     deviations = (gaps - (again[:, 0] - again[:, 1])).abs()
@@ -87,7 +88,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
+def compare(target: Target, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
     """One record for each prompt of a batch."""
     references = plain(target, prompts, max_new_tokens)
     sampling, answers = Sampling(max_new_tokens), {}
@@ -106,7 +107,7 @@ def compare(target: Target, drafter: Eagle3Drafter, prompts: list[list[int]], ma
 
 
 def measure(
-    target: Target, drafter: Eagle3Drafter, prompts: Sequence[Prompt], request: dict[str, Any], out: Path
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], request: dict[str, Any], out: Path
 ) -> list[Record]:
     """All records; those in `out` are not computed again."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -29,14 +29,16 @@ from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples, prompt_inputs
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import Drafter, draft_vocabulary, load_drafter, new_drafter
+from vsd.drafters.load import read_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bootstrap import rate_interval
-from vsd.export import export_drafter, import_drafter
+from vsd.export import export_drafter
+from vsd.features import FeatureStore
 from vsd.paths import TreeShape
-from vsd.targets import Target, load_target
+from vsd.targets import Padded, Target, load_target
 from vsd.targets.load import resolve
-from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.batch import ByLength
 
 BATCH, DRAFT_STEPS, VOCABULARY = 4, 3, 8192
@@ -63,7 +65,8 @@ def train_with_vsd(objective: str, a: argparse.Namespace) -> None:
     keep_freed_memory()
     target, out = load_target(dtype="float32", device="cpu"), a.out / objective
     examples = training_text(target, a)
-    store = FeatureStore.build(a.out / "features", target, examples)
+    drafter = load_drafter(a.out / "start", target, trainable=True)
+    features = FeatureStore.build(a.out / "features", target, examples, drafter.needs.layers)
     config = VSDConfig(
         output_dir=str(out),
         objective=objective,
@@ -74,8 +77,7 @@ def train_with_vsd(objective: str, a: argparse.Namespace) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    drafter = Eagle3Drafter.from_pretrained(a.out / "start")
-    trainer = VSDTrainer(target, drafter, config, DraftDataset(examples), store=store)
+    trainer = VSDTrainer(target, drafter, config, DraftDataset(examples), features=features)
     before, start = peak_mib(), time.perf_counter()
     trainer.train()
     cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib() - before}
@@ -83,13 +85,11 @@ def train_with_vsd(objective: str, a: argparse.Namespace) -> None:
     (out / "cost.json").write_text(json.dumps(cost))
 
 
-def train_with_speculators(
-    target: Target, examples: Sequence[Example], start: Eagle3Drafter, steps: int, out: Path
-) -> None:
+def train_with_speculators(target: Target, examples: Sequence[Example], start: Drafter, steps: int, out: Path) -> None:
     """Write the data, train with speculators; the checkpoint is `out/trained`, its cost `out/cost.json`."""
     export_drafter(start, target, out / "config", "speculators")
     for number, example in enumerate(examples):
-        save_file(sequence(target, example), out / f"{number}.safetensors")
+        save_file(sequence(target, example, start.needs.layers), out / f"{number}.safetensors")
     epochs, dataset = range(1 + steps * BATCH // len(examples)), DraftDataset(examples)
     order = [i for epoch in epochs for i in ByLength(BATCH, dataset, lambda epoch=epoch: epoch)]  # type: ignore[misc]
     batches = [order[i * BATCH : (i + 1) * BATCH] for i in range(steps)]
@@ -98,13 +98,13 @@ def train_with_speculators(
 
 
 @torch.inference_mode()
-def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
+def sequence(target: Target, example: Example, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Row t: features at t, token t + 1, final hidden state at t + 1, whether token t + 2 is drafted."""
-    ids = torch.tensor([example.input_ids])
-    output, drafted = target.features(ids), torch.tensor([*example.drafted[2:], False])
+    text = Padded.of([example.inputs])
+    output, drafted = target.features(text, layers), torch.tensor([*example.drafted[2:], False])
     return {
         "aux": output.aux[0, :-1].float().clone(),
-        "ids": ids[0, 1:].clone(),
+        "ids": text.ids[0, 1:].clone(),
         "last": output.hidden[0, 1:].float().clone(),
         "mask": drafted,
     }
@@ -113,13 +113,14 @@ def sequence(target: Target, example: Example) -> dict[str, torch.Tensor]:
 def tau_in_vllm(target: Target, checkpoint: Path, prompts: list[list[int]], out: Path) -> float:
     """τ of an exported drafter in vLLM, with three drafted tokens a pass; counts drafts behind the end of an answer."""
     job = {"target": resolve(target.name), "dtype": "float32", "prompts": prompts, "max_new_tokens": NEW_TOKENS}
-    (out / "job.json").write_text(json.dumps(job | {"drafter": str(checkpoint), "k": 3}))
+    speculative = {"method": "eagle3", "model": str(checkpoint), "num_speculative_tokens": 3}
+    (out / "job.json").write_text(json.dumps(job | {"speculative": speculative}))
     run_in_peer(SERVE, out / "job.json", out / "served.json")
     found = json.loads((out / "served.json").read_text())
     return 1 + float(found["accepted"]) / float(found["passes"])
 
 
-def tau_by_replay(drafter: Eagle3Drafter, replay: Replay) -> dict[str, Any]:
+def tau_by_replay(drafter: Any, replay: Replay) -> dict[str, Any]:
     """Replayed τ with its interval, for every shape."""
     rows = {}
     for what, shape in SHAPES.items():
@@ -135,7 +136,7 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     examples = training_text(target, a)
     set_seed(0)
     drafted = DraftDataset(examples).drafted_tokens()
-    start = Eagle3Drafter.for_target(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY))
+    start = new_drafter(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY), "eagle3")
     start.save_pretrained(a.out / "start")
     train_with_speculators(target, examples, start, a.steps, a.out / "speculators")
     for objective in OBJECTIVES:
@@ -150,9 +151,9 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     for name in ("speculators", *OBJECTIVES):
         folder = a.out / name
         if name == "speculators":
-            drafter, checkpoint = import_drafter(folder / "trained", target), folder / "trained"
+            drafter, checkpoint = read_drafter(folder / "trained", target), folder / "trained"
         else:
-            drafter = Eagle3Drafter.from_pretrained(folder / "drafter")
+            drafter = read_drafter(folder / "drafter", target)
             checkpoint = export_drafter(drafter, target, folder / "exported", "vllm")
         cost = json.loads((folder / "cost.json").read_text())
         run = {"tau_vllm": tau_in_vllm(target, checkpoint, prompts, folder), **tau_by_replay(drafter, replay), **cost}

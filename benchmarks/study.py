@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from acceptance import Turn, per_prompt, plain_answers
+from acceptance import Turn, per_prompt, plain_answers, replay_of
 from vsd.allocator import keep_freed_memory
 from vsd.data import TargetTeacher, prompt_inputs, read_conversations, regenerate
 from vsd.decoding import Engine, Replay, Sampling
@@ -165,7 +165,9 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
         return
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
-    questions = [prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids for prompt in prompts]
+    questions = [
+        prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids for prompt in prompts
+    ]
     for engine in engines:  # warm-up
         engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}
@@ -283,7 +285,7 @@ def main() -> None:
     def read(temperature: float) -> Read:
         path = a.out / f"answers-{temperature:g}.json"
         turns = plain_answers(target, prompts, a.max_new_tokens, path, temperature)
-        return turns, Replay(target, [turn[1:] for turn in turns], temperature)
+        return turns, replay_of(target, turns, temperature)
 
     for folders in runs.values():
         for folder in folders:

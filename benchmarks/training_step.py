@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,16 +38,17 @@ from torch import Tensor
 
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
-from vsd.drafters import Eagle3Config, Eagle3Drafter, draft_vocabulary
+from vsd.drafters import draft_vocabulary
+from vsd.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.evaluation import write_json
+from vsd.features import compute_features
 from vsd.objective import HeadTarget, PathTarget, fused_loss, objective
-from vsd.paths import consumed, recorded
-from vsd.targets import load_target
-from vsd.targets.inputs import Inputs
+from vsd.paths import Entries, recorded
+from vsd.targets import Inputs, Padded, load_target
 from vsd.training import Collator, DraftDataset
+from vsd.training.batch import texts_of
 from vsd.training.config import bfloat16_pays
-from vsd.training.features import compute_features
 
 B, V, VD, K, H = 8, 49152, 8192, 5, 576
 PROMPT, ANSWER = 60, 200  # mean numbers of tokens of a random conversation
@@ -56,15 +58,21 @@ EAGLE3 = objective("eagle3").parts[0].terms
 
 
 class Batch(NamedTuple):
-    """input_ids, labels [B, T]; drafted, valid [B, Q]; features aux [B, T, 3h] and final hidden [B, T, h]."""
+    """input_ids, labels [B, T]; lengths [B]; drafted, valid [B, Q]; features aux [B, T, 3h], final hidden [B, T, h]."""
 
     input_ids: Tensor
+    lengths: Tensor
     labels: Tensor
     drafted: Tensor
     valid: Tensor
     aux: Tensor
     hidden: Tensor
     log_normaliser: Tensor
+
+    @property
+    def text(self) -> Padded:
+        """The texts, as models take them."""
+        return Padded(self.input_ids, self.lengths, torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids), {})
 
 
 class Frozen(NamedTuple):
@@ -83,7 +91,7 @@ def vsd_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
     before = (drafted - 1)[..., None].expand(-1, -1, H)
     rows = HeadTarget(
         batch.hidden.gather(1, before).flatten(0, 1),
-        target.head[drafter.draft_ids()],
+        target.head[drafter.vocabulary.ids],
         None,
         batch.log_normaliser.flatten(),
         lambda logits: logits,
@@ -91,12 +99,9 @@ def vsd_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tensor:
     paths = recorded(ids, drafted, batch.valid, K)
     rows_of, valid = (field.flatten(0, 1).T for field in (paths.rows, paths.valid))
     path_target = PathTarget(torch.full_like(rows_of, -1), rows_of, valid)
-    next_ids = ids.roll(-1, 1)
     output = drafter(
-        batch.aux,
-        F.embedding(next_ids, target.embedding),
-        paths.roots,
-        F.embedding(consumed(next_ids, paths), target.embedding),
+        Entries.of(batch.text, batch.aux),
+        paths,
         lambda hidden, head: fused_loss(hidden.flatten(1, 2), head, rows, path_target, EAGLE3),
     )
     loss: Tensor = output.loss / batch.valid.sum()
@@ -194,27 +199,27 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
         drafter.t2d.copy_(vocabulary.t2d)
         embedding = torch.randn(V, H) * 0.1
         frozen = Frozen(embedding, embedding.clone())
-    prepared = []
+    drafter.embed = partial(F.embedding, weight=frozen.embedding)
+    layers, prepared = drafter.needs.layers, []
     for start in range(0, len(examples), B):
         items = [dataset[i] for i in range(start, min(start + B, len(examples)))]
-        prepared.append(_batch(Collator()(items), target, frozen))
+        prepared.append(_batch(Collator()(items), target, frozen, layers))
     return drafter.train(), frozen, prepared
 
 
 @torch.no_grad()
-def _batch(batch: dict[str, Tensor], target: Any, frozen: Frozen) -> Batch:
-    ids, labels, drafted = batch["input_ids"], batch["labels"], batch["drafted"]
+def _batch(batch: dict[str, Any], target: Any, frozen: Frozen, layers: tuple[int, ...]) -> Batch:
+    (text, drafted, valid, _), labels = texts_of(batch), batch["labels"]
+    ids = text.ids
     if target is not None:
-        output = target.features(ids)
+        output = target.features(text, layers)
         aux, hidden = output.aux.float(), output.hidden.float()
-        normaliser = compute_features(target, ids, drafted).log_normaliser
+        normaliser = compute_features(target, text, drafted, layers).log_normaliser
     else:
         aux, hidden = torch.randn(*ids.shape, 3 * H), torch.randn(*ids.shape, H)
         before = hidden.gather(1, (drafted - 1)[..., None].expand(-1, -1, H))
         normaliser = torch.stack([(row @ frozen.head.T).logsumexp(-1) for row in before])
-    valid = torch.ones_like(drafted, dtype=torch.bool)
-    valid[:, 1:] = drafted[:, 1:] > drafted[:, :-1]
-    return Batch(ids, labels, drafted, valid, aux, hidden, normaliser)
+    return Batch(ids, text.lengths, labels, drafted, valid, aux, hidden, normaliser)
 
 
 def one_step(variant: Variant, drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> float:
@@ -265,6 +270,7 @@ def run_worker(name: str, folder: Path) -> None:
     inputs = torch.load(folder / "inputs.pt")
     target, batches = Frozen(*inputs[0]), [Batch(*batch) for batch in inputs[1]]
     drafter = Eagle3Drafter.from_pretrained(folder).train()
+    drafter.embed = partial(F.embedding, weight=target.embedding)
     if variant.checkpointing:
         drafter.activation_checkpointing_enable()
     before = peak_mib()
@@ -326,14 +332,14 @@ def measure(text: Path | None, rounds: int) -> dict[str, Any]:
             "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     }
-    seconds = target_seconds(batches, rounds)
+    seconds = target_seconds(batches, rounds, drafter.needs.layers)
     if seconds is not None:
         report["target_seconds"] = seconds
         report["run_ratio"] = whole_runs(report, seconds, report["settings"]["supervised"])
     return report
 
 
-def target_seconds(batches: list[Batch], rounds: int) -> dict[str, float] | None:
+def target_seconds(batches: list[Batch], rounds: int, layers: tuple[int, ...]) -> dict[str, float] | None:
     """Median seconds of the target's pass over a batch: with all hidden states (textbook), and with features only."""
     try:
         plain, ours = load_target(dtype="float32", pack=False), load_target(dtype="float32")
@@ -346,7 +352,7 @@ def target_seconds(batches: list[Batch], rounds: int) -> dict[str, float] | None
         with torch.no_grad():
             plain.model.base_model(input_ids=batch.input_ids, output_hidden_states=True)
         middle = time.perf_counter()
-        compute_features(ours, batch.input_ids, batch.drafted)
+        compute_features(ours, batch.text, batch.drafted, layers)
         seconds["textbook"].append(middle - start)
         seconds["vsd"].append(time.perf_counter() - middle)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -11,9 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from vsd.data import load_examples
-from vsd.drafters import Eagle3Drafter, draft_vocabulary
+from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.features import FeatureStore
 from vsd.targets import load_target
-from vsd.training import DraftDataset, FeatureStore, VSDConfig, VSDTrainer
+from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.job import hold_out, prompt_of
 
 OUT = Path("runs/example")
@@ -26,7 +27,7 @@ def main(text: str | Path = TEXT) -> None:
     examples, held_out = hold_out(examples, 8)
     dataset = DraftDataset(examples)
     vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size=4096)
-    drafter = Eagle3Drafter.for_target(target, vocabulary)  # random weights
+    drafter = new_drafter(target, vocabulary, "eagle3")  # random weights; or "lm", a small language model
     config = VSDConfig(
         output_dir=str(OUT),
         objective="eagle3",  # the README lists the others
@@ -38,9 +39,10 @@ def main(text: str | Path = TEXT) -> None:
         eval_max_new_tokens=32,
         save_strategy="no",
     )
-    store = FeatureStore.build(OUT / "features", target, examples)  # one target pass over the text
+    layers = drafter.needs.layers
+    features = FeatureStore.build(OUT / "features", target, examples, layers)  # one target pass over the text
     prompts = [prompt_of(example) for example in held_out]
-    trainer = VSDTrainer(target, drafter, config, dataset, store=store, eval_prompts=prompts)
+    trainer = VSDTrainer(target, drafter, config, dataset, features=features, eval_prompts=prompts)
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     after = trainer.evaluate()["eval_tau"]

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import tiny_run
 from fake_server import FakeServer
 from vsd import __version__, cli
+from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.objective import OBJECTIVES
 from vsd.paths import TreeShape
 from vsd.targets import Target
+from vsd.training import DraftDataset
 
 COMMANDS = [
     [],
@@ -74,6 +78,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
     (folder / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
     (folder / "untruth.jsonl").write_text('{"prompt": "a question without an answer"}\n')
     (folder / "empty.jsonl").write_text("")
+    (folder / "bert").mkdir(exist_ok=True)
+    (folder / "bert" / "config.json").write_text('{"architectures": ["BertModel"]}')
     target, text, prompts = folder / "target", folder / "text.jsonl", folder / "prompts.jsonl"
     drafter = folder / "drafter"
     train = ["train", "--target", target, "--output-dir", folder / "never"]
@@ -85,7 +91,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "bad line": ([*bench, "--prompts", folder / "bad.jsonl"], "bad.jsonl:2: not JSON"),
         "empty file": ([*bench, "--prompts", folder / "empty.jsonl"], "no usable conversation"),
         "no drafter": ([*bench, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
-        "not a drafter": ([*generate, "--drafter", target], "drafter"),
+        "not a drafter": ([*generate, "--drafter", folder / "bert"], "no drafter family reads it"),
         "no target": (["generate", "--target", folder / "no", "hi"], "no folder at"),
         "not a target": (["generate", "--target", drafter, "hi"], "cannot load target"),
         "no GGUF": (["generate", "--target", "no.gguf", "hi"], "no GGUF file at"),
@@ -123,7 +129,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
         "tune": (["tune", "--target", target, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
         "export": (["export", "--target", target, "--format", "vllm", drafter, folder / "never"], "layer 0's input"),
-        "import": (["import", "--target", target, drafter, folder / "never"], "not an EAGLE-3 drafter"),
+        "import": (["import", "--target", target, folder / "bert", folder / "never"], "holds ['BertModel']"),
         "demo": (["demo", "--minutes", "0.5", "--out", folder / "never"], "a minute at least"),
     }
 
@@ -244,7 +250,7 @@ def test_the_installed_command_shows_no_traceback(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1
-    assert done.stderr == f"vsd: no folder at '{tmp_path / 'no'}'\n"
+    assert done.stderr == f"vsd: no folder at '{tmp_path / 'no'}': check the path, or give a hub id\n"
 
 
 def test_regenerate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,8 +407,9 @@ def test_export_and_import(
     tiny_target: Target, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There and back by way of the command line; the card quotes what was measured."""
-    target = Target(tiny_target.model, tiny_target.tokenizer, aux_layers=(1, 2, 3))
-    tiny_run.tiny_drafter(target, tiny_run.tiny_examples(tiny_target, 4)).save_pretrained(tmp_path / "mine")
+    tokens = DraftDataset(tiny_run.tiny_examples(tiny_target, 4)).drafted_tokens()
+    vocabulary = draft_vocabulary(tokens, tiny_target.vocab_size, 64)
+    new_drafter(tiny_target, vocabulary, aux_layers=[1, 2, 3]).save_pretrained(tmp_path / "mine")
     weights = (tmp_path / "mine" / "model.safetensors").read_bytes()
     bench = [
         "bench",
@@ -424,3 +431,27 @@ def test_export_and_import(
     assert run(folder, "import", tmp_path / "out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
     assert run(folder, *export) == 1  # not over something
+
+
+def test_a_small_language_model_is_trained_measured_and_exported(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole road for the family `lm`; its checkpoints are plain folders of transformers."""
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    words = ["train", "--data", folder / "text.jsonl", "--output-dir", run_folder, "--held-out", 4, "--family", "lm"]
+    words += ["--drafter-options", "{num_hidden_layers: 1}", "--set", "max_steps=6", "eval_steps=3", "draft_steps=2"]
+    words += ["eval_max_new_tokens=6", "report_to=none", "disable_tqdm=true", "use_cpu=true"]
+    assert run(folder, *words) == 0
+    drafter = run_folder / "drafter"
+    assert AutoModelForCausalLM.from_pretrained(drafter).config.num_hidden_layers == 1
+    bench = ["bench", "--prompts", folder / "prompts.jsonl", "--drafter", drafter, "--max-new-tokens", 6]
+    assert run(folder, *bench, "--tree", "3x2x6", "--json", tmp_path / "b.json") == 0
+    assert json.loads((tmp_path / "b.json").read_text())["runs"][1]["identical"] == 1.0
+    capsys.readouterr()
+    assert run(folder, "export", "--format", "vllm", drafter, out) == 0
+    assert '"method": "draft_model"' in capsys.readouterr().out
+    exported, trained = (AutoModelForCausalLM.from_pretrained(path) for path in (out, drafter))
+    weights = trained.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in exported.state_dict().items())
+    assert run(folder, "export", "--format", "speculators", drafter, tmp_path / "no") == 1
+    assert "has no format" in capsys.readouterr().err

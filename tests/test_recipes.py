@@ -7,7 +7,7 @@ import pytest
 import tiny_run
 from vsd import cli
 from vsd.targets import Target
-from vsd.training.job import recipe
+from vsd.training.recipe import recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

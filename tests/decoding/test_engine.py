@@ -214,7 +214,7 @@ def test_seeds_decide_samples(fluent: Pair) -> None:
 
 
 def test_a_drafter_of_another_target_is_refused(fluent: Pair) -> None:
-    target, drafter = fluent
+    _, drafter = fluent
     other = llama()
     with torch.no_grad():
         other.model.lm_head.weight.mul_(2.0)

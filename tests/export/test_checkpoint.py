@@ -148,7 +148,7 @@ def test_exports_that_would_be_served_wrong(tiny_target: Target, drafter: Eagle3
 
 
 def test_missing_and_pickled_checkpoints(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
-    with pytest.raises(VSDError, match="no config.json"):
+    with pytest.raises(VSDError, match=r"no config\.json"):
         read_drafter(tmp_path / "no", tiny_target)
     folder = export_drafter(drafter, tiny_target, tmp_path / "out", "sglang")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

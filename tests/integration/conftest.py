@@ -2,16 +2,19 @@
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, TEXT
+from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, TEXT
 from vsd.data import prompt_inputs, read_conversations
-from vsd.drafters import Eagle3Drafter
+from vsd.drafters.eagle3 import Eagle3Drafter
+from vsd.drafters.load import family_of, read_drafter
 from vsd.export import export_drafter
 from vsd.targets import Target, load_target
 from vsd.targets.load import resolve
@@ -49,12 +52,32 @@ def targets() -> dict[str, Target]:
 
 
 @pytest.fixture(scope="session")
-def exported(targets: dict[str, Target], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The committed drafter in the formats that vLLM reads, and, as `whole`, one that drafts the whole vocabulary."""
+def exported(
+    targets: dict[str, Target], target_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The committed drafter in the formats that vLLM reads; as `whole` one that drafts the whole vocabulary; an `lm`."""
     folder, target = tmp_path_factory.mktemp("exported"), targets["float32"]
-    drafter = Eagle3Drafter.from_pretrained(DRAFTER, dtype="auto")
+    drafter = read_drafter(DRAFTER, target)
     found = {kind: export_drafter(drafter, target, folder / kind, kind) for kind in ("vllm", "speculators")}
-    return found | {"whole": export_drafter(whole_vocabulary(drafter), target, folder / "whole", "vllm")}
+    found["whole"] = export_drafter(whole_vocabulary(drafter), target, folder / "whole", "vllm")
+    write_shortened(target_folder, folder / "shortened")
+    found["lm"] = export_drafter(read_drafter(folder / "shortened", target), target, folder / "lm", "vllm")
+    return found
+
+
+def write_shortened(target_folder: str, folder: Path) -> None:
+    """A draft model that needs no training: the target without some of its middle layers, in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    del model.model.layers[SKIPPED]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(folder)
+
+
+def speculative(exported: Path, k: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` for an exported drafter, as `vsd export` prints it."""
+    _, options = shlex.split(family_of(exported).serve("vllm", str(exported), k))
+    found: dict[str, Any] = json.loads(options)
+    return found
 
 
 def whole_vocabulary(drafter: Eagle3Drafter) -> Eagle3Drafter:
@@ -62,7 +85,7 @@ def whole_vocabulary(drafter: Eagle3Drafter) -> Eagle3Drafter:
     config = type(drafter.config)(**{**drafter.config.to_dict(), "draft_vocab_size": drafter.config.vocab_size})
     whole = Eagle3Drafter(config).to(drafter.dtype).eval()  # type: ignore[arg-type]
     state = drafter.state_dict()
-    head = torch.zeros_like(whole.lm_head.weight).index_copy_(0, drafter.draft_ids(), state["lm_head.weight"])
+    head = torch.zeros_like(whole.lm_head.weight).index_copy_(0, drafter.vocabulary.ids, state["lm_head.weight"])
     d2t, t2d = torch.zeros_like(whole.d2t), torch.ones_like(whole.t2d)
     whole.load_state_dict({**state, "lm_head.weight": head, "d2t": d2t, "t2d": t2d})
     return whole
@@ -92,7 +115,7 @@ def served(
             folder = tmp_path_factory.mktemp("served")
             job = {"target": target_folder, "dtype": dtype, "prompts": prompts, "max_new_tokens": LENGTH}
             if kind is not None:
-                job |= {"drafter": str(exported[kind]), "k": k}
+                job |= {"speculative": speculative(exported[kind], k)}
             (folder / "job.json").write_text(json.dumps(job))
             in_vllm("serve_in_vllm.py", folder / "job.json", folder / "result.json")
             done[kind, k, dtype] = json.loads((folder / "result.json").read_text())

@@ -2,7 +2,8 @@
 
     python serve_in_vllm.py JOB.json RESULT.json
 
-JOB: `target` (folder), `dtype`, `prompts` (token ids), `max_new_tokens`, and `drafter` (folder) with `k`, or neither.
+JOB: `target` (folder), `dtype`, `prompts` (token ids), `max_new_tokens`, and, to decode with a drafter, `speculative`:
+vLLM's `speculative_config`.
 RESULT: `tokens` of every answer; without a drafter `top`, for every token the two likeliest ids with their log-probs;
 with one the counters of `vllm:spec_decode_*`.
 """
@@ -17,8 +18,7 @@ from vllm import LLM, SamplingParams
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    drafter = job.get("drafter")
-    speculative = {"method": "eagle3", "model": drafter, "num_speculative_tokens": job["k"]} if drafter else None
+    speculative = job.get("speculative")
     llm = LLM(
         model=job["target"],
         dtype=job["dtype"],
@@ -29,11 +29,11 @@ def main(job_file: str, result_file: str) -> None:
         speculative_config=speculative,
     )
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False, logprobs=None if drafter else 2
+        temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False, logprobs=None if speculative else 2
     )
     answers = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling)]
     result: dict[str, Any] = {"tokens": [list(answer.token_ids) for answer in answers]}
-    if drafter:
+    if speculative:
         result |= counters(llm)
     else:
         result["top"] = [[best_two(position) for position in answer.logprobs] for answer in answers]

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from setting import DRAFTER, LENGTH
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_per_position
-from vsd.drafters import Eagle3Drafter
-from vsd.export import import_drafter
+from vsd.drafters import load_drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target
 
@@ -27,6 +26,8 @@ CASES = [
     ("speculators", 5, "float32"),
     ("vllm", 3, "bfloat16"),
     ("whole", 3, "float32"),
+    ("lm", 3, "float32"),
+    ("lm", 5, "float32"),
 ]
 # A tie: log-probabilities of the two best no further apart than the same sum in another order may move them. In
 # bfloat16 logits between 16 and 32 are multiples of 1/8; two of those.
@@ -48,8 +49,7 @@ def table() -> Iterator[list[str]]:
 
 def chain(target: Target, prompts: list[list[int]], k: int, folder: Path) -> tuple[list[float], int]:
     """Our own decoder's acceptance per position, and its passes."""
-    drafter = import_drafter(folder, target).to(target.model.dtype).eval()  # type: ignore[arg-type]
-    engine = Engine(target, drafter, TreeShape.chain(k))
+    engine = Engine(target, load_drafter(folder, target), TreeShape.chain(k))
     batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
     results = [result for batch in batches for result in engine.generate(batch, Sampling(LENGTH))]
     return acceptance_per_position(results, k), sum(len(result.accepted) for result in results)

@@ -14,8 +14,7 @@ import pytest
 
 from setting import ENVIRONMENT
 from vsd.data import Conversation, Server, ServerTeacher, Summary, load_examples, prompt_inputs, regenerate
-from vsd.targets import load_lexicon
-from vsd.targets.info import TargetInfo
+from vsd.targets import TargetInfo, load_target_info
 
 Start = Callable[[], subprocess.Popen[bytes]]
 CHATS, LENGTH = 40, 24
@@ -24,7 +23,7 @@ TOPICS = ["rivers", "bread", "the moon", "trains", "chess"]
 
 @pytest.fixture(scope="module")
 def info() -> TargetInfo:
-    return load_lexicon("smollm2-135m")
+    return load_target_info("smollm2-135m")
 
 
 @pytest.fixture

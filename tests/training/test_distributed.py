@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tiny_run
 from vsd.data import Example
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 from vsd.training import VSDTrainer
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -73,8 +73,8 @@ def gradients(trainer: VSDTrainer, items: int) -> list[Weights]:
 def uneven(examples: list[Example]) -> list[Example]:
     """Answers of very different lengths: a mean of means would not be the mean."""
     return [
-        Example(ids[:end], drafted[:end])
-        for i, (ids, drafted) in enumerate(examples)
+        Example(Inputs(inputs.ids[:end]), drafted[:end])
+        for i, (inputs, drafted) in enumerate(examples)
         for end in [drafted.index(True) + 1 + 3 * i]
     ]
 
@@ -154,7 +154,7 @@ for kind in shared.KINDS:
     (found["gradient of twins"],) = shared.gradients(alone, shared.supervised(twins))
     trainer = trainer_of(
         examples, max_steps=3, learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, eval_prompts=[examples[0].input_ids[:8]], eval_strategy="steps", eval_steps=1,
+        gradient_accumulation_steps=2, eval_prompts=[shared.Inputs(examples[0].inputs.ids[:8])], eval_strategy="steps", eval_steps=1,
         eval_max_new_tokens=4,
     )
     trainer.train()

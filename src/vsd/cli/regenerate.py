@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import load, load_info, report_skipped

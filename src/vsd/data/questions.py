@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vsd.data.chat import BadLineError, Conversation, Message, OnBadLine, Report, handle_bad_line
 from vsd.data.template import prompt_inputs
 from vsd.errors import DataError
-from vsd.targets.inputs import Inputs
 from vsd.targets.info import TargetInfo
+from vsd.targets.inputs import Inputs
 
 
 class Question(NamedTuple):

@@ -22,8 +22,8 @@ from vsd.data.server import Reply, Server
 from vsd.data.teacher import Answered, Batch, digest
 from vsd.data.template import answer_text, render, tokenize
 from vsd.errors import ConfigurationError, MismatchError
-from vsd.targets.inputs import Inputs
 from vsd.targets.info import TargetInfo
+from vsd.targets.inputs import Inputs
 
 
 class ServerTeacher:

@@ -12,7 +12,6 @@ from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.teacher import Answered, Batch, digest
 from vsd.errors import ConfigurationError
-from vsd.targets.info import TargetInfo
 from vsd.targets.target import Target
 
 _WINDOW = 16  # the conversations of so many batches are sorted by length together

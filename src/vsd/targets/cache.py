@@ -1,7 +1,7 @@
 """A preallocated key/value cache for the target: append a tree, keep the accepted rows, forget the rest.
 
-Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); the position of the token in every slot is kept
-beside its keys. New nodes are written for all rows at the same slots [fill, fill + N), fill = max(lengths), and
+Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); the position of the token in every slot is
+kept beside its keys. New nodes are written for all rows at the same slots [fill, fill + N), fill = max(lengths), and
 attention masks hide the gap. Committing moves the accepted nodes of each row to its own end, for all layers at once.
 Nothing is ever copied but the accepted rows.
 

@@ -22,7 +22,7 @@ _HEAD_ROWS = 256  # logits of so many tokens at once
 
 
 class Ends(NamedTuple):
-    """Modules of a causal LM; only the one-dimensional parameters of `last_layer` are used, to tell fine-tunes apart."""
+    """Modules of a causal LM; of `last_layer` only one-dimensional parameters are used, to tell fine-tunes apart."""
 
     embedding: nn.Module
     norm: nn.Module

@@ -18,7 +18,7 @@ from vsd.targets import Padded
 IGNORED = -100  # label of a token that is not drafted, as everywhere in transformers
 
 
-class DraftDataset(Dataset):
+class DraftDataset(Dataset[dict[str, Any]]):
     """Examples as the trainer's sampler reads them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:

@@ -92,7 +92,7 @@ class VSDTrainer(Trainer):
             self.add_callback(self._budget)
             self.remove_callback(PrinterCallback)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -223,9 +223,9 @@ class VSDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The drafter's own checkpoint, whatever its family."""
-        folder = output_dir or self.args.output_dir
+        folder = Path(output_dir or str(self.args.output_dir))
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-        torch.save(self.args, Path(folder) / "training_args.bin")
+        torch.save(self.args, folder / "training_args.bin")
 
 
 class _Counts:

@@ -76,7 +76,8 @@ def load(folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Eagle3D
         own: Any = "auto" if dtype is None else dtype
         return Eagle3Drafter.from_pretrained(folder, dtype=own, device_map=target.device)
     drafter: Any = import_checkpoint(folder, target)
-    return drafter.to(target.device, drafter.dtype if dtype is None else dtype)
+    moved: Eagle3Drafter = drafter.to(target.device, drafter.dtype if dtype is None else dtype)
+    return moved
 
 
 def import_checkpoint(folder: Path, target: TargetInfo) -> Eagle3Drafter:

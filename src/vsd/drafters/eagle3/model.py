@@ -10,8 +10,8 @@ Drafting further feeds `out` (before `norm`) back in place of g, with the drafte
 step-0 keys 0 … t and only its own keys of steps 1 … k; its rotary position is t + k. `states` (training) and
 `advance`/`expand` (decoding) share every operation but the bookkeeping of keys.
 
-Tensor names are those of `LlamaForCausalLMEagle3` checkpoints. Token embeddings are the target's (`attach`), so tied and
-untied targets are alike and a checkpoint holds the drafter alone.
+Tensor names are those of `LlamaForCausalLMEagle3` checkpoints. Token embeddings are the target's (`attach`), so tied
+and untied targets are alike and a checkpoint holds the drafter alone.
 
 Legend: B batch, E entries, P paths, Q queries, K steps, A new tokens, W nodes of a level, L slots, h hidden, H heads,
 D head dimension, V target vocabulary, Vd draft vocabulary.
@@ -57,7 +57,7 @@ class Eagle3Config(PreTrainedConfig):
     mlp_bias: bool = False
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     initializer_range: float = 0.02
     aux_layers: tuple[int, ...] | list[int] = (2, 15, 27)
     target_hidden_size: int | None = None
@@ -93,7 +93,8 @@ class Eagle3Attention(nn.Module):
 
     def merge(self, heads: Tensor) -> Tensor:
         """[B, H, Q, D] -> [B, Q, h]."""
-        return self.o_proj(heads.transpose(1, 2).flatten(-2))
+        merged: Tensor = self.o_proj(heads.transpose(1, 2).flatten(-2))
+        return merged
 
 
 class Eagle3Layer(nn.Module):
@@ -114,7 +115,8 @@ class Eagle3Layer(nn.Module):
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Both residual connections: features [B, Q, h], attention heads [B, H, Q, D] -> [B, Q, h]."""
         residual = hidden + self.self_attn.merge(attended)
-        return residual + self.mlp(self.post_attention_layernorm(residual))
+        finished: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
+        return finished
 
 
 class Eagle3Drafter(Autoregressive, PreTrainedModel):
@@ -191,7 +193,8 @@ class Eagle3Drafter(Autoregressive, PreTrainedModel):
         wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
         if wrong:
             raise MismatchError(f"'{path}' is not an EAGLE-3 drafter as its config describes it: {wrong}")
-        return drafter
+        own: Eagle3Drafter = drafter
+        return own
 
     @property
     def needs(self) -> FeatureSpec:
@@ -332,7 +335,8 @@ class Eagle3Drafter(Autoregressive, PreTrainedModel):
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Draft distribution in float32: hidden [..., h] before `norm` -> log q [..., Vd]."""
-        return self.lm_head(self.norm(hidden)).float().log_softmax(-1)
+        log_q: Tensor = self.lm_head(self.norm(hidden)).float().log_softmax(-1)
+        return log_q
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
@@ -349,7 +353,8 @@ def _detached(ids: Tensor) -> Tensor:
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [B, H, Q, D] with cos, sin [B or 1, Q or 1, D]."""
     cos, sin = rotary
-    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+    rotated: Tensor = x * cos[:, None] + rotate_half(x) * sin[:, None]
+    return rotated
 
 
 def _attend(queries: Tensor, state: Eagle3State, seen: Tensor) -> Tensor:
@@ -374,7 +379,7 @@ def _attend_with_own(
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(values.dtype)  # [B, Hkv, G, Q, T + k]
     shared, *later = weights.split([keys.shape[2]] + [1] * len(own), dim=-1)
-    out = (shared.flatten(2, 3) @ values).unflatten(2, (G, Q))
+    out: Tensor = (shared.flatten(2, 3) @ values).unflatten(2, (G, Q))
     for weight, (_, v) in zip(later, own):
         out = out + weight * v[:, :, None]
     return out.flatten(1, 2)

@@ -259,7 +259,8 @@ class LMDrafter(Autoregressive, nn.Module):
 
     @torch.no_grad()
     def _copy_ends(self, target: TargetInfo) -> None:
-        self.model.get_input_embeddings().weight.copy_(target.embedding_weight)
+        embedding: Any = self.model.get_input_embeddings()
+        embedding.weight.copy_(target.embedding_weight)
         self.lm_head.weight.copy_(target.head_weight)
         if target.head_bias is not None and self.lm_head.bias is not None:
             self.lm_head.bias.copy_(target.head_bias)
