@@ -11,6 +11,7 @@ from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.features import FeatureSource
 from vsd.targets import Inputs, Target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
+from vsd.training.job import prompt_of as prompt_of
 
 WORDS = ["hi", "what is", "name", "why", "tell me", "again", "how", "who"]
 

@@ -180,7 +180,7 @@ def test_stopping_criteria_are_honoured(pair: Pair) -> None:
     options = {"max_new_tokens": 18, "do_sample": False, "pad_token_id": 3, "eos_token_id": 10**6}
     free = target.model.generate(**batch, **options)
     width = batch["input_ids"].shape[1]
-    stop = target.tokenizer.decode(free[0, width + 5 : width + 7])
+    stop = str(target.tokenizer.decode(free[0, width + 5 : width + 7]))
     own = lambda ids, scores: torch.tensor([int(row[-1]) == int(free[1, -4]) for row in ids])  # noqa: E731
     options["stopping_criteria"] = [StopStringCriteria(target.tokenizer, [stop]), own]
     expected = target.model.generate(**batch, **options)

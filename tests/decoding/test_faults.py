@@ -171,7 +171,7 @@ def test_an_interrupted_stream_leaves_nothing_behind(pair: Pair, name: str, temp
             next(steps)
         abandoned = engine.stream([Result(Inputs(prompt)) for prompt in PROMPTS], sampling)
         next(abandoned)
-        steps.close()
+        steps.close()  # type: ignore[attr-defined]
         assert engine.generate(PROMPTS, sampling) == expected
         for result, whole in zip(results, expected):
             assert not result.finish and result.tokens == whole.tokens[: len(result.tokens)]

@@ -9,6 +9,7 @@ from vsd.errors import VSDError
 from vsd.evaluation import Tuned, best, tune
 from vsd.evaluation.tune import Costs
 from vsd.paths import TreeShape
+from vsd.targets import Inputs
 
 SHAPES = [TreeShape.chain(1), TreeShape.chain(3), TreeShape(3, 3, 8), TreeShape(3, 3, 8, 0.05)]
 
@@ -47,4 +48,4 @@ def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:
 def test_nothing_to_tune_on() -> None:
     target, drafter = fluent_pair("llama")
     with pytest.raises(VSDError, match="nothing to draft"):
-        tune(target, drafter, [(PROMPTS[0], [2])], SHAPES, progress=False)
+        tune(target, drafter, [(Inputs(PROMPTS[0]), [2])], SHAPES, progress=False)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, TEXT
+from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, TEXT, speculative
 from vsd.data import prompt_inputs, read_conversations
 from vsd.drafters.eagle3 import Eagle3Drafter
-from vsd.drafters.load import family_of, read_drafter
+from vsd.drafters.load import read_drafter
 from vsd.export import export_drafter
 from vsd.targets import Target, load_target
 from vsd.targets.load import resolve
@@ -55,7 +54,7 @@ def targets() -> dict[str, Target]:
 def exported(
     targets: dict[str, Target], target_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The committed drafter in the formats that vLLM reads; as `whole` one that drafts the whole vocabulary; an `lm`."""
+    """The committed drafter in the formats that vLLM reads; `whole`, for the whole vocabulary; `lm`, a draft model."""
     folder, target = tmp_path_factory.mktemp("exported"), targets["float32"]
     drafter = read_drafter(DRAFTER, target)
     found = {kind: export_drafter(drafter, target, folder / kind, kind) for kind in ("vllm", "speculators")}
@@ -71,13 +70,6 @@ def write_shortened(target_folder: str, folder: Path) -> None:
     del model.model.layers[SKIPPED]
     model.config.num_hidden_layers = len(model.model.layers)
     model.save_pretrained(folder)
-
-
-def speculative(exported: Path, k: int) -> dict[str, Any]:
-    """vLLM's `speculative_config` for an exported drafter, as `vsd export` prints it."""
-    _, options = shlex.split(family_of(exported).serve("vllm", str(exported), k))
-    found: dict[str, Any] = json.loads(options)
-    return found
 
 
 def whole_vocabulary(drafter: Eagle3Drafter) -> Eagle3Drafter:

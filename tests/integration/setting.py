@@ -1,7 +1,12 @@
-"""Where things are, and how much of them these tests use."""
+"""Paths, the sizes of these tests, and the settings that vLLM is given."""
 
+import json
+import shlex
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from vsd.drafters.load import family_of
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -10,3 +15,10 @@ TEXT = Path(str(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz"))
 PROMPTS, LENGTH = 24, 64
 SKIPPED = slice(14, 16)  # layers of the target that the draft model lacks
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def speculative(exported: Path, k: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` for an exported drafter, as `vsd export` prints it."""
+    _, options = shlex.split(family_of(exported).serve("vllm", str(exported), k))
+    found: dict[str, Any] = json.loads(options)
+    return found

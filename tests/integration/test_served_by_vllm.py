@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from setting import DRAFTER, LENGTH
+from setting import DRAFTER, LENGTH, speculative
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_per_position
 from vsd.drafters import load_drafter
-from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.paths import Entries, TreeShape, recorded
+from vsd.targets import Inputs, Padded, Target
 
 CASES = [
     ("vllm", 3, "float32"),
@@ -75,6 +75,12 @@ def test_acceptance_is_ours(
     assert all(abs(a - b) <= NEAR[dtype] for a, b in zip(theirs, ours, strict=True)), (theirs, ours)
 
 
+def test_an_lm_is_served_as_a_draft_model(exported: dict[str, Path]) -> None:
+    """`served` gives vLLM these settings; the acceptance is that of the cases above."""
+    expected = {"method": "draft_model", "model": str(exported["lm"]), "num_speculative_tokens": 3}
+    assert speculative(exported["lm"], 3) == expected
+
+
 @pytest.mark.parametrize(("kind", "k", "dtype"), CASES, ids=lambda value: str(value))
 def test_answers_are_the_targets(kind: str, k: int, dtype: str, served: Any) -> None:
     """Equal to vLLM without a drafter, or different first where its two best tokens are tied."""
@@ -95,18 +101,19 @@ def test_speculators_drafts_the_same_logits(
 ) -> None:
     """Three steps along a text, float32: equal to 1e-4."""
     target, steps = targets["float32"], 3
-    drafter = Eagle3Drafter.from_pretrained(DRAFTER).eval()
-    ids = torch.tensor([max(prompts, key=len)])
-    aux, T = target.features(ids).aux[:, :-1], ids.shape[1] - 1
-    save_file({"aux": aux.contiguous(), "ids": ids[:, 1:].contiguous()}, tmp_path / "in.safetensors")
+    drafter = load_drafter(DRAFTER, target, trainable=True).eval()
+    text = Padded.of([Inputs(max(prompts, key=len))])
+    aux, T = target.features(text, drafter.needs.layers).aux, text.ids.shape[1] - 1
+    inputs = {"aux": aux[:, :-1].contiguous(), "ids": text.ids[:, 1:].contiguous()}
+    save_file(inputs, tmp_path / "in.safetensors")
     files = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     in_vllm("draft_in_speculators.py", exported["speculators"], *files, steps)
     theirs = load_file(files[1])["logits"]
 
-    roots = torch.arange(T - steps)[None]
-    embeds = target.embed(ids)
-    path = torch.stack([embeds[:, 1 + k : 1 + k + roots.shape[1]] for k in range(steps)])
+    drafted = torch.arange(2, T + 1)[None]
+    paths = recorded(text.ids, drafted, torch.ones_like(drafted, dtype=torch.bool), steps)
     with torch.inference_mode():
-        ours = drafter.lm_head(drafter(aux, embeds[:, 1:], roots, path))[:, 0]
+        logits = drafter(Entries.of(text, aux), paths, lambda states, head: states @ head.T)
+    ours = logits[:, 0, : T - steps]  # the paths that have all steps
     assert ours.abs().max() > 1
     assert (ours - theirs[:, : T - steps]).abs().max() < 1e-4

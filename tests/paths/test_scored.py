@@ -106,7 +106,7 @@ def test_merged_paths_are_a_trie(B: int, P: int, K: int, seed: int) -> None:
     trie = merge(roots, tokens)
     sizes = []
     for b in range(B):
-        named = {}
+        named: dict[tuple[int, ...], int] = {}
         for p, k in itertools.product(range(P), range(K)):
             name = (int(roots[b, p]), *tokens[b, p, : k + 1].tolist())
             node = int(trie.node[b, p, k])

@@ -68,7 +68,8 @@ class Setting:
         """log q of the token after the root and `path`, recomputed from nothing by the training pass, [Vd]."""
         n = int(self.lengths[row])
         some = Entries(
-            *(field[row : row + 1, :n] for field in self.entries[:2]),
+            self.entries.aux[row : row + 1, :n],
+            self.entries.next_ids[row : row + 1, :n],
             self.ids[row : row + 1, 0],
             self.entries.positions[row : row + 1, :n],
         )

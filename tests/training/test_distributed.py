@@ -154,8 +154,8 @@ for kind in shared.KINDS:
     (found["gradient of twins"],) = shared.gradients(alone, shared.supervised(twins))
     trainer = trainer_of(
         examples, max_steps=3, learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, eval_prompts=[shared.Inputs(examples[0].inputs.ids[:8])], eval_strategy="steps", eval_steps=1,
-        eval_max_new_tokens=4,
+        gradient_accumulation_steps=2, eval_prompts=[shared.Inputs(examples[0].inputs.ids[:8])],
+        eval_strategy="steps", eval_steps=1, eval_max_new_tokens=4,
     )
     trainer.train()
     found["three steps"] = shared.weights_of(trainer)

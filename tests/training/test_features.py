@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,9 +93,14 @@ def test_an_interrupted_build_computes_only_what_is_missing(
     written = {path: path.stat().st_mtime_ns for path in shards}
     shards[1].unlink()
     (tmp_path / f"{shards[1].name}.part").write_bytes(before[shards[1]][:100])
-    computed = []
+    computed: list[list[Example]] = []
     real = store._shard
-    monkeypatch.setattr(store, "_shard", lambda target, some, *rest: computed.append(some) or real(target, some, *rest))
+
+    def counted(target: Target, some: list[Example], *rest: Any) -> dict[str, torch.Tensor]:
+        computed.append(some)
+        return real(target, some, *rest)
+
+    monkeypatch.setattr(store, "_shard", counted)
     FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
     assert len(computed) == 1
     assert {path: path.read_bytes() for path in sorted(tmp_path.glob("*.safetensors"))} == before

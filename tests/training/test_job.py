@@ -184,3 +184,22 @@ def test_training_starts_from_a_given_drafter(workshop: Path, tmp_path: Path) ->
     mine, theirs = (f / "drafter" / "model.safetensors" for f in (second, first))
     assert mine.read_bytes() == theirs.read_bytes()
     assert not (second / "features").exists()
+
+
+def test_recorded_text_with_stored_features_needs_no_layers_of_the_target(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run on one text reads tokenizer, embedding and head alone; an E-step that needs more says so."""
+    shared = tmp_path / "features"
+    words = ["max_steps=2", "--features", str(shared), "--held-out", "0"]
+    assert cli.main(arguments(workshop, tmp_path / "first", *words)) == 0
+
+    def never(*args: object, **options: object) -> Target:
+        raise AssertionError("the layers were loaded")
+
+    monkeypatch.setattr("vsd.training.job.load_target", never)
+    assert cli.main(arguments(workshop, tmp_path / "second", *words)) == 0
+    mine, theirs = (tmp_path / name / "drafter" / "model.safetensors" for name in ("second", "first"))
+    assert mine.read_bytes() == theirs.read_bytes()
+    with pytest.raises(AssertionError, match="layers were loaded"):
+        cli.main(arguments(workshop, tmp_path / "third", *words, "--objective", "vsd"))

@@ -64,8 +64,8 @@ def node_paths(tokens: list[int], parents: list[int]) -> list[Path]:
 
 def as_tree(tokens: list[int], parents: list[int], rows: int = 1) -> Tree:
     depths = [len(path) for path in node_paths(tokens, parents)]
-    fields = (torch.tensor(x).expand(rows, -1) for x in (tokens, parents, depths))
-    return Tree(*fields, torch.zeros(rows, len(tokens)))
+    columns = [*(torch.tensor(x).expand(rows, -1) for x in (tokens, parents, depths)), torch.zeros(rows, len(tokens))]
+    return Tree(*columns)
 
 
 @pytest.mark.parametrize("name", TREES)

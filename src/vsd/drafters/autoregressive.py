@@ -3,8 +3,8 @@
 For every family whose q(z_t | x, z_<t) comes from one small pass a token. Level 1 of a tree is the root's k best
 children. Then repeatedly: run the k best nodes of the newest level, give each its k best children, add all of them to
 a pool. The tree is the root and the best N - 1 nodes of the pool by cumulative log-probability. A child never outranks
-its parent, so the kept nodes are connected. With `p_min` nodes below that probability are left out, and drafting ends at
-the level where the whole beam is below it.
+its parent, so the kept nodes are connected. With `p_min` nodes below that probability are left out, and drafting ends
+at the level where the whole beam is below it.
 
 Legend: B batch, P paths, K steps, W nodes, k beam width, S nodes drafted before and in this pass, h hidden, V target
 and Vd draft vocabulary.

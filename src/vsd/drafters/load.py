@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from vsd.drafters import eagle3, lm
-from vsd.drafters.base import Drafter
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import ConfigurationError, MismatchError
@@ -17,7 +16,7 @@ FAMILIES: dict[str, Family] = {"eagle3": eagle3.FAMILY, "lm": lm.FAMILY}
 DEFAULT = "eagle3"
 
 
-def new_drafter(target: TargetInfo, vocabulary: DraftVocabulary, family: str | None = None, **options: Any) -> Drafter:
+def new_drafter(target: TargetInfo, vocabulary: DraftVocabulary, family: str | None = None, **options: Any) -> Any:
     """A new drafter with random weights.
 
     Args:

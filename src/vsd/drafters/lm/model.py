@@ -64,6 +64,7 @@ class LMDrafter(Autoregressive, nn.Module):
             overrides: any field of the target's configuration; with another `hidden_size` all weights are random.
         """
         config = copy.deepcopy(target.config)
+        config.final_logit_softcapping = None  # q is the softmax of the LM head's output
         layers = overrides.get("num_hidden_layers", min(_LAYERS, config.num_hidden_layers))
         kinds = getattr(config, "layer_types", None)
         fields = {"num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {}), **overrides}
@@ -93,7 +94,9 @@ class LMDrafter(Autoregressive, nn.Module):
             )
         except (OSError, ValueError) as error:
             raise MismatchError(f"cannot load a drafter from '{path}': {first_line(error)}") from error
-        return cls(model.to(target.device))  # type: ignore[arg-type]
+        drafter = cls(model.to(target.device))  # type: ignore[arg-type]
+        drafter._check_head(path)
+        return drafter
 
     @property
     def device(self) -> torch.device:
@@ -258,12 +261,26 @@ class LMDrafter(Autoregressive, nn.Module):
         return self.decoder.packed(ids, positions, _with_first(seen)).hidden[:, 1:]
 
     @torch.no_grad()
+    def _check_head(self, path: Path) -> None:
+        """Refuse a model that changes its logits behind the LM head: training would see another q than engines."""
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        own = self.model(input_ids=ids).logits.float()
+        ours = self.lm_head(self.decoder.packed(ids, torch.arange(4)[None].to(ids), _causal(4, ids)).hidden).float()
+        if not torch.allclose(own, ours, rtol=5e-2, atol=5e-2 * float(own.abs().max())):
+            raise MismatchError(f"'{path}' caps or scales its logits: not supported as a drafter")
+
+    @torch.no_grad()
     def _copy_ends(self, target: TargetInfo) -> None:
         embedding: Any = self.model.get_input_embeddings()
         embedding.weight.copy_(target.embedding_weight)
         self.lm_head.weight.copy_(target.head_weight)
         if target.head_bias is not None and self.lm_head.bias is not None:
             self.lm_head.bias.copy_(target.head_bias)
+
+
+def _causal(count: int, like: Tensor) -> Tensor:
+    """A causal mask [1, N, N], bool."""
+    return torch.ones(1, count, count, dtype=torch.bool, device=like.device).tril()
 
 
 def _with_first(seen: Tensor) -> Tensor:
