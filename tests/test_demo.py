@@ -10,6 +10,7 @@ import torch
 
 from vsd import demo
 from vsd.drafters import load_drafter
+from vsd.evaluation.tune import SHAPES
 from vsd.targets import load_target
 
 pytestmark = pytest.mark.real
@@ -26,7 +27,7 @@ def test_a_minute_trains_drafters_that_are_accepted(tmp_path: Path, monkeypatch:
     """Two objectives from one start; both drafters accept something, answer for answer on the same questions."""
     monkeypatch.setattr(demo, "HELD_OUT", 4)
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 32)
-    monkeypatch.setattr(demo, "SHAPES", demo.SHAPES[4:8])
+    monkeypatch.setattr(demo, "SHAPES", SHAPES[4:8])
     report = demo.demo(1.0, tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["training"]["steps"] == report["training"]["steps"]

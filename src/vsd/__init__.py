@@ -1,3 +1,3 @@
 """Train, measure and serve the draft models of speculative decoding."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

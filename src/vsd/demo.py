@@ -1,8 +1,8 @@
-"""`vsd demo`: train drafters for the embedded target within minutes, two ways, then measure what they save.
+"""`vsd demo`: train drafters for the embedded target within minutes with two objectives, then measure τ and speed.
 
-EAGLE-3's objective trains a drafter for most of the time. From there it goes on as it was, and once more with `vsd`,
-for the same time and on the same text; plain decoding and both drafters then answer questions none of them has seen.
-The text in `assets/` was written by the target itself (`vsd data synthesize`).
+EAGLE-3's objective trains a drafter for most of the time. Two runs continue from this drafter, one with `eagle3` and
+one with `vsd`, for the same time and on the same text. Plain decoding and both drafters then answer held-out questions.
+The target generated the text in `assets/` (`vsd data synthesize`).
 """
 
 import time
@@ -24,13 +24,13 @@ from vsd.targets import Inputs, Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.job import hold_out
 
-HELD_OUT = 16  # questions to measure on, and as many to choose the tree with
+HELD_OUT = 16  # questions for the measurement, and the same number for the choice of the tree
 ANSWER_TOKENS = 96
 DRAFT_VOCABULARY = 4096
 DRAFT_STEPS = 3
-SMOOTHING = 0.3  # later steps are trained where drafts get so far
-_FEATURE_SHARE = 0.5  # of the time at most: fresh text teaches more than a tenth reading
-_START_SHARE = 0.6  # of the training time, at a constant rate; both ways then anneal it
+SMOOTHING = 0.3  # option of cut paths: later draft steps are trained only where decoding is likely to reach them
+_FEATURE_SHARE = 0.5  # maximum share of the time; more text is better than a tenth epoch
+_START_SHARE = 0.6  # share of the training time with a constant rate; both runs then anneal the rate
 
 START = {
     "objective": "eagle3",
@@ -45,11 +45,11 @@ WAYS = {
         "warmup_steps": 0,
         "objective_options": {"arw": True, "car": 0.5, "smoothing": SMOOTHING, "e_step": None},
     },
-}  # what an E-step adds pays where text has been read many times: minutes do not get there
+}  # an E-step helps after many epochs; a demo of minutes does not reach them
 
 
 class _Text(NamedTuple):
-    """What all trainings of a demo share."""
+    """Text and features that all trainings of a demo share."""
 
     dataset: DraftDataset
     store: FeatureStore
@@ -57,7 +57,7 @@ class _Text(NamedTuple):
 
 
 def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
-    """Train for `minutes` in all, measure; returns what `out`/results.json holds. `out`/drafter is VSD's.
+    """Train for `minutes` in total and measure; returns the content of `out`/results.json. VSD's is `out`/drafter.
 
     Raises:
         VSDError: too little time, or the embedded target is not installed.
@@ -76,7 +76,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     drafter = new_drafter(target, vocabulary)
     text = _Text(dataset, FeatureStore.build(out / "features", target, used, drafter.needs.layers), seed)
     spent = (time.perf_counter() - start) / 60
-    left = max(minutes - spent, (1 - _FEATURE_SHARE) * minutes)  # a busy machine takes longer than it promised
+    left = max(minutes - spent, (1 - _FEATURE_SHARE) * minutes)  # feature computation can exceed its estimate
     console.print("a drafter from random weights:")
     steps = {"start": _train(target, drafter, text, _START_SHARE * left, out / "start", START)}
     folders = {"EAGLE-3": out / "eagle3" / "drafter", "VSD": out / "drafter"}
@@ -86,7 +86,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
         console.print(f"from there with {name}'s objective:")
         steps[name] = _train(target, drafter, text, way, folders[name].parent, options)
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
-    shapes = [shape for shape in SHAPES if not shape.lookup]  # it is the drafters that are compared
+    shapes = [shape for shape in SHAPES if not shape.lookup]  # compare drafters without prompt lookup
     trees = tune(target, drafters["EAGLE-3"], [texts(target, question) for question in questions[::2]], shapes)
     print_trees(trees, console)
     prompts = [Prompt(c.id, "held-out", None, [c.messages[0]["content"]]) for c in questions[1::2]]
@@ -108,7 +108,7 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def _train(target: Target, drafter: Any, text: _Text, minutes: float, out: Path, options: dict[str, Any]) -> int:
-    """Train for so many minutes and save to `out`/drafter; returns the number of steps."""
+    """Train for `minutes` and save to `out`/drafter; returns the number of steps."""
     config = VSDConfig(
         output_dir=str(out),
         max_minutes=minutes,
@@ -126,7 +126,7 @@ def _train(target: Target, drafter: Any, text: _Text, minutes: float, out: Path,
 
 
 def texts(target: Target, conversation: Conversation) -> tuple[Inputs, list[int]]:
-    """Prompt, and token ids of the greedy answer."""
+    """Prompt and token ids of the greedy answer."""
     answer = list(conversation.response_ids or [])
     return prompt_inputs(target.tokenizer, conversation.messages[:1]), answer[:ANSWER_TOKENS]
 

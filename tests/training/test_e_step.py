@@ -10,10 +10,10 @@ import tiny_run
 from vsd.data import Example
 from vsd.features import Features
 from vsd.targets import Inputs, Target
-from vsd.training.chance import Chance
 from vsd.training.e_step import Batch, continued
 from vsd.training.e_step.continued import ContinuedStep
 from vsd.training.job import prompt_of
+from vsd.training.random_source import RandomSource
 from vsd.training.trainer import VSDTrainer
 
 
@@ -71,7 +71,7 @@ def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.
     monkeypatch.setattr(ContinuedStep, "_draw", counted)
 
     def tokens(epoch: int, rows: list[int]) -> torch.Tensor:
-        posterior, _ = step(some(batch, rows), Chance(0, epoch, "", torch.device("cpu")))
+        posterior, _ = step(some(batch, rows), RandomSource(0, epoch, "", torch.device("cpu")))
         return posterior.entries.next_ids[:, batch.texts.inputs.ids.shape[1] :]
 
     first = tokens(0, [0, 1])

@@ -367,7 +367,7 @@ def test_gto_prefers_the_tree_that_is_accepted_further(
         weight.data += 0.05 * torch.randn_like(weight)
     inputs = next(iter(trainer.get_train_dataloader()))
     batch = trainer.batch(inputs)
-    found, info = trainer._e_steps[1](batch, trainer._chance())
+    found, info = trainer._e_steps[1](batch, trainer._random())
     drafters, shape = (trainer.model, reference), TreeShape(3, 3, 9)
     ended = torch.tensor(tiny_target.eos_ids)
     better = torch.zeros(8, 4)

@@ -1,6 +1,6 @@
-"""Lossless speculative decoding of a batch: draft a tree, verify it in one target pass, commit what was accepted.
+"""Lossless speculative decoding of a batch: draft a tree, verify it in one target pass, commit the accepted nodes.
 
-Without a drafter the tree is its root alone: the same engine is then plain decoding, the baseline.
+Without a drafter the tree consists of its root; the engine then performs plain decoding, the baseline.
 
 Legend: B active rows, N nodes of a tree, A accepted nodes of the row that accepts most, h hidden, V vocabulary.
 """
@@ -25,14 +25,14 @@ from vsd.verification import Law, Verdict, verify
 
 @dataclass
 class Result:
-    """One answer, and the passes that made it.
+    """One answer and its verification passes.
 
     Attributes:
-        prompt: its inputs.
+        prompt: inputs of the prompt.
         finish: "stop" (EOS or stop string), "length" (max_new_tokens) or "window" (the target's context is full).
         accepted: drafted tokens accepted by each verification pass.
-        delivered: new tokens each pass added to the answer, bonus token included.
-        trees: of each pass, (nodes of its tree, root included; levels that the drafter was asked for).
+        delivered: new tokens that each pass added to the answer, bonus token included.
+        trees: for each pass, (nodes of the tree, root included; levels that the drafter drafted).
     """
 
     prompt: Inputs
@@ -58,10 +58,10 @@ class _State:
 
     rows: list[int]  # [B] index into the prompts
     laws: list[Law]  # [B]
-    root: Tensor  # [B] the token decided last, not yet in the cache
+    root: Tensor  # [B] the last decoded token, not yet in the cache
     cache: TreeCache
     draft: Any  # the drafter's state
-    lookups: list[Lookup]  # [B] the text so far
+    lookups: list[Lookup]  # [B] n-grams of prompt and answer
 
 
 class Engine:
@@ -71,7 +71,7 @@ class Engine:
         target: the frozen model.
         drafter: None for plain decoding.
         shape: the draft tree.
-        verification: "auto" is `greedy` at temperature 0 and `target` above; "rejection" samples chains from the
+        verification: "auto" is `greedy` at temperature 0 and `target` above 0; "rejection" samples chains from the
             drafter (temperature > 0; needs a tree of top_k 1).
 
     Raises:
@@ -104,11 +104,11 @@ class Engine:
 
     @property
     def _depth(self) -> int:
-        """Levels a tree may have below its root."""
+        """Maximum number of tree levels below the root."""
         return self.shape.deepest if self.drafter is not None else self.shape.lookup
 
     def generate(self, prompts: Sequence[Inputs | list[int]], sampling: Sampling | Sequence[Sampling]) -> list[Result]:
-        """Answer a batch of prompts (inputs, or token ids), all with one `Sampling` or each with its own."""
+        """Answer a batch of prompts (inputs, or token ids), with one `Sampling` for all or one for each."""
         results = [Result(prompt if isinstance(prompt, Inputs) else Inputs(prompt)) for prompt in prompts]
         for _ in self.stream(results, sampling):
             pass
@@ -116,13 +116,13 @@ class Engine:
 
     @torch.inference_mode()
     def stream(self, results: list[Result], sampling: Sampling | Sequence[Sampling]) -> Iterator[Step]:
-        """Answer `results[i].prompt` for all i, filling each in place and yielding after every pass.
+        """Answer `results[i].prompt` for all i, fill each result in place and yield after every pass.
 
-        The caller may end an answer early, by setting its `finish`.
+        The caller can end an answer early by setting the `finish` of its result.
 
         Raises:
-            VSDError: a prompt is empty or leaves no room in the target's context window; target or drafter compute
-                NaN; the logits processors leave no token.
+            VSDError: a prompt is empty or leaves no room in the target's context window; the target or the drafter
+                computes NaN; the logits processors exclude every token.
         """
         samplings = [sampling] * len(results) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(results):
@@ -161,7 +161,7 @@ class Engine:
     def _prefill(
         self, rows: list[int], results: list[Result], laws: list[Law], max_new_tokens: int
     ) -> tuple[_State, float]:
-        """Read the prompts; the target's first tokens become the roots."""
+        """Prefill; the first token of each answer becomes a root. Returns the state and the seconds."""
         clock = _Clock(self.target.device)
         prompt = Padded.of([results[i].prompt for i in rows], self.target.device)
         B, longest = prompt.ids.shape
@@ -178,7 +178,7 @@ class Engine:
         return state, clock.lap()
 
     def _draft(self, state: _State, results: list[Result]) -> tuple[Tree, Chain | None, int]:
-        """The tree to verify, the chain it was drawn as, and how many levels of it the drafter drafted."""
+        """The tree to verify, its sampled chain (rejection only), and the number of levels that the drafter drafted."""
         if not self.shape.lookup:
             return self._drafted(state)
         found = []
@@ -202,7 +202,7 @@ class Engine:
     def _forward(self, tree: Tree, state: _State) -> Output:
         positions = state.cache.next[:, None] + tree.depths
         if self.target.context is not None:
-            positions.clamp_(max=self.target.context - 1)  # no token from beyond is delivered
+            positions.clamp_(max=self.target.context - 1)  # tokens beyond the context are never delivered
         ids = tree.tokens.clamp(min=0)  # outputs of nodes without a token are not used
         above = ancestors(tree.parents, self._depth)
         return self.target.forward(ids, positions, above, state.cache, layers=self.layers)
@@ -215,7 +215,7 @@ class Engine:
 
     @staticmethod
     def _path(tree: Tree, verdict: Verdict) -> Tensor:
-        """New tokens of every row [B, A]: those accepted below the root, then the bonus token."""
+        """New tokens of every row [B, A]: the accepted tokens below the root, then the bonus token."""
         accepted = tree.tokens.clamp(min=0).gather(1, verdict.nodes)
         shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
         return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
@@ -230,7 +230,7 @@ class Engine:
 
     @staticmethod
     def _retire(state: _State, results: list[Result]) -> bool:
-        """Drop finished rows from the batch; False when none is left."""
+        """Remove finished rows from the batch; False when no row is left."""
         keep = [b for b, i in enumerate(state.rows) if not results[i].finish]
         if len(keep) < len(state.rows) and keep:
             rows = torch.tensor(keep, device=state.root.device)
@@ -253,20 +253,20 @@ class Engine:
 
 
 def _sound(tree: Tree) -> Tree:
-    """Refuse NaN scores: such a tree may have lost a node's parent, and would not be lossless."""
+    """Refuse NaN scores: with them a node can lose its parent, and decoding is no longer lossless."""
     if bool(tree.log_q.isnan().any()):
         raise TargetError("the drafter computes NaN or infinity: its weights, or its precision, are broken")
     return tree
 
 
 def _lone(root: Tensor) -> Tree:
-    """The tree that is its root [B] alone."""
+    """The tree that consists of its root [B]."""
     zero = torch.zeros_like(root[:, None])
     return Tree(root[:, None], zero, zero, zero.float())
 
 
 class _Delivery:
-    """Adds decided tokens to an answer, up to where it ends."""
+    """Appends new tokens to an answer until the answer ends."""
 
     def __init__(self, target: Target, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -275,7 +275,7 @@ class _Delivery:
         self.text: Callable[[list[int]], Any] = target.tokenizer.decode
 
     def __call__(self, result: Result, tokens: list[int]) -> list[int]:
-        """Append; set `finish` if the answer ends; return what was appended."""
+        """Append tokens; set `finish` if the answer ends; return the appended tokens."""
         start = len(result.tokens)
         for token in tokens:
             result.tokens.append(token)
@@ -298,7 +298,7 @@ class _Delivery:
 
 
 class _Clock:
-    """Seconds between laps, waiting for the device."""
+    """Measures the seconds between laps; every lap synchronizes the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

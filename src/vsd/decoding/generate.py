@@ -1,8 +1,8 @@
 """The engine behind `model.generate(..., custom_generate=...)`.
 
-transformers hands over lists it has made for the whole batch: logits processors, warpers included, and stopping
-criteria. Here rows advance at their own pace, so both are called row by row, with one history [1, T] at a time, left
-padding included: the calls that transformers' own loop would make for that row alone.
+transformers builds the logits processors (warpers included) and the stopping criteria for the whole batch. In this
+engine every row accepts a different number of tokens, so both are called row by row, with one history [1, T], left
+padding included. transformers' own loop makes the same calls for a batch of that single row.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
 
-_OF_A_BATCH = (  # what they keep belongs to the rows of a batch that advance together
+_OF_A_BATCH = (  # their state covers a batch whose rows all advance by one token
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
@@ -49,15 +49,12 @@ def speculative(
 ) -> Callable[..., Tensor]:
     """A decoding method for transformers: `target.model.generate(ids, custom_generate=speculative(target, drafter))`.
 
-    Honoured: what the generation config says of length, sampling, EOS and padding, `attention_mask` of left-padded
-    batches, logits processors (top-p, penalties, `prefix_allowed_tokens_fn`, your own, …) and stopping criteria. Your
-    own are called row by row; in a batch they must not keep a state. Sampling is seeded from torch's global generator.
-    transformers hands neither `streamer` nor the tokenizer that `stop_strings` needs to a decoding method of one's own:
-    give the streamer to this function, and stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, …)]`.
+    Supported: length, sampling, EOS and padding of the generation config, left padding, logits processors, stopping
+    criteria. Custom processors and criteria are called row by row and must be stateless in a batch. Torch's global
+    generator seeds sampling. Pass `streamer` here; `stop_strings` as `StopStringCriteria` in `stopping_criteria`.
 
     Raises:
-        VSDError: on beams, several sequences a prompt, outputs other than tokens, and processors and criteria that
-            cannot be called row by row.
+        VSDError: beams, several sequences per prompt, outputs other than tokens, or processors tied to a whole batch.
     """
     engine = Engine(target, drafter, shape, verification)
 
@@ -89,7 +86,7 @@ def speculative(
         ]
         criteria = StoppingCriteriaList(c for c in stopping_criteria if type(c) not in _BY_THE_ENGINE)
         if streamer is not None:
-            streamer.put(input_ids.cpu())  # as `generate` does: streamers can skip the prompt
+            streamer.put(input_ids.cpu())  # like `generate`: streamers can skip the prompt
         for step in engine.stream(results, samplings):
             for i, tokens in step.tokens.items():
                 new = _stop(criteria, paddings[i], results[i], len(tokens))
@@ -104,7 +101,7 @@ def speculative(
 
 
 class _AsGiven(Sampling):
-    """transformers has made the whole list, temperature and warpers included."""
+    """Sampling with the processor list of transformers, temperature and warpers included."""
 
     def pipeline(self) -> LogitsProcessorList:
         return LogitsProcessorList(self.processors)
@@ -124,7 +121,7 @@ def _refuse_unsupported(config: Any, processors: list[Any], criteria: list[Any],
 
 
 def _of_row(processor: Processor, row: int, padding: Tensor) -> Processor:
-    """What a processor of the batch does to one row of it, given the row's history without its left padding."""
+    """Apply a batch processor to one row; the returned processor takes the history without left padding."""
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
@@ -136,7 +133,7 @@ def _of_row(processor: Processor, row: int, padding: Tensor) -> Processor:
 
 
 def _stop(criteria: StoppingCriteriaList, padding: Tensor, result: Result, new: int) -> list[int]:
-    """End an answer at the first of its `new` tokens where a criterion says so; what is left of them."""
+    """End an answer at the first of its last `new` tokens that meets a criterion; return the tokens that remain."""
     start = len(result.tokens) - new
     for end in range(start + 1, len(result.tokens) + 1) if criteria else ():
         ids = torch.cat([padding, padding.new_tensor(result.prompt.ids + result.tokens[:end])])[None]
@@ -148,7 +145,7 @@ def _stop(criteria: StoppingCriteriaList, padding: Tensor, result: Result, new: 
 
 
 def _padded(input_ids: Tensor, results: list[Result], pad: int | None) -> Tensor:
-    """Prompts and answers as transformers returns them, right-padded [B, T]."""
+    """Prompts and answers, right-padded [B, T], the format of transformers."""
     longest = max(len(result.tokens) for result in results)
     answers = input_ids.new_full((len(results), longest), pad or 0)
     for row, result in zip(answers, results):

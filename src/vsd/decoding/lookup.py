@@ -1,28 +1,27 @@
-"""Drafting from the text itself: what followed its newest words where they stood before.
+"""Prompt lookup (Saxena, 2023), or n-gram speculation: the last tokens are searched in the preceding text.
 
-Known as prompt lookup (Saxena, 2023) or n-gram speculation. It costs nothing, is long where it is right, and is right
-where text repeats: code, quotations, lists. A drafter with one layer looks ahead a few tokens everywhere; the two
-complement each other in one tree.
+The tokens after the last match are the draft. Prompt lookup needs no model. Its drafts are long and often accepted in
+repetitive text: code, quotations, lists. A drafter predicts a few tokens in any text; one tree can hold both drafts.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-_LONGEST, _SHORTEST = 4, 2  # tokens that must be the same
-SURE = 3  # behind so many, a copy is likelier right than what a drafter could add to it is worth
+_LONGEST, _SHORTEST = 4, 2  # length of a matching n-gram, in tokens
+SURE = 3  # from this match length on, decoding uses the copy alone and does not call the drafter
 
 
 class Lookup:
-    """Finds the last earlier occurrence of the newest tokens, in constant time a token."""
+    """Finds the previous occurrence of the last tokens, in constant time per token."""
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
-        self.follows: dict[tuple[int, ...], int] = {}  # where the token behind an n-gram stands
+        self.follows: dict[tuple[int, ...], int] = {}  # index of the token after the n-gram
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Read on."""
+        """Append tokens to the text."""
         for token in tokens:
             for n in range(_SHORTEST, _LONGEST + 1):
                 if len(self.tokens) >= n:
@@ -30,7 +29,7 @@ class Lookup:
             self.tokens.append(token)
 
     def propose(self, count: int) -> tuple[list[int], int]:
-        """At most `count` tokens to go on with, and how many of the newest tokens stood before them (0: none did)."""
+        """At most `count` draft tokens, and the length of the matching n-gram (0: no match)."""
         for n in range(min(_LONGEST, len(self.tokens)), _SHORTEST - 1, -1):
             start = self.follows.get(tuple(self.tokens[-n:]))
             if start is not None:
@@ -39,7 +38,7 @@ class Lookup:
 
 
 def looked_up(ids: Tensor) -> Tensor:
-    """Where in texts ids [B, T] decoding would copy and not ask a drafter: `SURE` tokens up to here stood before."""
+    """Positions in texts ids [B, T] where decoding copies without the drafter: the last `SURE` tokens match."""
     same = ids[:, :, None] == ids[:, None]  # [B, T, T]
     alike = same.clone()
     for back in range(1, SURE):

@@ -1,16 +1,16 @@
-"""τ without verification: drafting is replayed along answers that the target has given.
+"""τ without verification: replay drafting on recorded answers of the target.
 
-Speculative decoding decodes a greedy answer token for token. The drafted tokens that it accepts can therefore be read
-off the answer, and the features that it drafts from come from one pass over the whole text. Only the drafter's passes
-remain: an order of magnitude less work than decoding, for exactly decoding's τ.
+Speculative decoding reproduces the target's greedy answer. The accepted tokens of a draft are therefore the drafted
+tokens that equal the answer, and one target pass over the whole text computes all features. Only the drafter's passes
+remain. Replay needs an order of magnitude less work than decoding and yields the same τ.
 
-Above temperature 0 the same holds for answers the target has drawn: by rule `target` what it draws does not depend on
-what is drafted. By `rejection` kept and drawn tokens are coupled, so that a token x of the answer was a kept draft with
-probability min(1, q(x) / p(x)), given that those before were: one coin a token replays decoding in law. All drafters,
-all trees and both rules are thus compared on the same answers.
+Above temperature 0 replay uses sampled answers of the target. With rule `target` the samples do not depend on the
+draft. With `rejection`, a token x of the answer was an accepted draft with probability min(1, q(x) / p(x)), given that
+all earlier tokens of the draft were accepted; one random number per token replays decoding in distribution. All
+drafters, all trees and both rules are thus compared on the same answers.
 
-Legend: B active rows, T tokens of the longest text, N nodes of a tree, A accepted nodes of the luckiest row, h hidden,
-V target vocabulary.
+Legend: B active rows, T tokens of the longest text, N nodes of a tree, A accepted nodes of the row that accepts most,
+h hidden, V target vocabulary.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ from vsd.verification.rejection import acceptance
 
 _NOTHING = -2  # a token no drafter proposes
 _BATCH = 32
-_HEAD_ROWS = 512  # logits of so many tokens at once
+_HEAD_ROWS = 512  # tokens whose logits are computed at once
 
-Sizes = list[tuple[int, int]]  # of every row's tree: nodes, levels drafted
+Sizes = list[tuple[int, int]]  # for every row: nodes of the tree, drafted levels
 
 Text = tuple[Inputs, list[int]]  # a prompt, and the token ids of the target's answer
 
 
 class _Batch(NamedTuple):
-    """Texts by number, read: their tokens, where the current roots stand [B], the target's final hidden states.
+    """Texts after the target's pass: text numbers, tokens, positions of the current roots [B], final hidden states.
 
-    log_p [B, T]: the target's log-probability of the answers' tokens; None where it is not needed.
+    log_p [B, T]: the target's log-probabilities of the answers' tokens; None without rejection.
     """
 
     texts: list[int]
@@ -60,9 +60,9 @@ class _Batch(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """A drafter on its way along a batch: its state, its entries, and lookups by number of the text.
+    """Replay of one drafter on a batch: the drafter's state, its entries, and lookups by text number.
 
-    coins: tossed for rejection; None verifies trees.
+    coins: random generator for rejection; None for the other rules.
     """
 
     drafter: Drafter
@@ -79,11 +79,11 @@ class _Walk(NamedTuple):
 
 
 class Replay:
-    """Answers the target has given, read once, to replay any number of drafters and trees along.
+    """Recorded answers; one target pass over them serves any number of drafters and trees.
 
     Args:
-        texts: prompts and token ids of answers. Answers must be the target's own; they may end anywhere.
-        temperature: at which it gave them.
+        texts: prompts and token ids of answers. The target must have generated the answers; they may be truncated.
+        temperature: sampling temperature of the answers.
     """
 
     @torch.inference_mode()
@@ -96,13 +96,13 @@ class Replay:
 
     @torch.inference_mode()
     def __call__(self, drafter: Drafter, shape: TreeShape, verification: str = "auto", seed: int = 0) -> list[Result]:
-        """What `Engine(target, drafter, shape, verification)` would accept and deliver, in the order of the texts.
+        """Results of `Engine(target, drafter, shape, verification)` on the texts, in their order.
 
         Args:
-            seed: of the coins that "rejection" tosses.
+            seed: seed of the random numbers for "rejection".
 
         Raises:
-            ConfigurationError: rejection at temperature 0, or for anything but a chain without p_min and lookup.
+            ConfigurationError: rejection at temperature 0, or with a shape other than a chain without p_min and lookup.
         """
         if verification == "rejection" and (not self.temperature or shape != TreeShape.chain(shape.depth)):
             raise ConfigurationError("rejection is replayed for plain chains above temperature 0")
@@ -114,7 +114,7 @@ class Replay:
 
     @cached_property
     def _scored(self) -> list[_Batch]:
-        """The batches with the target's log-probability of every token of the answers: rejection needs them."""
+        """The batches with the target's log-probability of every answer token, for rejection."""
         return [batch._replace(log_p=self._log_p(batch)) for batch in self.batches]
 
     def _read(self, index: list[int]) -> _Batch:
@@ -124,7 +124,7 @@ class Replay:
         return _Batch(index, padded, start, self.target.features(padded).hidden)
 
     def _log_p(self, batch: _Batch) -> Tensor:
-        """[B, T]; 0 where no draft can be accepted."""
+        """Log-probabilities of the answer tokens, [B, T]; 0 at positions that cannot be drafted."""
         ids, lengths = batch.padded.ids, batch.padded.lengths
         places = torch.arange(ids.shape[1], device=ids.device)
         row, place = ((places > batch.start[:, None]) & (places < lengths[:, None])).nonzero(as_tuple=True)
@@ -138,7 +138,7 @@ class Replay:
         return log_p
 
     def _aux(self, batch: _Batch, layers: tuple[int, ...]) -> Tensor:
-        """Features of some layers, [B, T, n h]; the last ones are kept, as drafters of one family follow each other."""
+        """Features of `layers`, [B, T, n h]; the last features are cached for the next drafter with the same layers."""
         if layers != self._kept[0]:
             self._kept = layers, {}
         number = batch.texts[0]
@@ -147,7 +147,7 @@ class Replay:
         return self._kept[1][number]
 
     def _begin(self, batch: _Batch, drafter: Drafter, shape: TreeShape, coins: torch.Generator | None) -> _Walk:
-        """Read the prompts."""
+        """Create the drafter's state and read the prompts."""
         padded, aux = batch.padded, self._aux(batch, drafter.needs.layers)
         entries, longest = Entries.of(padded, aux), int(batch.start.max())
         prompt = Padded(padded.ids[:, :longest], batch.start, padded.positions[..., :longest], {})
@@ -164,7 +164,7 @@ class Replay:
         results: list[Result],
         coins: torch.Generator | None,
     ) -> None:
-        """Draft, compare with the answer, go on behind the accepted tokens; rows leave when their answer ends."""
+        """Draft, compare with the answer, advance past the accepted tokens; remove rows whose answer has ended."""
         walk = self._begin(batch, drafter, shape, coins)
         draft = self._propose if coins is None else self._couple
         while True:
@@ -194,7 +194,7 @@ class Replay:
         return follow(tree, choice.masked_fill(behind >= batch.padded.lengths[:, None], _NOTHING)).counts, sizes
 
     def _couple(self, walk: _Walk, batch: _Batch) -> tuple[Tensor, Sizes]:
-        """New tokens of a pass over a chain drawn below every root, [B], if it is verified by rejection."""
+        """New tokens of a pass over a chain sampled below every root, [B], verified by rejection."""
         assert batch.log_p is not None
         ids, depth = batch.padded.ids, walk.shape.depth
         places = batch.start[:, None] + 1 + torch.arange(depth, device=ids.device)  # [B, K]
@@ -206,10 +206,10 @@ class Replay:
         return counts, [(walk.shape.nodes, depth)] * len(counts)
 
     def _as_alone(self, tree: Tree, shape: TreeShape, places: list[tuple[Lookup, int, int]]) -> tuple[Tree, Sizes]:
-        """Each row's tree as decoding that row alone would make it, and its size; its other nodes never match.
+        """Each row's tree, as decoded with batch size 1, and its size; other nodes get a token that never matches.
 
-        All trees of a batch have as many nodes as the largest. places: of every row its lookup, the number of its text,
-        and the position of its root.
+        All trees of a batch have as many nodes as the largest. places: for every row (lookup, text number, position of
+        the root).
         """
         own = tree.log_q >= shape.floor  # [B, N]
         levels = [shape.levels(reached) for reached in tree.depths.masked_fill(~own, 0).amax(1).tolist()]
@@ -226,7 +226,7 @@ class Replay:
         return tree, list(zip(own.sum(1).tolist(), levels))
 
     def _advance(self, walk: _Walk, start: Tensor, counts: Tensor) -> None:
-        """Let the drafter read entries start … start + counts - 1 of every row."""
+        """Advance the drafter by the entries start … start + counts - 1 of every row."""
         aux, next_ids = walk.entries.aux, walk.entries.next_ids
         places = start[:, None] + torch.arange(int(counts.max()), device=start.device)
         places = places.clamp(max=next_ids.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""How the answer to a request is drawn, and where it ends."""
+"""Sampling settings and end conditions of a request."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,21 +26,21 @@ Processor = Callable[[Any, Tensor], Tensor]  # (history [1, T], scores [1, V]) -
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn and where it ends. At temperature 0 nothing is drawn: top_p, top_k, min_p are then idle.
+    """Sampling settings and end conditions of an answer. Temperature 0 is greedy and ignores top_p, top_k and min_p.
 
     Attributes:
         temperature: 0 is greedy.
-        eos_ids: tokens that end an answer; None takes the target's own, () none.
-        stop: strings that end an answer, at the token that completes one.
-        seed: of the draws, which depend on nothing else: not on the batch, not on what is drafted. With rule `target`
-            the answer is, token for token, the one that `torch.manual_seed(seed)` gives transformers' `generate`.
-        top_p: draw among the likeliest tokens that together have this probability; 1 is all.
-        top_k: draw among so many tokens; 0 is all.
-        min_p: draw among tokens at least so likely, relative to the likeliest.
-        repetition_penalty: above 1, tokens of prompt and answer become less likely.
-        logit_bias: added to the logits of these tokens.
-        processors: logits processors: given a history [1, T] and the scores [1, V] of the next token, the scores to
-            use. Called once a token in the order of the text; one that keeps a state needs a `Sampling` of its own.
+        eos_ids: tokens that end an answer; None for the target's EOS tokens, () for none.
+        stop: strings that end an answer; the token that completes a string is the last token.
+        seed: random seed. The samples depend neither on the batch nor on the drafts. With rule `target` the answer
+            equals, token for token, that of transformers' `generate` after `torch.manual_seed(seed)`.
+        top_p: sample from the most likely tokens whose total probability reaches this value; 1 keeps all tokens.
+        top_k: sample from the k most likely tokens; 0 keeps all tokens.
+        min_p: minimum probability of a token, relative to the most likely token.
+        repetition_penalty: values above 1 make tokens of prompt and answer less likely.
+        logit_bias: value added to the logit, by token id.
+        processors: logits processors; each maps a history [1, T] and the scores [1, V] of the next token to new
+            scores. Called once per token, in text order; a stateful processor needs a separate `Sampling` per request.
     """
 
     max_new_tokens: int = 256
@@ -73,7 +73,7 @@ class Sampling:
         return frozenset(target.eos_ids if self.eos_ids is None else self.eos_ids)
 
     def law(self, target: Target) -> Law:
-        """The law of this request's tokens.
+        """The token distribution of this request.
 
         Raises:
             VSDError: `logit_bias` names a token the target does not have.
@@ -87,7 +87,7 @@ class Sampling:
         return Law(self.pipeline(), self.temperature, generator, self.ends(target))
 
     def pipeline(self) -> LogitsProcessorList:
-        """All that is done to the logits, in the order of transformers' `generate`."""
+        """All logits processors, in the order of transformers' `generate`."""
         steps: list[Processor] = []
         if self.logit_bias:
             bias = {(int(token),): float(value) for token, value in self.logit_bias.items()}

@@ -1,4 +1,4 @@
-"""`vsd generate`: an answer as it comes, drafted tokens in green, and what drafting saved."""
+"""`vsd generate`: print an answer while it is decoded, drafted tokens in green, then the acceptance statistics."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -47,9 +47,9 @@ def answer(
 
 
 def pieces(target: Target, steps: Iterable[list[int]]) -> Iterator[tuple[str, bool]]:
-    """(text, whether it was drafted) of every token, from the tokens of each pass; the last of a pass is the target's.
+    """(text, drafted or not) of every token, from the tokens of each pass; the last token of a pass is the bonus.
 
-    A character that several tokens spell comes with the last of them.
+    A character that spans several tokens is yielded with the last of these tokens.
     """
     tokens: list[int] = []
     shown = ""

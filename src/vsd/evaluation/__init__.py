@@ -1,4 +1,4 @@
-"""Honest measurement: τ and speed on the same prompts, alternately, with confidence intervals."""
+"""Measurement of τ and speed: the same prompts for all decoders, in alternation, with confidence intervals."""
 
 from vsd.evaluation.bench import Contender, Run, bench
 from vsd.evaluation.prompts import Prompt, load_prompts

@@ -1,7 +1,8 @@
-"""`vsd bench`: plain decoding, transformers' `generate` and every drafter on the same prompts, alternately.
+"""`vsd bench`: plain decoding, transformers' `generate` and every drafter on the same prompts, in alternation.
 
-Each turn of each prompt is answered by all of them one after another, in rotating order, one request at a time, so that
-a machine that slows down slows all. Answers of plain decoding make the history of multi-turn prompts for everyone.
+All decoders answer each turn of each prompt one after another, in rotating order, one request at a time. A slower phase
+of the machine therefore affects all decoders. In multi-turn prompts all decoders get the answers of plain decoding as
+history.
 """
 
 import platform
@@ -29,7 +30,7 @@ from vsd.targets import Inputs, Target
 
 @dataclass
 class Contender:
-    """A drafter under measurement; plain decoding has neither name nor drafter."""
+    """A measured drafter; plain decoding has neither name nor drafter."""
 
     name: str | None
     drafter: Drafter | None
@@ -39,9 +40,9 @@ class Contender:
 
 @dataclass
 class Answers:
-    """What one way of decoding did: a result and its seconds for every turn; sums of the latency split.
+    """Measurements of one decoder: result and seconds of every turn; total seconds by kind of work.
 
-    `prompts` and `suites` say for every turn which prompt and which file it belongs to.
+    `prompts` and `suites` hold the prompt and the file of every turn.
     """
 
     prompts: list[int] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Answers:
     prefill: float = 0.0
 
     def by_prompt(self, per_turn: Sequence[float]) -> np.ndarray:
-        """Sums over the turns of each prompt: what is resampled."""
+        """Sums over the turns of each prompt, the unit of the bootstrap."""
         return np.bincount(self.prompts, weights=per_turn)
 
     def per_pass(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,9 +76,9 @@ class Run:
         tau: new tokens per target forward, bonus token included, pooled over all passes after prefill.
         tokens_per_second: wall clock, prefill included.
         speedup: over plain decoding in this engine; `speedup_generate`: over transformers' `generate` of the same
-            model, packed weights included (benchmarks/against.py has it as users know it).
+            model, packed weights included (benchmarks/against.py compares with an unmodified model).
         acceptance_per_position: share of passes that accepted at least 1, 2, … drafted tokens.
-        latency: milliseconds per pass to draft, verify and commit, per prompt to prefill.
+        latency: milliseconds per pass to draft, verify and commit; milliseconds per prompt to prefill.
         identical: share of answers that equal plain decoding's, at temperature 0.
     """
 
@@ -109,10 +110,10 @@ def bench(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure; returns what `--json` writes: `runs` (plain decoding first), versions, machine, settings.
+    """Measure; returns the content of `--json`: `runs` (plain decoding first), versions, machine, settings.
 
     Raises:
-        VSDError: nothing could be drafted, as every answer is a single token.
+        VSDError: every answer is a single token, so that nothing is drafted.
     """
     everyone = [Contender(None, None), *contenders]
     samplings = [Sampling(max_new_tokens, temperature, seed=seed) for temperature in temperatures]
@@ -128,7 +129,7 @@ def bench(
 def _measure(
     target: Target, everyone: Sequence[Contender], prompts: Sequence[Prompt], sampling: Sampling, progress: bool
 ) -> list[Run]:
-    """All contenders at one temperature."""
+    """Measure all contenders at one temperature."""
     engines = [Engine(target, c.drafter, c.shape, c.verification) for c in everyone]
     answers = [Answers() for _ in everyone]
     reference = Answers()
@@ -154,7 +155,7 @@ def _measure(
 
 
 def machine(target: Target) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Hardware, precision and Python version of the measurement."""
     gpu = target.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(target.device) if gpu else platform.machine(),
@@ -170,7 +171,7 @@ def _rotated(n: int, by: int) -> list[int]:
 
 
 def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Let kernels and allocators settle before anything is timed."""
+    """Run every engine once without timing, to compile kernels and fill allocators."""
     asked = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
     short = Sampling(min(8, sampling.max_new_tokens), sampling.temperature)
     for engine in engines:
@@ -193,7 +194,7 @@ def _decode(engine: Engine, asked: Inputs, sampling: Sampling, answers: Answers)
 
 
 def _generate(target: Target, asked: Inputs, sampling: Sampling, answers: Answers) -> None:
-    """The same request to transformers' `generate`."""
+    """Answer the same request with transformers' `generate`."""
     config = transformers.GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sampling.temperature > 0,

@@ -1,4 +1,4 @@
-"""Tables for people, JSON for machines."""
+"""Write a report as a table or as JSON."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from vsd.paths import TreeShape
 
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print what `bench` returned, one row a run."""
+    """Print the report of `bench`, one row per run."""
     settings, machine = report["settings"], report["machine"]
     table = Table(
         title=f"{len(settings['prompts'])} prompts, ≤ {settings['max_new_tokens']} new tokens, one request at a time",

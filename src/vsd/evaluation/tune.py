@@ -1,8 +1,8 @@
-"""`vsd tune`: the draft tree that is fastest on this machine, with this drafter, on such prompts.
+"""`vsd tune`: find the fastest draft tree for a machine, a drafter and a set of prompts.
 
-A tree's speed is τ / (seconds of a step). τ comes from replaying the drafter along greedy answers, many at once; the
-seconds from real steps of one request, all trees taking turns, so that a machine that slows down slows all. Their
-quotient is a prediction; `vsd bench` measures what comes of it.
+A tree's speed is τ / (seconds of a step). τ comes from batched replay of the drafter on greedy answers. The seconds are
+measured on real steps of one request, with all trees in alternation, so that a slower phase of the machine affects all
+trees. The quotient is a prediction; `vsd bench` measures the actual speed.
 """
 
 import statistics
@@ -51,16 +51,16 @@ SHAPES = (
         for lookup in (0, 8)
     ),
 )
-_STEPS = 12  # timed, of every tree
+_STEPS = 12  # timed steps of every tree
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a tree is expected to do.
+    """Predicted performance of a tree.
 
     Attributes:
-        seconds: mean of a step, to draft, verify and commit, one request at a time.
-        speedup: expected, over plain decoding in this engine, for the texts as a whole, prompts read included.
+        seconds: mean seconds of a step (draft, verify, commit) with one request at a time.
+        speedup: predicted speedup over plain decoding in this engine, over all texts, prefill included.
     """
 
     shape: TreeShape
@@ -82,7 +82,7 @@ def tune(
         texts: prompts and token ids of greedy answers.
 
     Raises:
-        VSDError: no answer is long enough to draft anything.
+        VSDError: every answer is too short to draft a token.
     """
     if not any(len(answer) > 1 for _, answer in texts):
         raise VSDError("every answer ended with its first token: there was nothing to draft")
@@ -110,11 +110,11 @@ class Costs:
     """Seconds, medians of real steps at one context.
 
     Attributes:
-        reading: of a token of the prompt, without and with a drafter.
-        plain: of a step of plain decoding.
-        draft: to draft a tree to its full depth, by depth and top_k.
-        verify: of a pass, by its nodes.
-        rest: of all else in a step with a drafter.
+        reading: prefill of one prompt token, without and with a drafter.
+        plain: a step of plain decoding.
+        draft: drafting of a tree to its full depth, by depth and top_k.
+        verify: a verification pass, by number of nodes.
+        rest: all other work in a step with a drafter.
     """
 
     reading: tuple[float, float]
@@ -124,14 +124,14 @@ class Costs:
     rest: float
 
     def step(self, shape: TreeShape, nodes: int, levels: int) -> float:
-        """Expected of a step of `shape` whose tree came out with so many nodes, after so many levels of drafting."""
+        """Predicted seconds of a step of `shape` whose tree has `nodes` nodes and `levels` drafted levels."""
         draft = self.draft[shape.depth, shape.top_k] * levels / shape.depth
         return draft + float(np.interp(nodes, list(self.verify), list(self.verify.values()))) + self.rest
 
     @classmethod
     @torch.inference_mode()
     def measure(cls, target: Target, drafter: Drafter, context: Inputs, shapes: Sequence[TreeShape]) -> "Costs":
-        """Time every tree in full, and plain decoding, in turns."""
+        """Time every full tree and plain decoding in alternation."""
         full = list(dict.fromkeys(replace(shape, p_min=0.0, lookup=0) for shape in shapes))
         engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
         room = (target.context or sys.maxsize) - len(context.ids)
@@ -146,7 +146,7 @@ class Costs:
                 whole = time.perf_counter() - start
                 if step is not None and number == 0:
                     read.append(whole / len(context.ids))
-                elif step is not None and number >= 2:  # one warms up
+                elif step is not None and number >= 2:  # the first steps are warm-up
                     seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
         if not all(taken):
             raise VSDError("the prompt leaves too little room in the target's context window to time anything")
@@ -164,7 +164,7 @@ class Costs:
 
 
 def best(found: Sequence[Tuned]) -> Tuned:
-    """Of the trees that are as fast as the fastest, within what timing can tell (2 %), the one with the highest τ."""
+    """The tree with the highest τ among those within 2 %, the timing error, of the fastest."""
     fastest = max(tuned.speedup for tuned in found)
     return max((tuned for tuned in found if tuned.speedup > 0.98 * fastest), key=lambda tuned: tuned.tau)
 

@@ -1,4 +1,4 @@
-"""Drafters in the formats that engines serve."""
+"""Export of drafters to the checkpoint formats of serving engines."""
 
 from vsd.export.card import model_card
 from vsd.export.checkpoint import FORMATS, check_new, export_drafter, serve_line

@@ -1,4 +1,4 @@
-"""The model card of an exported drafter: what it is for, how it was trained, what was measured, how to serve it."""
+"""The model card of an exported drafter: target, training, measurements and serving command."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: P
     """README.md of an export.
 
     Args:
-        source: the drafter's folder; the recipe of its training is looked for in the folder above.
+        source: the drafter's folder; the parent folder may hold the recipe of the training.
         bench: JSON of `vsd bench` to quote.
     """
     family, recipe, vocabulary = family_for(drafter), source.parent / "recipe.json", drafter.vocabulary
@@ -46,7 +46,7 @@ def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: P
 
 
 def _measured(report: dict[str, Any]) -> list[str]:
-    """Drafters' rows of what `vsd bench` wrote."""
+    """Table rows of the drafters in a report of `vsd bench`."""
     rows = [
         f"| {run['temperature']:g} | {TreeShape(**run['tree'])} | "
         f"{run['tau']:.2f} [{run['tau_ci'][0]:.2f}, {run['tau_ci'][1]:.2f}] | {run['speedup']:.2f} |"

@@ -1,4 +1,4 @@
-"""Write a drafter as engines read it; its family knows the format."""
+"""Write a drafter in an engine's checkpoint format, which the drafter's family defines."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def export_drafter(drafter: Any, target: TargetInfo, out: str | Path, kind: str)
 
     Raises:
         ConfigurationError: a format that the drafter's family does not have, or a folder that is not empty.
-        MismatchError: a drafter of another target, or one that engines would load wrong.
+        MismatchError: a drafter of another target, or one that engines would load incorrectly.
     """
     out, family = Path(out), family_for(drafter)
     if kind not in family.formats:
@@ -42,10 +42,10 @@ def export_drafter(drafter: Any, target: TargetInfo, out: str | Path, kind: str)
 
 
 def check_new(folder: Path) -> None:
-    """Refuse to write over files.
+    """Refuse to overwrite files.
 
     Raises:
-        ConfigurationError: the folder holds some.
+        ConfigurationError: the folder holds files.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigurationError(f"'{folder}' is not empty: give another folder")

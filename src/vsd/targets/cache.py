@@ -131,7 +131,7 @@ class TreeCache(Cache):
 
     @contextmanager
     def traced(self, nodes: int, static: bool) -> Iterator[None]:
-        """For one pass of so many nodes, do what a compiler can trace; static: shapes do not depend on the context."""
+        """Make one pass of so many nodes traceable by a compiler; static: shapes do not depend on the context."""
         self.reserve(self.fill + nodes)
         for layer in self.layers:
             layer.look_up()

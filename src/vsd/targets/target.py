@@ -69,7 +69,7 @@ class Target(TargetInfo):
 
     @torch.no_grad()
     def features(self, inputs: Padded, layers: Sequence[int] = ()) -> Output:
-        """Of whole sequences, without a cache: what a drafter is trained on."""
+        """Of whole sequences, without a cache: the features that a drafter is trained on."""
         return self.decoder.sequences(inputs, layers)
 
     def compile(self, static: bool | None = None, **options: Any) -> None:

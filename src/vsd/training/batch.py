@@ -15,11 +15,11 @@ from vsd.errors import DataError
 from vsd.features import Texts
 from vsd.targets import Padded
 
-IGNORED = -100  # label of a token that is not drafted, as everywhere in transformers
+IGNORED = -100  # label of a token that is not drafted, the value that transformers uses
 
 
 class DraftDataset(Dataset[dict[str, Any]]):
-    """Examples as the trainer's sampler reads them."""
+    """Examples, indexed for the trainer's sampler."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         if not examples:
@@ -31,7 +31,7 @@ class DraftDataset(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example, and its index."""
+        """One example and its index."""
         return {"example": self.examples[index], "index": index}
 
     @property
@@ -40,14 +40,14 @@ class DraftDataset(Dataset[dict[str, Any]]):
         return max(len(example.inputs.ids) for example in self.examples)
 
     def drafted_tokens(self) -> Tensor:
-        """Every supervised token, [n], to build a draft vocabulary from."""
+        """All supervised tokens, [n], from which a draft vocabulary is built."""
         return torch.cat([torch.tensor(inputs.ids)[torch.tensor(mask)] for inputs, mask in self.examples])
 
 
 class ByLength(Sampler[int]):
-    """Batches of like length in random order, a function of `seed` alone: a resumed epoch is the one interrupted.
+    """Batches of similar length in random order. The order depends on `seed` alone, so a resumed epoch keeps it.
 
-    Lengths are jittered by a tenth before they are sorted, so that no two epochs have the same batches.
+    Random noise of 10 % is added to the lengths before sorting, so that every epoch has different batches.
     """
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
@@ -59,7 +59,7 @@ class ByLength(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Indices, batch after batch; the one batch that may be smaller comes last."""
+        """Indices, batch after batch; a smaller batch comes last."""
         generator = torch.Generator().manual_seed(self.seed())
         jitter = 1 + 0.1 * torch.rand(len(self), generator=generator)
         batches = list((self.lengths * jitter).argsort().split(self.batch_size))
@@ -72,7 +72,7 @@ class ByLength(Sampler[int]):
 class Collator:
     """Pads examples.
 
-    Yields index [B], of the examples; input_ids [B, T], lengths [B], positions [B, T] or [R, B, T] and extras, the
+    Yields index [B] of the examples; input_ids [B, T], lengths [B], positions [B, T] or [R, B, T] and extras, the
     fields of `Padded`; labels [B, T], the token where drafted, else -100; drafted [B, Q], positions of the drafted
     tokens, padded with 2.
     """
@@ -102,7 +102,7 @@ def _positions(labels: Tensor) -> Tensor:
 
 
 def real(batch: dict[str, Tensor]) -> Tensor:
-    """Which of a batch's drafted positions [B, Q] are not padding, whose positions do not rise."""
+    """Mask of the drafted positions [B, Q] that are not padding: real positions increase, padding does not."""
     drafted = batch["drafted"]
     rising = torch.ones_like(drafted, dtype=torch.bool)
     rising[:, 1:] = drafted[:, 1:] > drafted[:, :-1]

@@ -1,6 +1,6 @@
-"""Training for a given time: the learning rate follows the clock instead of a count of steps.
+"""Training for a given time: the learning rate is a function of elapsed time instead of steps.
 
-The clock stands still while τ is measured.
+Measurements of τ do not count as elapsed time.
 """
 
 import math
@@ -18,12 +18,12 @@ UNLIMITED_STEPS = 10**9
 
 
 class TimeBudget(TrainerCallback):
-    """Stops training after some minutes, and shows how far it is. All processes go by the clock of the first."""
+    """Stops training after a given time and shows progress. All processes use the elapsed time of the first process."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
         self.start: float | None = None
-        self.progress = 0.0  # share of the time that was over after the last step, 0 … 1
+        self.progress = 0.0  # elapsed share of the time after the last step, 0 … 1
         self.loss = math.nan
         self.bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn()
@@ -32,12 +32,12 @@ class TimeBudget(TrainerCallback):
 
     @property
     def minutes(self) -> float:
-        """Trained so far."""
+        """Minutes of training so far."""
         return self.progress * self.seconds / 60
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Something else than training happens."""
+        """Exclude the enclosed work from the elapsed time."""
         before = time.perf_counter()
         try:
             yield
@@ -46,7 +46,7 @@ class TimeBudget(TrainerCallback):
                 self.start += time.perf_counter() - before
 
     def go_on(self, minutes: float) -> None:
-        """So much of the time was over before, in the run that is resumed."""
+        """Add the minutes that the resumed run has already trained."""
         self.progress = min(1.0, 60 * minutes / self.seconds)
         self.start = time.perf_counter() - self.progress * self.seconds
 
@@ -61,13 +61,13 @@ class TimeBudget(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start to measure the elapsed time."""
         self.start = time.perf_counter()
         if state.is_world_process_zero:
             self.bar.start()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember what to show; print it where no bar can be drawn."""
+        """Store the logged values for the progress bar; without a terminal print them."""
         logs = kwargs.get("logs", {})
         self.loss = logs.get("loss", self.loss)
         if state.is_world_process_zero and not self.bar.console.is_terminal:
@@ -75,7 +75,7 @@ class TimeBudget(TrainerCallback):
             print(f"step {state.global_step}, {100 * self.progress:.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop when the time is over; measure after every share `eval_steps` of it, where that is less than 1."""
+        """Stop when the time is over; evaluate after every share `eval_steps` of the time if `eval_steps` < 1."""
         assert self.start is not None
         now = torch.tensor((time.perf_counter() - self.start) / self.seconds, device=args.device)
         before, self.progress = self.progress, min(1.0, float(broadcast(now)))
@@ -89,5 +89,5 @@ class TimeBudget(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the terminal as it was."""
+        """Close the progress bar."""
         self.bar.stop()

@@ -16,7 +16,7 @@ from vsd.training.budget import UNLIMITED_STEPS
 
 
 def bfloat16_pays(use_cpu: bool = False) -> bool:
-    """Whether the device that training will run on multiplies bfloat16 faster than float32."""
+    """Whether the training device multiplies bfloat16 faster than float32."""
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     return fastest_dtype(accelerator or torch.device("cpu")) is torch.bfloat16
 
@@ -26,7 +26,7 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
     """Configuration of a training run.
 
     Attributes:
-        given: all fields as they were given, before those that depend on the device are filled in.
+        given: the values of all fields before device-dependent defaults are filled in.
 
     Raises:
         ConfigurationError: a value that has no meaning, or an option that the objective does not have.
@@ -39,14 +39,14 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
     def __post_init__(self) -> None:
         self.given: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         self._check()
-        self.use_cpu |= not torch.accelerator.is_available()  # transformers takes bf16 on a CPU only if it is asked for
+        self.use_cpu |= not torch.accelerator.is_available()  # transformers accepts bf16 on a CPU only with use_cpu
         self.bf16 = bfloat16_pays(self.use_cpu) if self.bf16 is None else self.bf16
         if self.max_minutes is not None:
             self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
         super().__post_init__()
 
     def _check(self) -> None:
-        """Refuse mistakes here, before the target is loaded and features are computed."""
+        """Refuse invalid settings before the target is loaded and features are computed."""
         if self.draft_steps < 1:
             raise ConfigurationError(f"draft_steps must be at least 1, not {self.draft_steps}")
         if self.temperature <= 0:

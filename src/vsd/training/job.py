@@ -29,7 +29,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     """Run a job; returns the folder of the trained drafter.
 
     Raises:
-        VSDError: bad data or target, or an output folder that holds another run and `resume` was not asked for.
+        VSDError: bad data or target, or an output folder that holds another run while `resume` is False.
     """
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
@@ -54,7 +54,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(folder, job, config)
     stored = job.store is not None and FeatureStore.complete(job.store, kept)
-    PartialState().wait_for_everyone()  # all processes look before any of them adds shards
+    PartialState().wait_for_everyone()  # all processes list the shards before any process adds one
     whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
     target = load_target(job.target, **where) if whole else info
     trainer = VSDTrainer(
@@ -67,14 +67,14 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "drafter"))
-    trainer.save_state()  # with all that was logged
+    trainer.save_state()  # includes the log history
     return folder / "drafter"
 
 
 def _features(
     job: TrainJob, target: TargetInfo, examples: list[Example], layers: tuple[int, ...], temperature: float
 ) -> FeatureSource | None:
-    """The store of a job, its missing shards computed by all processes; None: in every step."""
+    """The store of a job, its missing shards computed by all processes; None if every step computes its features."""
     if job.store is None:
         return None
     if not isinstance(target, Target):
@@ -85,13 +85,13 @@ def _features(
 
 
 def end_processes() -> None:
-    """Part from the other processes of a run, if there are any: at its end, with its trainer gone.
+    """Destroy the process group, if there is one, at the end of a run, after the trainer is deleted.
 
-    A wrapped model holds on to the process group, and gloo's threads with it. One that frees a tensor while Python
-    shuts down aborts its process, and a finished run counts as failed. Not for a run that did fail: the others may
-    be waiting inside a collective, and would wait for ever.
+    A wrapped model keeps the process group and gloo's threads alive. A thread that frees a tensor during Python's
+    shutdown aborts its process, and a finished run then counts as failed. Do not call this function after a failure:
+    other processes may wait inside a collective, and the call would block.
     """
-    gc.collect()  # a trainer is in a cycle with its callbacks
+    gc.collect()  # trainer and callbacks form a reference cycle
     PartialState().destroy_process_group()
 
 
@@ -117,7 +117,7 @@ def _new_drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> An
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:
-    """The last complete checkpoint: the trainer's state is written last, so a kill meanwhile leaves none."""
+    """The last complete checkpoint: one with the trainer's state, which is written last."""
     folder = Path(job.output_dir)
     if folder.is_dir() and get_last_checkpoint(str(folder)) is not None and not resume:
         raise VSDError(f"'{folder}' holds a run already: add --resume to continue it, or give another --output-dir")

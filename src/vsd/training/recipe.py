@@ -1,7 +1,7 @@
 """Recipes: a training job and its configuration from a YAML file, and the record of both in the output folder.
 
-`recipe.json` in the output folder holds the whole configuration: `vsd train --config recipe.json` makes the drafter
-again, and a resumed run is compared with it.
+`recipe.json` in the output folder holds the whole configuration: `vsd train --config recipe.json` repeats the
+training, and `--resume` compares the new settings with the file.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ FILE = "recipe.json"
 VERSIONS = "versions"
 SECRET = {"hub_token"}
 MAY_CHANGE = {
-    *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # places
-    *("max_minutes", "max_steps", "num_train_epochs"),  # to train longer
+    *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # paths and devices
+    *("max_minutes", "max_steps", "num_train_epochs"),  # length of training
     *(f.name for f in dataclasses.fields(MeasurementOptions)),
     *("eval_strategy", "save_strategy", "logging_strategy", "disable_tqdm", "run_name", "push_to_hub"),
     *("dataloader_num_workers", "dataloader_pin_memory"),
@@ -37,7 +37,7 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
 
     Args:
         overrides: values are YAML; a dotted key, as in objective_options.anchors=8, sets one entry of a mapping.
-        flags: a mapping among them, such as objective_options, sets its entries only.
+        flags: a mapping, such as objective_options, is merged entry by entry.
 
     Raises:
         ConfigurationError: an unreadable file, an unknown option, or a value of a wrong type or without meaning.
@@ -61,7 +61,7 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
 
 
 def write_recipe(folder: Path, job: TrainJob, config: VSDConfig) -> None:
-    """Write the whole configuration, and the versions that it ran with, to recipe.json in `folder`."""
+    """Write the whole configuration, and the versions of the packages, to recipe.json in `folder`."""
     versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     values = {**_settings(job, config), VERSIONS: versions}
     (folder / FILE).write_text(json.dumps(values, indent=1, default=str) + "\n")
@@ -90,7 +90,7 @@ def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
 
 
 def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
-    """From checked values."""
+    """Job and configuration from checked values."""
     mine = {f.name for f in dataclasses.fields(TrainJob)}
     job = TrainJob(**{name: value for name, value in values.items() if name in mine})
     if not job.data:
@@ -134,7 +134,7 @@ def _defaults(kind: type[TrainJob] | type[TrainingArguments]) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set one entry; a dotted key goes into the mappings, which are copied or made."""
+    """Set one entry; a dotted key goes into the mappings, which are copied or created."""
     first, dot, rest = key.partition(".")
     if not dot:
         values[key] = value

@@ -28,9 +28,9 @@ from vsd.paths import Paths, TreeShape
 from vsd.targets import Inputs, Target, TargetInfo
 from vsd.training.batch import ByLength, Collator, DraftDataset, texts_of
 from vsd.training.budget import TimeBudget
-from vsd.training.chance import Chance
 from vsd.training.config import VSDConfig
 from vsd.training.e_step import Batch, Info, Models, Posterior, e_steps
+from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a batch
 
@@ -138,9 +138,9 @@ class VSDTrainer(Trainer):
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Paths and their weights, one posterior for each part of the objective that is due in this step."""
-        chance = self._chance()
+        random = self._random()
         due = [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
-        found = [step(batch, chance) for step in due]
+        found = [step(batch, random) for step in due]
         self._counts.add_drafted([info for _, info in found])
         return [posterior for posterior, _ in found]
 
@@ -158,12 +158,12 @@ class VSDTrainer(Trainer):
         before = now if self._acceptance is None else self._acceptance
         self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
 
-    def _chance(self) -> Chance:
+    def _random(self) -> RandomSource:
         """The draws of one batch: a resumed run draws what the interrupted one would have."""
         step = self.state.global_step
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
         key = f"{self._batch}, {self.args.process_index}"
-        return Chance(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
+        return RandomSource(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""

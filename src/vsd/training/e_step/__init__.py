@@ -1,7 +1,7 @@
 """E-steps: a file for each kind of paths. `E_STEPS` is the one place that lists them.
 
-Each is a class: construction checks that target and texts allow it, and a call returns the posterior of a batch and
-what is logged of it.
+Each is a class: construction checks that target and texts allow it, and a call returns the posterior of a batch and its
+entries for the log.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What all E-steps share: the batch they are given, the posterior they return, and the models they ask.
+"""Shared by all E-steps: their batch, the posterior that they return, and the models that they use.
 
 Legend: B batch, T tokens, Q drafted tokens of a sequence, A anchors, P paths, S paths of an anchor, K steps, h hidden,
 V target and Vd draft vocabulary.
@@ -67,7 +67,7 @@ class Info(NamedTuple):
 
 
 class Models:
-    """The models that E-steps ask.
+    """The models that E-steps use.
 
     Args:
         target: its ends are enough for recorded paths.

@@ -11,8 +11,8 @@ import torch
 from vsd.objective import Continued, Part
 from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
 from vsd.targets.sampling import drawn_at
-from vsd.training.chance import Chance
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
+from vsd.training.random_source import RandomSource
 
 _MEMORY = 4 << 30  # bytes of continuations that a process keeps
 _LEAST_DOUBT = 1e-3  # weight of a position where the target is sure: every text has anchors
@@ -26,10 +26,10 @@ class ContinuedStep:
         self.part, self.draw, self.models = part, draw, models
         self.period, self.kept = 0, dict[int, Continuations]()  # by example
 
-    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+    def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """The continuations of a text weigh as much as the text, times `draw.weight`."""
         texts, models = batch.texts, self.models
-        found = self._continuations(batch, chance)
+        found = self._continuations(batch, random)
         paths = along(found, models.exist(found.tokens), texts.inputs.ids.shape[1], batch.steps)
         paths = longest_first(paths)
         share = self.draw.weight * texts.real.sum(1) / paths.valid[..., 0].sum(1)  # [B]
@@ -39,15 +39,15 @@ class ContinuedStep:
         return Posterior(self.part, paths, target, weights, entries=entries, written=True), Info()
 
     @torch.no_grad()
-    def _continuations(self, batch: Batch, chance: Chance) -> Continuations:
+    def _continuations(self, batch: Batch, random: RandomSource) -> Continuations:
         """Those kept, and new ones for texts that have none."""
-        period = chance.epoch // self.draw.epochs
+        period = random.epoch // self.draw.epochs
         if period != self.period:
             self.period, self.kept = period, {}
         examples = batch.texts.examples.tolist()
         new = [row for row, example in enumerate(examples) if example not in self.kept]
         if new:
-            generators = [chance.seeded(f"{examples[row]}, {period}") for row in new]
+            generators = [random.seeded(f"{examples[row]}, {period}") for row in new]
             for row, *fields in zip(new, *self._draw(batch, new, generators)):
                 self.kept[examples[row]] = Continuations(*(field.to("cpu", copy=True) for field in fields))
         rows = zip(*(self.kept[example] for example in examples))

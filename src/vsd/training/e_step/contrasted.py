@@ -12,9 +12,9 @@ from vsd.objective import Contrasted, Part
 from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import utility
 from vsd.paths import recorded
-from vsd.training.chance import Chance
 from vsd.training.e_step.base import Anchors, Batch, Info, Models, Posterior, drafted_paths, weight_per_anchor
 from vsd.training.e_step.proposed import TreeScores, score_trees, trees
+from vsd.training.random_source import RandomSource
 
 
 class ContrastedStep:
@@ -27,10 +27,10 @@ class ContrastedStep:
             models.target  # noqa: B018  refuses at once a target without its layers
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+    def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
         draw, models = self.draw, self.models
-        anchors = Anchors.sampled(batch, draw.anchors, chance.batch("draw"))
+        anchors = Anchors.sampled(batch, draw.anchors, random.batch("draw"))
         both = (models.drafter, self.reference)
         mine, theirs = (trees(models, drafter, draw.shape, batch, anchors.roots) for drafter in both)
         tokens, fresh = (torch.cat(pair, dim=2) for pair in zip(mine, theirs))  # [B, A, L + L', K]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vsd.objective import Drafted, Part
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
-from vsd.training.chance import Chance
 from vsd.training.e_step.base import Anchors, Batch, Info, Models, Posterior, weight_per_anchor
+from vsd.training.random_source import RandomSource
 from vsd.verification.rejection import acceptance
 
 
@@ -21,9 +21,9 @@ class DraftedStep:
         models.target  # noqa: B018  refuses at once a target without its layers
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+    def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
-        draw, models, generator = self.draw, self.models, chance.batch("draw")
+        draw, models, generator = self.draw, self.models, random.batch("draw")
         S, A = draw.samples, draw.anchors
         roots = Anchors.sampled(batch, A, generator).roots.repeat_interleave(S, 1)
         tokens, log_q = sample_paths(models, batch, roots, draw.temperature, generator)

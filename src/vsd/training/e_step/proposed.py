@@ -12,8 +12,8 @@ from torch import Tensor
 from vsd.objective import HeadTarget, Part, Proposed
 from vsd.objective.gto import draft_tree_reward
 from vsd.paths import NO_TOKEN, TreeShape, leaf_paths
-from vsd.training.chance import Chance
 from vsd.training.e_step.base import Anchors, Batch, Info, Models, Posterior, drafted_paths, weight_per_anchor
+from vsd.training.random_source import RandomSource
 
 
 class ProposedStep:
@@ -24,10 +24,10 @@ class ProposedStep:
         models.target  # noqa: B018  refuses at once a target without its layers
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+    def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
         draw, models = self.draw, self.models
-        anchors = Anchors.sampled(batch, draw.anchors, chance.batch("draw"))
+        anchors = Anchors.sampled(batch, draw.anchors, random.batch("draw"))
         tokens, fresh = trees(models, models.drafter, draw.shape, batch, anchors.roots)  # [B, A, L, K]
         scores = score_trees(models, batch, anchors.roots, tokens)
         reward = draft_tree_reward(scores.kept.movedim(-1, 0), fresh.movedim(-1, 0))  # [B, A]

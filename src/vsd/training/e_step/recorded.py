@@ -6,8 +6,8 @@ The text is the target's, so at temperature 0 they are the posterior, and the ta
 from vsd.decoding.lookup import looked_up
 from vsd.objective import Part, Recorded
 from vsd.paths import cut, longest_first, recorded
-from vsd.training.chance import Chance
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
+from vsd.training.random_source import RandomSource
 
 
 class RecordedStep:
@@ -16,14 +16,14 @@ class RecordedStep:
     def __init__(self, part: Part, draw: Recorded, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
 
-    def __call__(self, batch: Batch, chance: Chance) -> tuple[Posterior, Info]:
+    def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """The posterior of a batch."""
         texts, draw, models = batch.texts, self.draw, self.models
         paths = recorded(texts.inputs.ids, texts.drafted, texts.real, batch.steps)
         if draw.smoothing is not None:
             outside = models.draft_of[paths.tokens[..., 0]] < 0
             p = models.confidence(batch).masked_fill(outside, 0.0).flatten()
-            paths = cut(paths, draw.smoothing + (1 - draw.smoothing) * p[paths.rows], chance.batch("cut"))
+            paths = cut(paths, draw.smoothing + (1 - draw.smoothing) * p[paths.rows], random.batch("cut"))
         if draw.lookup:
             copied = looked_up(texts.inputs.ids).gather(1, paths.roots + 1)  # [B, Q]
             paths = paths._replace(valid=paths.valid & ~copied[..., None])

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-class Chance:
+class RandomSource:
     """Generators of one batch.
 
     Args:
