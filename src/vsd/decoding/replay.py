@@ -40,7 +40,7 @@ Text = tuple[Inputs, list[int]]  # a prompt, and the token ids of the target's a
 
 
 class _Batch(NamedTuple):
-    """Texts after the target's pass: text numbers, tokens, positions of the current roots [B], final hidden states.
+    """A batch of texts: their numbers, tokens, and positions of the current roots [B].
 
     log_p [B, T]: the target's log-probabilities of the answers' tokens; None without rejection.
     """
@@ -48,7 +48,6 @@ class _Batch(NamedTuple):
     texts: list[int]
     padded: Padded
     start: Tensor
-    hidden: Tensor
     log_p: Tensor | None = None
 
     def only(self, rows: Tensor) -> "_Batch":
@@ -56,7 +55,7 @@ class _Batch(NamedTuple):
         ids, lengths, positions, _ = self.padded
         kept = Padded(ids[rows], lengths[rows], positions[..., rows, :], {})
         texts, log_p = [self.texts[b] for b in rows.tolist()], None if self.log_p is None else self.log_p[rows]
-        return _Batch(texts, kept, self.start[rows], self.hidden[rows], log_p)
+        return _Batch(texts, kept, self.start[rows], log_p)
 
 
 class _Walk(NamedTuple):
@@ -121,14 +120,14 @@ class Replay:
         texts = [self.texts[i][0].followed_by(self.texts[i][1]) for i in index]
         padded = Padded.of(texts, self.target.device)
         start = torch.tensor([len(self.texts[i][0].ids) for i in index], device=self.target.device)
-        return _Batch(index, padded, start, self.target.features(padded).hidden)
+        return _Batch(index, padded, start)
 
     def _log_p(self, batch: _Batch) -> Tensor:
         """Log-probabilities of the answer tokens, [B, T]; 0 at positions that cannot be drafted."""
         ids, lengths = batch.padded.ids, batch.padded.lengths
         places = torch.arange(ids.shape[1], device=ids.device)
         row, place = ((places > batch.start[:, None]) & (places < lengths[:, None])).nonzero(as_tuple=True)
-        hidden, tokens = batch.hidden[row, place - 1], ids[row, place]
+        hidden, tokens = self.target.features(batch.padded).hidden[row, place - 1], ids[row, place]
         found = [
             (self.target.logits(some) / self.temperature).log_softmax(-1).gather(1, labels[:, None])[:, 0]
             for some, labels in zip(hidden.split(_HEAD_ROWS), tokens.split(_HEAD_ROWS))
