@@ -35,6 +35,8 @@ def test_round_trip_is_bit_exact(tiny_target: Target, drafter: Eagle3Drafter, tm
     assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
     buffers = dict(again.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in drafter.named_buffers() if "freq" not in name)
+    assert again.rotary_emb.inv_freq.dtype == torch.float32  # bfloat16 would move far positions
+    assert torch.equal(again.rotary_emb.inv_freq, tiny_target.model.model.rotary_emb.inv_freq)
     for name in ("aux_layers", "rope_parameters", "head_dim", "num_key_value_heads", "target_fingerprint"):
         assert getattr(again.config, name) == getattr(drafter.config, name), name
 

@@ -75,9 +75,15 @@ def load(folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Eagle3D
     if config.get("model_type") == Eagle3Config.model_type:
         own: Any = "auto" if dtype is None else dtype
         return Eagle3Drafter.from_pretrained(folder, dtype=own, device_map=target.device)
-    drafter: Any = import_checkpoint(folder, target)
-    moved: Eagle3Drafter = drafter.to(target.device, drafter.dtype if dtype is None else dtype)
-    return moved
+    return _cast(import_checkpoint(folder, target), target.device, dtype)
+
+
+def _cast(drafter: Any, device: torch.device, dtype: torch.dtype | None) -> Eagle3Drafter:
+    """On a device and in a dtype; rotary frequencies stay float32, as rounding them moves far positions."""
+    frequencies = drafter.rotary_emb.inv_freq
+    cast: Eagle3Drafter = drafter.to(device, drafter.dtype if dtype is None else dtype)
+    cast.rotary_emb.inv_freq = frequencies.to(device)
+    return cast
 
 
 def import_checkpoint(folder: Path, target: TargetInfo) -> Eagle3Drafter:
@@ -109,9 +115,7 @@ def import_checkpoint(folder: Path, target: TargetInfo) -> Eagle3Drafter:
     if shapes:
         name = shapes[0]
         raise MismatchError(f"{name} is {list(tensors[name].shape)}, the config says {list(wanted[name].shape)}")
-    rounded = drafter.rotary_emb.inv_freq
-    drafter.to(dtype=tensors["fc.weight"].dtype)  # type: ignore[call-arg]
-    drafter.rotary_emb.inv_freq = rounded  # frequencies stay float32
+    drafter = _cast(drafter, drafter.device, tensors["fc.weight"].dtype)
     drafter.load_state_dict(tensors)
     return drafter
 
