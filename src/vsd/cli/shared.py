@@ -32,27 +32,14 @@ def load(options: TargetOptions, compiled: bool = False) -> "Target":
     """The target."""
     from vsd.targets import load_target
 
-    return load_target(
-        options.target,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        compiled=compiled,
-    )
+    return load_target(options.target, **options.loading, compiled=compiled)
 
 
 def load_info(options: TargetOptions) -> "TargetInfo":
     """Its tokenizer, embedding and LM head, without the layers."""
     from vsd.targets import load_target_info
 
-    return load_target_info(
-        options.target,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return load_target_info(options.target, **options.loading)
 
 
 def report_skipped(line: str) -> None:

@@ -52,10 +52,8 @@ class _Batch(NamedTuple):
 
     def only(self, rows: Tensor) -> "_Batch":
         """The batch rows `rows` [B']."""
-        ids, lengths, positions, _ = self.padded
-        kept = Padded(ids[rows], lengths[rows], positions[..., rows, :], {})
         texts, log_p = [self.texts[b] for b in rows.tolist()], None if self.log_p is None else self.log_p[rows]
-        return _Batch(texts, kept, self.start[rows], log_p)
+        return _Batch(texts, self.padded.only(rows), self.start[rows], log_p)
 
 
 class _Walk(NamedTuple):

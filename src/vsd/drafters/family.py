@@ -1,5 +1,6 @@
 """A family of drafters: how a drafter is made, recognised, read, and written as engines serve it."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,21 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
+
+
+def serve_arguments(kind: str, algorithm: str, method: str, out: str, tokens: int) -> str:
+    """Arguments of an engine's server that make it draft `tokens` tokens with the checkpoint at `out`.
+
+    Args:
+        algorithm, method: SGLang's and vLLM's names for drafters of the family.
+    """
+    if kind == "sglang":
+        return (
+            f"--speculative-algorithm {algorithm} --speculative-draft-model-path {out} "
+            f"--speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
+        )
+    options = json.dumps({"method": method, "model": out, "num_speculative_tokens": tokens})
+    return f"--speculative-config '{options}'"
 
 
 class Family(NamedTuple):

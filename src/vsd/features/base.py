@@ -28,9 +28,7 @@ class Texts(NamedTuple):
 
     def some(self, rows: list[int]) -> "Texts":
         """Only these texts, which must be text alone."""
-        ids, lengths, positions, _ = self.inputs
-        inputs = Padded(ids[rows], lengths[rows], positions[..., rows, :], {})
-        return Texts(inputs, self.drafted[rows], self.real[rows], self.examples[rows])
+        return Texts(self.inputs.only(rows), self.drafted[rows], self.real[rows], self.examples[rows])
 
 
 class Features(NamedTuple):

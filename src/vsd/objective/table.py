@@ -61,8 +61,7 @@ def objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
     """
     builder, kinds = _builder(name), _kinds(name)
     values = dict(options or {})
-    catches_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(builder).parameters.values())
-    if (unknown := sorted(values.keys() - kinds.keys())) and not catches_all:
+    if unknown := sorted(values.keys() - kinds.keys()):
         raise ConfigurationError(
             f"objective {name} has no option {', '.join(unknown)}: its options are {', '.join(kinds) or 'none'}"
         )

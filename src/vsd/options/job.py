@@ -30,6 +30,12 @@ class TargetOptions:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `load_target` and `load_target_info` besides the name."""
+        names = ("dtype", "device", "revision", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class TextOptions:

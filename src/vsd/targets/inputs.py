@@ -73,3 +73,7 @@ class Padded(NamedTuple):
     def first_row(self) -> Tensor:
         """Positions [B, N]: the only row, or the first of several, as drafters with plain rotary embeddings use it."""
         return self.positions if self.positions.dim() == 2 else self.positions[0]
+
+    def only(self, rows: Tensor | list[int]) -> "Padded":
+        """Some rows of a batch of text alone."""
+        return Padded(self.ids[rows], self.lengths[rows], self.positions[..., rows, :], {})

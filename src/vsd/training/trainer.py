@@ -74,7 +74,6 @@ class VSDTrainer(Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised by the whole batch's drafted tokens
-        self.target = target
         self._counts = _Counts(args.draft_steps)
         if features is None:
             assert isinstance(target, Target)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vsd.drafters.eagle3.model import Eagle3Config, Eagle3Drafter, default_layers
-from vsd.drafters.family import Checkpoint, Family
+from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
 from vsd.targets.load import resolve
@@ -130,14 +130,8 @@ def reads(config: Mapping[str, Any]) -> bool:
 
 
 def serve(kind: str, out: str, tokens: int) -> str:
-    """Arguments of an engine's server that make it draft `tokens` tokens with the checkpoint at `out`."""
-    if kind == "sglang":
-        return (
-            f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {out} --speculative-num-steps {tokens} "
-            f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
-        )
-    options = json.dumps({"method": "eagle3", "model": out, "num_speculative_tokens": tokens})
-    return f"--speculative-config '{options}'"
+    """See `serve_arguments`."""
+    return serve_arguments(kind, "EAGLE3", "eagle3", out, tokens)
 
 
 def _native(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:

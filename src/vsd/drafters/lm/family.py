@@ -1,12 +1,11 @@
 """The family `lm`: made for a target, read from and written as a plain folder of transformers."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from vsd.drafters.family import Checkpoint, Family
+from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.drafters.lm.model import LMDrafter
 from vsd.targets import TargetInfo
 
@@ -31,13 +30,7 @@ def _export(drafter: LMDrafter, target: TargetInfo, kind: str) -> Checkpoint:
 
 
 def _serve(kind: str, out: str, tokens: int) -> str:
-    if kind == "sglang":
-        return (
-            f"--speculative-algorithm STANDALONE --speculative-draft-model-path {out} --speculative-num-steps {tokens} "
-            f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
-        )
-    options = json.dumps({"method": "draft_model", "model": out, "num_speculative_tokens": tokens})
-    return f"--speculative-config '{options}'"
+    return serve_arguments(kind, "STANDALONE", "draft_model", out, tokens)
 
 
 FAMILY = Family(

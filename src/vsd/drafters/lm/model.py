@@ -21,7 +21,7 @@ from vsd.drafters.base import FeatureSpec
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import MismatchError
 from vsd.paths import Entries, Paths
-from vsd.targets import Decoder, Padded, TargetInfo, TreeCache
+from vsd.targets import Decoder, Inputs, Padded, TargetInfo, TreeCache
 from vsd.targets.load import first_line
 from vsd.targets.packed import pack_linears
 
@@ -263,9 +263,9 @@ class LMDrafter(Autoregressive, nn.Module):
     @torch.no_grad()
     def _check_head(self, path: Path) -> None:
         """Refuse a model that changes its logits behind the LM head: training would see another q than engines."""
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        own = self.model(input_ids=ids).logits.float()
-        ours = self.lm_head(self.decoder.packed(ids, torch.arange(4)[None].to(ids), _causal(4, ids)).hidden).float()
+        text = Padded.of([Inputs([token % self.config.vocab_size for token in range(4)])], self.device)
+        own = self.model(input_ids=text.ids).logits.float()
+        ours = self.lm_head(self.decoder.sequences(text).hidden).float()
         if not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.abs().max())):
             raise MismatchError(f"'{path}' caps or scales its logits: not supported as a drafter")
 
@@ -276,11 +276,6 @@ class LMDrafter(Autoregressive, nn.Module):
         self.lm_head.weight.copy_(target.head_weight)
         if target.head_bias is not None and self.lm_head.bias is not None:
             self.lm_head.bias.copy_(target.head_bias)
-
-
-def _causal(count: int, like: Tensor) -> Tensor:
-    """A causal mask [1, N, N], bool."""
-    return torch.ones(1, count, count, dtype=torch.bool, device=like.device).tril()
 
 
 def _with_first(seen: Tensor) -> Tensor:
