@@ -2,8 +2,9 @@
 
     python benchmarks/revisions.py --before FOLDER --after FOLDER --drafter D --prompts FILE … [--rounds N]
 
-Runs `benchmarks/training_step.py` and `benchmarks/decoding_step.py` of both checkouts in turns, each in a process of
-its own with its own `src`, and prints the ratio after / before of every round. For refactorings: the ratio should be 1.
+Training: a process for each checkout runs the step `vsd` of its own `benchmarks/training_step.py` on the same batches,
+in turns. Decoding: `benchmarks/decoding_step.py` of both checkouts, in turns. Prints the ratio after / before: the
+median of all turns and its quartiles. For refactorings: the ratio should be 1.
 """
 
 import argparse
@@ -17,27 +18,68 @@ from pathlib import Path
 from typing import Any
 
 TREES = ("3x1x4", "5x4x16")
+BATCHES = 4
+# Version 0.1 names its variants WAYS.
+WORKER = f"""
+import sys, time
+sys.path.insert(0, "benchmarks")
+import training_step as t
+variant = getattr(t, "VARIANTS", None) or t.WAYS
+drafter, target, batches = t.prepare(None, {BATCHES})
+t.keep_freed_memory()
+print("ready", flush=True)
+for line in sys.stdin:
+    start = time.perf_counter()
+    t.one_step(variant["vsd"], drafter, target, batches[int(line)])
+    print(time.perf_counter() - start, flush=True)
+"""
 
 
-def run(checkout: Path, *words: object) -> dict[str, Any]:
-    """The numbers of one benchmark of a checkout."""
+def environment(checkout: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(checkout / "src")}
+
+
+def worker(checkout: Path) -> "subprocess.Popen[str]":
+    """A process that runs training steps, once it is ready: two that prepare together would slow each other down."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", WORKER]
+    process = subprocess.Popen(command, cwd=checkout, env=environment(checkout), text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def training_ratios(before: Path, after: Path, rounds: int) -> list[float]:
+    """Of the seconds of single steps on the same batch, one after the other; the order changes every round."""
+    workers = [worker(checkout) for checkout in (before, after)]
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = [0.0, 0.0]
+        for i in (0, 1) if number % 2 else (1, 0):
+            stdin, stdout = workers[i].stdin, workers[i].stdout
+            assert stdin is not None and stdout is not None
+            print(number % BATCHES, file=stdin, flush=True)
+            seconds[i] = float(stdout.readline())
+        ratios.append(seconds[1] / seconds[0])
+    for process in workers:
+        process.communicate("")
+    return ratios[1:]  # the first step allocates
+
+
+def decoding_ms(checkout: Path, drafter: Path, prompts: list[Path], limit: int) -> dict[str, float]:
+    """Of a decoding step with each tree."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "numbers.json"
-        command = [sys.executable, *map(str, words), "--json", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
-        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+        words = ["--drafter", drafter, "--prompts", *prompts, "--limit", limit, "--trees", *TREES, "--json", out]
+        command = [sys.executable, "benchmarks/decoding_step.py", *map(str, words)]
+        subprocess.run(command, cwd=checkout, env=environment(checkout), check=True, stdout=subprocess.DEVNULL)
         numbers: dict[str, Any] = json.loads(out.read_text())
-    return numbers
+    rows = [row["step"] for way, row in numbers["ms"].items() if way != "plain"]  # in the order of TREES
+    return dict(zip(TREES, rows))
 
 
-def seconds(checkout: Path, drafter: Path, prompts: list[Path], limit: int) -> dict[str, float]:
-    """Of a supervised token in training, and of a decoding step with each tree."""
-    training = run(checkout, "benchmarks/training_step.py", "--rounds", 2)
-    words = ["--drafter", drafter, "--prompts", *prompts, "--limit", limit, "--trees", *TREES]
-    decoding = run(checkout, "benchmarks/decoding_step.py", *words)
-    rows = [row["step"] for way, row in decoding["ms"].items() if way != "plain"]  # in the order of TREES
-    found = {f"decoding step, {tree}": ms / 1e3 for tree, ms in zip(TREES, rows)}
-    return {"training step": 1 / training["steps"]["vsd"]["tokens_per_second"], **found}
+def show(name: str, ratios: list[float]) -> None:
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    print(f"{name}: {middle:.3f} [{low:.3f}, {high:.3f}], {len(ratios)} turns", flush=True)
 
 
 def main() -> None:
@@ -47,18 +89,20 @@ def main() -> None:
     parser.add_argument("--drafter", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=2, help="prompts of each file (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding (default 3)")
+    parser.add_argument("--steps", type=int, default=24, help="training steps of each checkout (default 24)")
     a = parser.parse_args()
-    drafter, prompts = a.drafter.resolve(), [path.resolve() for path in a.prompts]
-    ratios: dict[str, list[float]] = {}
+    before, after, drafter = a.before.resolve(), a.after.resolve(), a.drafter.resolve()
+    prompts = [path.resolve() for path in a.prompts]
+    show("training step", training_ratios(before, after, a.steps))
+    found: dict[str, list[float]] = {}
     for number in range(a.rounds):
-        order = [a.before.resolve(), a.after.resolve()]
-        found = {folder: seconds(folder, drafter, prompts, a.limit) for folder in order[:: 1 if number % 2 else -1]}
-        before, after = (found[folder] for folder in order)
-        for name in before:
-            ratios.setdefault(name, []).append(after[name] / before[name])
-    for name, values in ratios.items():
-        print(f"{name}: {statistics.median(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
+        order = (before, after) if number % 2 else (after, before)
+        ms = {folder: decoding_ms(folder, drafter, prompts, a.limit) for folder in order}
+        for tree in TREES:
+            found.setdefault(f"decoding step, {tree}", []).append(ms[after][tree] / ms[before][tree])
+    for name, ratios in found.items():
+        show(name, ratios)
 
 
 if __name__ == "__main__":
