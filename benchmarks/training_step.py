@@ -124,7 +124,7 @@ def textbook_step(drafter: Eagle3Drafter, target: Frozen, batch: Batch) -> Tenso
     for k in range(K):
         token, answer, p = _shifted(token), _shifted(answer), _shifted(p)
         alive = alive & _shifted(answer)
-        a = layer.join(F.embedding(token, target.embedding), hidden)
+        a = layer.input(F.embedding(token, target.embedding), hidden)
         rotary = drafter.rotary_emb(hidden, positions + k)
         queries = attention.queries(a, rotary)
         key, value = attention.keys_values(a, rotary)

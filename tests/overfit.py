@@ -1,6 +1,7 @@
 """Drafters that know a few greedy answers of a tiny target by heart, so that long paths are accepted."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,17 +9,16 @@ import torch.nn.functional as F
 import along
 import tiny
 from architectures import ARCHITECTURES
-from vsd.drafters import draft_vocabulary
-from vsd.drafters.eagle3 import Eagle3Drafter
+from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.targets import Target
 
 PROMPTS = [[40, 41, 42, 43, 60], [70], [99, 20, 33, 57, 80, 81, 26, 64, 90]]
 
 
-def random_drafter(target: Target, size: int = 100, seed: int = 0) -> Eagle3Drafter:
+def random_drafter(target: Target, size: int = 100, seed: int = 0, family: str = "eagle3") -> Any:
     torch.manual_seed(seed)
     common = draft_vocabulary(torch.randperm(target.vocab_size)[:size], target.vocab_size, size)
-    return Eagle3Drafter.for_target(target, common, initializer_range=0.2).eval().requires_grad_(False)
+    return new_drafter(target, common, family, initializer_range=0.2).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -31,10 +31,10 @@ def greedy(target: Target, prompt: list[int], count: int, *, endless: bool = Fal
 
 @cache
 @torch.enable_grad()
-def fluent_pair(name: str, length: int = 24, steps: int = 80, K: int = 3) -> tuple[Target, Eagle3Drafter]:
+def fluent_pair(name: str, family: str = "eagle3", length: int = 24, steps: int = 80, K: int = 3) -> tuple[Target, Any]:
     """A target, and a drafter trained on its greedy answers to PROMPTS at every position where decoding drafts."""
     target = ARCHITECTURES[name]()
-    drafter = random_drafter(target, size=tiny.VOCAB).train().requires_grad_(True)
+    drafter = random_drafter(target, size=tiny.VOCAB, family=family).train().requires_grad_(True)
     rows = [prompt + greedy(target, prompt, length, endless=True) for prompt in PROMPTS]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # [B, T + 1]
@@ -42,10 +42,11 @@ def fluent_pair(name: str, length: int = 24, steps: int = 80, K: int = 3) -> tup
     path = torch.stack([ids.gather(1, roots + 1 + k) for k in range(K + 1)])  # [K + 1, B, Q]
     entries = along.entries(target, ids[:, :-1], drafter.needs.layers)._replace(next_ids=ids[:, 1:])
     paths = along.paths(roots, path[1:].permute(1, 2, 0))
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=5e-3)
+    trained = [weight for weight in drafter.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=5e-3)
     for _ in range(steps):
-        hidden = along.states(drafter, entries, paths)
-        loss = F.cross_entropy(drafter.lm_head(hidden).flatten(0, -2), path[1:].flatten())
+        logits = drafter(entries, paths, lambda states, head: states @ head.T)
+        loss = F.cross_entropy(logits.flatten(0, -2), path[1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,6 +1,7 @@
 """The engine at temperature 0 is greedy decoding, token for token; and how answers end and are accounted for."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,21 @@ import along
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
 from vsd.decoding import Engine, Replay, Result, Sampling
-from vsd.drafters.eagle3 import Eagle3Drafter
+from vsd.drafters import FAMILIES
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
 
 LENGTH = 24
-Pair = tuple[Target, Eagle3Drafter]
+Pair = tuple[Target, Any]
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+OTHERS = [("llama", family) for family in FAMILIES if family != "eagle3"]
+
+
+@pytest.fixture(scope="module", params=[*((name, "eagle3") for name in sorted(ARCHITECTURES)), *OTHERS], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return fluent_pair(request.param)
+    return fluent_pair(*request.param)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +66,13 @@ def test_greedy_is_generate(pair: Pair, shape: TreeShape | None) -> None:
         assert sum(a >= 2 for a in accepted) >= 3 and min(accepted) < shape.depth
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
+@pytest.mark.parametrize(
+    "pair_of", [("llama", "eagle3"), ("gemma3", "eagle3"), ("phi", "eagle3"), *OTHERS], ids="-".join
+)
 @torch.no_grad()
-def test_every_pass_drafts_what_the_training_pass_would(name: str) -> None:
+def test_every_pass_drafts_what_the_training_pass_would(pair_of: tuple[str, str]) -> None:
     """Accepted counts equal those of a reference that drafts each chain anew from plain features of the whole text."""
-    target, drafter = fluent_pair(name)
+    target, drafter = fluent_pair(*pair_of)
     ids, K, length = drafter.vocabulary.ids, 3, LENGTH + 8
     results = Engine(target, drafter, TreeShape.chain(K)).generate(PROMPTS, Sampling(length, eos_ids=()))
     for prompt, result in zip(PROMPTS, results):
@@ -75,10 +81,10 @@ def test_every_pass_drafts_what_the_training_pass_would(name: str) -> None:
         expected, root = [], len(prompt)  # place of the token decided last
         while root < len(text) - 1:
             path = [int(text[root])]
-            for _ in range(K):
-                paths = along.paths(torch.tensor([[root - 1]]), torch.tensor([[[*path[1:], 0]]]))
-                hidden = along.states(drafter, entries, paths)
-                path.append(int(ids[drafter.lm_head(hidden[-1, 0, 0]).argmax()]))
+            for k in range(K):
+                paths = along.paths(torch.tensor([[root - 1]]), torch.tensor([[[*path[1:], *[0] * (K - k)]]]))
+                best = drafter(entries, paths, lambda states, head, k=k: (states[k, 0, 0] @ head.T).argmax())
+                path.append(int(ids[best]))
             rest = text[root + 1 : root + 1 + K].tolist()
             agree = next((k for k, (a, b) in enumerate(zip(path[1:], rest)) if a != b), len(rest))
             expected.append(agree)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import along
 from vsd.drafters import draft_vocabulary
-from vsd.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3State
-from vsd.drafters.eagle3.model import default_layers
+from vsd.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from vsd.drafters.feature_drafter import default_layers
 from vsd.errors import VSDError
 from vsd.paths import Entries
 from vsd.targets import Target
@@ -153,7 +153,7 @@ def test_decoding_equals_training_along_two_branches(tiny_target: Target, drafte
     branches = [path_of(some, roots) for some in (ids, ids.flip(1))]
     wanted = [along.states(drafter, entries, along.paths(roots, branch))[:, :, 0] for branch in branches]  # [K, B, h]
 
-    state = Eagle3State.empty(drafter.config, 2, 4, drafter.norm.weight)  # too small: it has to grow
+    state = drafter.new_cache(2, 4)  # too small: it has to grow
     done = torch.zeros(2, dtype=torch.long)
     for counts in (torch.tensor([5, 2]), torch.tensor([1, 3]), torch.tensor([4, 1])):
         index = (done[:, None] + torch.arange(int(counts.max()))).clamp(max=10)

@@ -35,7 +35,7 @@ def test_states_are_the_models_own(name: str) -> None:
     text = recorded(ids, drafted, torch.ones_like(drafted, dtype=torch.bool), K)
     others = along.paths(drafted - 2, torch.randint(15, 128, (2, 5, K)))
     joined = text.joined([text, others])
-    found = drafter.lm_head(along.states(drafter, along.entries(target, ids, ()), joined))  # [K, B, 10, V]
+    found = drafter(along.entries(target, ids, ()), joined, lambda states, head: states @ head.T)  # [K, B, 10, V]
     checked = 0
     for b in range(2):
         for p in range(10):
@@ -56,7 +56,7 @@ def test_a_new_drafter_has_the_targets_ends(tiny_target: Target) -> None:
     assert drafter.needs.layers == () and drafter.vocabulary.size == tiny_target.vocab_size
     with pytest.raises(VSDError, match="no field number_of_layers"):
         drafter_of(tiny_target, number_of_layers=1)
-    with pytest.raises(VSDError, match="unknown drafter family 'ngram': choose eagle3, lm"):
+    with pytest.raises(VSDError, match="unknown drafter family 'ngram': choose eagle3, peagle, dflash, dspark, lm"):
         new_drafter(tiny_target, drafter.vocabulary, "ngram")
 
 

@@ -97,10 +97,11 @@ def test_they_are_drafted_from_as_if_they_were_texts(tiny_target: Target, drafte
             continue
         root = int(roots[b, p])
         own = torch.cat([ids[b, : root + 2], found.tokens[b, p, : k + ahead]])[None]
-        path = given.paths(torch.tensor([[root + k]]), own[:, None, root + 2 + k :])
+        rest = torch.nn.functional.pad(own[:, None, root + 2 + k :], (0, steps - ahead))  # a block has its whole length
+        path = given.paths(torch.tensor([[root + k]]), rest)
         with torch.no_grad():
             wanted = given.states(drafter, given.entries(tiny_target, own, layers), path)
-        torch.testing.assert_close(hidden[:ahead, b, i], wanted[:, 0, 0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(hidden[:ahead, b, i], wanted[:ahead, 0, 0], rtol=1e-3, atol=1e-4)
         assert torch.equal(paths.tokens[b, i, :ahead], own[0, root + 2 + k :])
         states = found.hidden.flatten(0, 2)[paths.rows[b, i, :ahead]]
         read = tiny_target.features(given.text(own)).hidden[0, root + 1 + k : -1]

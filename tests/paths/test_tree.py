@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,8 +65,8 @@ class Setting:
         self.drafter.advance(state, features, next_ids.gather(1, rest), self.second)
         return state
 
-    def log_probs(self, row: int, path: Path) -> Tensor:
-        """log q of the token after the root and `path`, recomputed from nothing by the training pass, [Vd]."""
+    def log_probs(self, row: int, path: Path, depth: int) -> Tensor:
+        """log q of the token after the root and `path`, in a draft of `depth`, by the training pass alone, [Vd]."""
         n = int(self.lengths[row])
         some = Entries(
             self.entries.aux[row : row + 1, :n],
@@ -73,14 +74,18 @@ class Setting:
             self.ids[row : row + 1, 0],
             self.entries.positions[row : row + 1, :n],
         )
-        paths = along.paths(torch.tensor([[n - 1]]), torch.tensor([[[*path, 0]]]))
-        return self.drafter.lm_head(along.states(self.drafter, some, paths)[-1, 0, 0]).log_softmax(-1)
+        tokens = [*path, *[0] * (depth - len(path))]  # the law of a block may depend on its length
+        paths = along.paths(torch.tensor([[n - 1]]), torch.tensor([[tokens]]))
+        logits: Tensor = self.drafter(some, paths, lambda states, head: states[len(path), 0, 0] @ head.T)
+        return logits.log_softmax(-1)
 
     def tree(self, shape: TreeShape) -> Tree:
         return self.drafter.propose(self.read(), self.root, shape)
 
 
-def reference_tree(log_probs: Callable[[Path], Tensor], ids: list[int], shape: TreeShape) -> list[tuple[Path, float]]:
+def reference_tree(
+    log_probs: Callable[[Path], Tensor], ids: list[int], shape: TreeShape, beam: int
+) -> list[tuple[Path, float]]:
     """EAGLE-2's tree by loops: the best `nodes` - 1 paths of the pool and their cumulative log-probabilities."""
 
     def children(path: Path, score: float) -> list[tuple[Path, float]]:
@@ -94,7 +99,7 @@ def reference_tree(log_probs: Callable[[Path], Tensor], ids: list[int], shape: T
     newest = children((), 0.0)
     pool = list(newest)
     for _ in range(shape.depth - 1):
-        newest = [child for path, score in best(newest, shape.top_k) for child in children(path, score)]
+        newest = [child for path, score in best(newest, beam) for child in children(path, score)]
         pool += newest
     return best(pool, shape.nodes - 1)
 
@@ -116,7 +121,8 @@ def test_proposed_tree_is_the_reference_tree(name: str, family: str, shape: Tree
     setting = Setting(ARCHITECTURES[name](), family)
     tree, ids = setting.tree(shape), setting.drafter.vocabulary.ids.tolist()
     for row in range(3):
-        expected = dict(reference_tree(lambda path, row=row: setting.log_probs(row, path), ids, shape))
+        law, beam = partial(setting.log_probs, row, depth=shape.depth), setting.drafter.beam(shape)
+        expected = dict(reference_tree(law, ids, shape, beam))
         found = dict(zip(paths_of(tree, row)[1:], tree.log_q[row, 1:].tolist()))
         assert found.keys() == expected.keys()
         for path, score in found.items():
@@ -136,26 +142,46 @@ def shapes(draw: st.DrawFn) -> TreeShape:
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(shapes())
+@given(shapes(), st.sampled_from(["eagle3", "dflash"]))
 @torch.no_grad()
-def test_tree_invariants(shape: TreeShape) -> None:
-    tree = SETTING.tree(shape)
+def test_tree_invariants(shape: TreeShape, family: str) -> None:
+    setting = SETTINGS[family]
+    tree = setting.tree(shape)
     N = shape.nodes
     assert all(field.shape == (3, N) for field in tree)
-    assert torch.equal(tree.tokens[:, 0], SETTING.root)
+    assert torch.equal(tree.tokens[:, 0], setting.root)
     assert not (tree.parents[:, 0] | tree.depths[:, 0]).any() and not tree.log_q[:, 0].any()
     assert (tree.parents[:, 1:] < torch.arange(1, N)).all()  # parents first, so connected
     assert torch.equal(tree.depths[:, 1:], 1 + tree.depths.gather(1, tree.parents)[:, 1:])
     assert int(tree.depths.max()) <= shape.depth
     assert (tree.log_q[:, 1:] <= tree.log_q.gather(1, tree.parents)[:, 1:]).all()
-    assert torch.isin(tree.tokens[:, 1:], SETTING.drafter.vocabulary.ids).all()
+    assert torch.isin(tree.tokens[:, 1:], setting.drafter.vocabulary.ids).all()
     for row in range(3):
         paths = paths_of(tree, row)
         assert len(set(paths)) == N  # siblings are distinct
         node = N - 1
-        logp = SETTING.log_probs(row, paths[node][:-1])[SETTING.drafter.vocabulary.ids == paths[node][-1]]
+        law = setting.log_probs(row, paths[node][:-1], shape.depth)
+        logp = law[setting.drafter.vocabulary.ids == paths[node][-1]]
         step = tree.log_q[row, node] - tree.log_q[row, tree.parents[row, node]]
         assert float(step) == pytest.approx(float(logp), abs=2e-4)
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 12), st.sampled_from(["peagle", "dflash"]))
+@torch.no_grad()
+def test_block_drafters_grow_the_best_tree_there_is(depth: int, top_k: int, nodes: int, family: str) -> None:
+    """Against all products of marginals: no prefix outside the tree is likelier than one inside."""
+    setting, shape = SETTINGS[family], TreeShape(depth, top_k, min(nodes, 1 + top_k + (depth - 1) * top_k**2))
+    tree = setting.tree(shape)
+    for row in range(3):
+        laws = [setting.log_probs(row, (0,) * k, depth).topk(top_k) for k in range(depth)]
+        every = [torch.zeros(1)]
+        for law in laws if top_k > 1 else []:
+            every.append((every[-1][:, None] + law.values).flatten())
+        for law in laws if top_k == 1 else []:
+            every.append(every[-1] + law.values)
+        best = torch.cat(every[1:]).sort(descending=True).values[: shape.nodes - 1]
+        torch.testing.assert_close(tree.log_q[row, 1:].sort(descending=True).values, best, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -212,7 +238,7 @@ def test_a_chain_is_a_tree_of_one_branch() -> None:
     for row in range(3):
         path: Path = ()
         for _ in range(4):
-            path = (*path, int(ids[SETTING.log_probs(row, path).argmax()]))
+            path = (*path, int(ids[SETTING.log_probs(row, path, 4).argmax()]))
         assert paths_of(tree, row)[-1] == path
 
 
@@ -232,13 +258,13 @@ def test_sampled_chain_reports_the_distribution_it_was_drawn_from(family: str, t
     for row in range(3):
         path, total = paths_of(tree, row)[-1], 0.0
         for k in range(3):
-            expected = (setting.log_probs(row, path[:k]) / temperature).log_softmax(-1)
+            expected = (setting.log_probs(row, path[:k], 3) / temperature).log_softmax(-1)
             torch.testing.assert_close(draft_logp[row, k], expected, rtol=0, atol=5e-4)
             total += float(expected[ids == path[k]])
             assert float(tree.log_q[row, k + 1]) == pytest.approx(total, abs=1e-3)
     assert torch.equal(chain(0).tree.tokens, tree.tokens)
     assert any(not torch.equal(chain(seed).tree.tokens, tree.tokens) for seed in (1, 2))
-    given = setting.drafter.log_q(setting.read(), tree.tokens[:, 1:], temperature)
+    given = setting.drafter.log_q(setting.read(), setting.root, tree.tokens[:, 1:], temperature)
     torch.testing.assert_close(given.cumsum(1), tree.log_q[:, 1:], rtol=1e-4, atol=1e-4)
 
 

@@ -43,8 +43,8 @@ def batch(target: Target, drafter: Any, steps: int, rows: int = 2) -> Batch:
 def law(drafter: Any, entries: Entries, roots: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """log q along paths by the training pass, [B, P, K, Vd]."""
     with torch.no_grad():
-        states = along.states(drafter, entries, along.paths(roots, tokens))
-        return (drafter.lm_head(states) / temperature).log_softmax(-1).permute(1, 2, 0, 3)
+        logits: torch.Tensor = drafter(entries, along.paths(roots, tokens), lambda states, head: states @ head.T)
+        return (logits / temperature).log_softmax(-1).permute(1, 2, 0, 3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

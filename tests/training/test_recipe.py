@@ -180,6 +180,21 @@ def test_other_settings_are_not_resumed(tmp_path: Path, override: str, what: str
         check_resumable(tmp_path, *made(tmp_path))
 
 
+def test_a_measured_precision_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: null is measured once; the run that goes on does not measure again. A given value has precedence."""
+    options = ["data=text.jsonl", f"output_dir={tmp_path}"]
+    monkeypatch.setattr("vsd.training.config.bfloat16_pays", lambda use_cpu: True)
+    job, config = recipe(None, options, {})
+    assert config.bf16
+    write_recipe(tmp_path, job, config)
+    monkeypatch.setattr("vsd.training.config.bfloat16_pays", lambda use_cpu: False)
+    again = recipe(None, options, {})
+    assert again[1].bf16 and again[1].given["bf16"] is None
+    check_resumable(tmp_path, *again)
+    assert not recipe(None, [*options, "bf16=false"], {})[1].bf16
+    assert not recipe(None, [*options[:1], f"output_dir={tmp_path / 'other'}"], {})[1].bf16
+
+
 def test_settings_that_may_change_on_resume(tmp_path: Path) -> None:
     write_recipe(tmp_path, *made(tmp_path))
     longer = ["max_steps=9", "num_train_epochs=9", "max_minutes=9", "report_to=none", "logging_steps=1", "device=cpu"]

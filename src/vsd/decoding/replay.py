@@ -196,7 +196,8 @@ class Replay:
         ids, depth = batch.padded.ids, walk.shape.depth
         places = batch.start[:, None] + 1 + torch.arange(depth, device=ids.device)  # [B, K]
         index = places.clamp(max=ids.shape[1] - 1)
-        log_q = walk.drafter.log_q(walk.state, ids.gather(1, index), self.temperature)
+        root = ids.gather(1, batch.start[:, None])[:, 0]
+        log_q = walk.drafter.log_q(walk.state, root, ids.gather(1, index), self.temperature)
         coins = torch.rand(depth, len(ids), device=ids.device, generator=walk.coins).T
         kept = (coins < acceptance(log_q, batch.log_p.gather(1, index))) & (places < batch.padded.lengths[:, None])
         counts = 1 + kept.long().cumprod(-1).sum(-1)

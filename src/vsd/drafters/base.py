@@ -88,8 +88,8 @@ class Drafter(Protocol):
     ) -> Chain:
         """A chain below `root` [B] drawn from q, row b at temperature[b] (0: the best tokens), with its q."""
 
-    def log_q(self, state: Any, tokens: Tensor, temperature: float) -> Tensor:
-        """log q [B, K] of a given chain of tokens [B, K] below the root, at a temperature; -inf where q has none."""
+    def log_q(self, state: Any, root: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        """log q [B, K] of a given chain of tokens [B, K] below `root` [B], at a temperature; -inf where q has none."""
 
     def advance(self, state: Any, aux: Tensor, tokens: Tensor, counts: Tensor) -> None:
         """Take in the tokens [B, A] that verification decided, row b the first counts[b]; the last is the next root.

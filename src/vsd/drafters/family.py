@@ -19,18 +19,19 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
 
 
-def serve_arguments(kind: str, algorithm: str, method: str, out: str, tokens: int) -> str:
+def serve_arguments(kind: str, algorithm: str, method: str, out: str, tokens: int, **more: Any) -> str:
     """Arguments of an engine's server that make it draft `tokens` tokens with the checkpoint at `out`.
 
     Args:
         algorithm, method: SGLang's and vLLM's names for drafters of the family.
+        more: further fields of vLLM's speculative configuration.
     """
     if kind == "sglang":
         return (
             f"--speculative-algorithm {algorithm} --speculative-draft-model-path {out} "
             f"--speculative-num-steps {tokens} --speculative-eagle-topk 1 --speculative-num-draft-tokens {tokens + 1}"
         )
-    options = json.dumps({"method": method, "model": out, "num_speculative_tokens": tokens})
+    options = json.dumps({"method": method, "model": out, "num_speculative_tokens": tokens, **more})
     return f"--speculative-config '{options}'"
 
 
@@ -47,6 +48,8 @@ class Family(NamedTuple):
         serve: given a format, the exported folder and a number of drafted tokens, the engine's arguments.
         kind: class of the family's drafters.
         needs_tokenizer: whether engines want the target's tokenizer beside the drafter.
+        start: a new drafter from a trained one of another family, with fields of its configuration by name; None where
+            the family can take none. Raises TypeError for a family that it does not know.
     """
 
     title: str
@@ -58,3 +61,4 @@ class Family(NamedTuple):
     serve: Callable[[str, str, int], str]
     kind: type
     needs_tokenizer: bool = False
+    start: Callable[..., Drafter] | None = None

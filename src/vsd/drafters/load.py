@@ -1,18 +1,25 @@
 """Make, recognise and load drafters. A checkpoint's own `architectures` and `model_type` decide its family."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vsd.drafters import eagle3, lm
+from vsd.drafters import dflash, dspark, eagle3, lm, peagle
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import ConfigurationError, MismatchError
 from vsd.targets import TargetInfo
 
-FAMILIES: dict[str, Family] = {"eagle3": eagle3.FAMILY, "lm": lm.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "eagle3": eagle3.FAMILY,
+    "peagle": peagle.FAMILY,
+    "dflash": dflash.FAMILY,
+    "dspark": dspark.FAMILY,
+    "lm": lm.FAMILY,
+}
 DEFAULT = "eagle3"
 
 
@@ -28,12 +35,43 @@ def new_drafter(target: TargetInfo, vocabulary: DraftVocabulary, family: str | N
         ConfigurationError: no such family, or a configuration it does not take.
     """
     name = DEFAULT if family is None else family
+    return _made(name, options, lambda: family_named(name).new(target, vocabulary, **options))
+
+
+def start_drafter(path: str | Path, target: TargetInfo, family: str, **options: Any) -> Any:
+    """A new drafter of a family that starts from a trained drafter of another one.
+
+    Args:
+        path: folder of the trained drafter.
+        options: fields of the new drafter's configuration.
+
+    Raises:
+        ConfigurationError: the family takes no such start, or a configuration it does not take.
+        MismatchError: as `load_drafter`.
+    """
+    start = family_named(family).start
+    if start is None:
+        raise ConfigurationError(f"a drafter of family {family} does not start from another family's: leave out family")
+    trained = load_drafter(path, target, trainable=True)
+    return _made(family, options, lambda: start(trained, target, **options))
+
+
+def family_named(name: str) -> Family:
+    """A family of `FAMILIES`.
+
+    Raises:
+        ConfigurationError: there is no such family.
+    """
     if name not in FAMILIES:
         raise ConfigurationError(f"unknown drafter family '{name}': choose {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _made(family: str, options: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
-        return FAMILIES[name].new(target, vocabulary, **options)
+        return make()
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigurationError(f"drafter options {options} do not fit family {name}: {error}") from error
+        raise ConfigurationError(f"drafter options {options} do not fit family {family}: {error}") from error
 
 
 def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = False) -> Any:
@@ -87,4 +125,4 @@ def family_of(path: str | Path) -> Family:
 
 def family_for(drafter: Any) -> Family:
     """The family of a drafter in memory."""
-    return next(family for family in FAMILIES.values() if isinstance(drafter, family.kind))
+    return next(family for family in FAMILIES.values() if type(drafter) is family.kind)

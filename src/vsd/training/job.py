@@ -12,7 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from vsd.data import Example, load_examples
 from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
-from vsd.errors import VSDError
+from vsd.drafters.load import family_named, family_of, start_drafter
+from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, FeatureStore
 from vsd.objective import objective
 from vsd.options import TrainJob
@@ -48,7 +49,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
-    drafter = load_drafter(job.drafter, target, trainable=True) if job.drafter else _new_drafter(job, target, dataset)
+    drafter = _drafter(job, target, dataset)
     folder = Path(job.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(folder, job, config)
@@ -105,10 +106,18 @@ def prompt_of(example: Example) -> Inputs:
     return inputs._replace(ids=inputs.ids[:end], positions=positions)
 
 
-def _new_drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
-    size = min(job.draft_vocab_size, target.vocab_size)
-    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size)
-    return new_drafter(target, vocabulary, job.family, **job.drafter_options)
+def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
+    """The drafter to train: a given one, one that starts from a given one of another family, or a new one."""
+    options = job.drafter_options
+    if job.drafter is None:
+        size = min(job.draft_vocab_size, target.vocab_size)
+        vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size)
+        return new_drafter(target, vocabulary, job.family, **options)
+    if job.family is not None and family_of(job.drafter) is not family_named(job.family):
+        return start_drafter(job.drafter, target, job.family, **options)
+    if options:
+        raise ConfigurationError("drafter_options are for a new drafter: the given one has a configuration")
+    return load_drafter(job.drafter, target, trainable=True)
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:

@@ -22,6 +22,7 @@ from vsd.training.config import VSDConfig
 
 FILE = "recipe.json"
 VERSIONS = "versions"
+MEASURED = "measured"  # defaults that are measured on the machine
 SECRET = {"hub_token"}
 MAY_CHANGE = {
     *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # paths and devices
@@ -61,9 +62,9 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
 
 
 def write_recipe(folder: Path, job: TrainJob, config: VSDConfig) -> None:
-    """Write the whole configuration, and the versions of the packages, to recipe.json in `folder`."""
+    """Write the whole configuration, the measured defaults and the versions of the packages to `folder`/recipe.json."""
     versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    values = {**_settings(job, config), VERSIONS: versions}
+    values = {**_settings(job, config), MEASURED: {"bf16": config.bf16}, VERSIONS: versions}
     (folder / FILE).write_text(json.dumps(values, indent=1, default=str) + "\n")
 
 
@@ -100,7 +101,11 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
     if job.device == "cpu":
         own["use_cpu"] = True
     try:
+        measured = _measured(Path(job.output_dir))
+        given = {name: own.get(name) for name in measured}
+        own |= {name: value for name, value in measured.items() if given[name] is None}
         config = VSDConfig(**{**own, "output_dir": job.output_dir})
+        config.given |= given
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"bad training option: {str(error).splitlines()[0]}") from error
     if job.device not in ("auto", str(config.device), config.device.type):
@@ -152,5 +157,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"no recipe at '{path}'") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"'{path}' must hold KEY: VALUE lines")
-    values.pop(VERSIONS, None)
-    return values
+    return {name: value for name, value in values.items() if name not in (VERSIONS, MEASURED)}
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """The measured defaults of the run in a folder: a resumed run must not measure others on a busy machine."""
+    try:
+        found: dict[str, Any] = json.loads((folder / FILE).read_text()).get(MEASURED, {})
+    except (OSError, ValueError):
+        return {}
+    return found

@@ -62,6 +62,7 @@ class VSDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         drafter.attach(target)
+        drafter.config.draft_steps = args.draft_steps  # block drafters are exported with it
         if (features is None or eval_prompts) and not isinstance(target, Target):
             raise ConfigurationError("features computed in process and τ need the target's layers: load_target(…)")
         args._n_gpu = min(args.n_gpu, 1)  # not DataParallel: a GPU more is a process more

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vsd.drafters.autoregressive import Autoregressive
-from vsd.drafters.base import FeatureSpec
+from vsd.drafters.base import FeatureSpec, Objective
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import MismatchError
 from vsd.paths import Entries, Paths
@@ -138,6 +139,13 @@ class LMDrafter(Autoregressive, nn.Module):
                 f"this drafter was trained for another target: fingerprint {own}, not {target.fingerprint()}"
             )
 
+    def forward(self, entries: Entries, paths: Paths, objective: Objective) -> Any:
+        """See `Drafter.__call__`; a bias of the LM head is a further column of it, and a further 1 of every state."""
+        states, head, bias = self.states(entries, paths), self.lm_head.weight, self.lm_head.bias
+        if bias is None:
+            return objective(states, head)
+        return objective(F.pad(states, (0, 1), value=1.0), torch.cat([head, bias[:, None]], dim=1))
+
     def states(self, entries: Entries, paths: Paths) -> Tensor:
         """See `Autoregressive.states`: one pass over entries and drafted tokens."""
         (B, P, K), nodes = paths.tokens.shape, paths.entries[..., :-1]  # step k + 1 is found at nodes[..., k]
@@ -161,12 +169,10 @@ class LMDrafter(Autoregressive, nn.Module):
     @torch.no_grad()
     def sample(self, entries: Entries, roots: Tensor, steps: int, choose: Callable[[Tensor], Tensor]) -> None:
         """See `Drafter.sample`."""
-        state = self.begin_at(entries, roots, steps)
-        hidden = state.hidden
+        state, tokens = self.begin_at(entries, roots, steps), entries.next_ids.gather(1, roots).flatten()
+        law, none = self.conditionals(state, tokens, steps), torch.zeros_like(tokens)[:, None]
         for k in range(steps):
-            tokens = choose(self.log_probs(hidden).view(*roots.shape, -1)).flatten()
-            if k + 1 < steps:
-                hidden = self._next(state, hidden, tokens, k + 1)
+            tokens = choose(law(k, tokens[:, None], none).view(*roots.shape, -1)).flatten()
 
     @torch.no_grad()
     def begin_at(self, entries: Entries, roots: Tensor, room: int) -> LMState:
@@ -253,7 +259,7 @@ class LMDrafter(Autoregressive, nn.Module):
         above = entries.seen_from(roots).repeat_interleave(k, dim=1)  # [B, P k, E]
         order = torch.arange(k, device=device)
         chain = torch.block_diag(*[order[:, None] >= order] * P).bool().expand(B, -1, -1)
-        seen = torch.cat([torch.nn.functional.pad(text, (0, P * k)), torch.cat([above, chain], dim=2)], dim=1)
+        seen = torch.cat([F.pad(text, (0, P * k)), torch.cat([above, chain], dim=2)], dim=1)
         behind = entries.positions.gather(1, roots)[..., None] + 2 + order  # [B, P, k]
         ids = torch.cat([entries.first_ids[:, None], entries.next_ids, tokens.flatten(1)], dim=1)
         zero = torch.zeros_like(entries.positions[:, :1])
@@ -280,6 +286,6 @@ class LMDrafter(Autoregressive, nn.Module):
 
 def _with_first(seen: Tensor) -> Tensor:
     """Masks [B, N, N] with the text's first token before all others, which every node attends to: [B, 1 + N, 1 + N]."""
-    wider = torch.nn.functional.pad(seen, (1, 0, 1, 0))
+    wider = F.pad(seen, (1, 0, 1, 0))
     wider[:, :, 0] = True
     return wider

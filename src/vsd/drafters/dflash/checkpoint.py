@@ -1,0 +1,192 @@
+"""The family `dflash`: its checkpoints as vLLM and speculators read them, and back.
+
+| format | class | read by |
+|---|---|---|
+| `vllm` | `DFlashDraftModel`, model type `qwen3` | vLLM's native path, method `dflash` |
+| `speculators` | `DFlashDraftModel` | vLLM by way of the speculators library |
+
+The tensors are ours. Feature layers differ silently: `dflash_config.target_layer_ids` counts layer *outputs*,
+speculators' `aux_hidden_state_layer_ids` layer *inputs*, one more. vLLM reads speculators' `sliding_window_non_causal`
+for layers of full attention, too: without it their blocks would be causal.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsd.drafters.checkpoints import (
+    SIZES,
+    cast,
+    check_embeddings,
+    complete_vocabulary,
+    fill,
+    our_fields,
+    read_checkpoint,
+    rope_fields,
+    speculators_config,
+    without_map,
+)
+from vsd.drafters.dflash.model import DFlashConfig, DFlashDrafter
+from vsd.drafters.family import Checkpoint, Family, serve_arguments
+from vsd.errors import MismatchError
+from vsd.targets import TargetInfo
+
+_CLASS = "DFlashDraftModel"
+_STEPS = 7  # tokens of a block whose drafter does not say
+_UNSUPPORTED = (
+    "attention_bias",
+    "attention_value_scale",
+    "attention_sink_bias",
+    "add_swa_attention_sink_bias",
+    "use_swa",
+)
+
+
+def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
+    """A drafter in one of the formats above.
+
+    Raises:
+        MismatchError: a drafter that vLLM would load wrong.
+    """
+    config = drafter.config
+    if config.sample_from_anchor:
+        raise MismatchError("vLLM's dflash predicts nothing at the root: train with sample_from_anchor: false")
+    tensors, layer, common = exported(drafter, _CLASS)
+    if kind == "vllm":
+        own = {"mask_token_id": config.mask_token_id, "causal": config.causal, "block_size": common["block_size"]}
+        layers = [index - 1 for index in config.aux_layers]
+        return Checkpoint(tensors, {**layer, **common, "dflash_config": {**own, "target_layer_ids": layers}})
+    return Checkpoint(tensors, {**common, **speculators(drafter, target, "dflash", layer)})
+
+
+def exported(drafter: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, fields of the layers and fields common to all formats, for class `name`.
+
+    Raises:
+        MismatchError: a packed drafter, or features that the formats cannot name.
+    """
+    config, tensors = drafter.config, dict(drafter.state_dict())
+    if "fc.weight" not in tensors:
+        raise MismatchError("this drafter's weights are packed for decoding: read it with `read_drafter`")
+    if min(config.aux_layers) < 1:
+        raise MismatchError("a feature of layer 0's input is no layer's output: the format cannot name it")
+    layer = {
+        "model_type": "qwen3",
+        "num_hidden_layers": config.num_hidden_layers,
+        **{size: getattr(config, size) for size in SIZES},
+        **rope_fields(config),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+    steps = getattr(config, "draft_steps", None) or _STEPS
+    common = {
+        "architectures": [name],
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size or config.hidden_size,
+        "block_size": steps if config.sample_from_anchor else steps + 1,
+        "torch_dtype": str(drafter.dtype).removeprefix("torch."),
+    }
+    return without_map(tensors, config), layer, common
+
+
+def speculators(drafter: Any, target: TargetInfo, name: str, layer: dict[str, Any]) -> dict[str, Any]:
+    """Fields of speculators' format for its family `name`.
+
+    Raises:
+        MismatchError: causal blocks, which the format does not have.
+    """
+    config = drafter.config
+    if config.causal:
+        raise MismatchError("speculators' blocks of full attention are never causal: export it as vllm")
+    return {
+        "speculators_model_type": name,
+        "speculators_version": "0.9.0",
+        "tie_word_embeddings": False,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": config.sample_from_anchor,
+        "sliding_window_non_causal": True,
+        "aux_hidden_state_layer_ids": list(config.aux_layers),
+        "transformer_layer_config": layer,
+        "speculators_config": speculators_config(name, target, getattr(config, "draft_steps", None) or _STEPS),
+    }
+
+
+def load(kind: type[DFlashDrafter], folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
+    """Our own checkpoint, or a released one, in a dtype (None: its own), on the target's device.
+
+    Raises:
+        MismatchError: see `import_checkpoint` and `FeatureDrafter.from_pretrained`.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") == kind.config_class.model_type:
+        own: Any = "auto" if dtype is None else dtype
+        return kind.from_pretrained(folder, dtype=own, device_map=target.device)
+    return cast(import_checkpoint(kind, folder, target), target.device, dtype)
+
+
+def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInfo) -> Any:
+    """A released drafter, in either format, as ours; every tensor is accounted for.
+
+    Raises:
+        MismatchError: no checkpoint, another architecture or target, tensors missing or left over, features unclear.
+    """
+    raw, tensors = read_checkpoint(folder)
+    layer, own = raw.get("transformer_layer_config", raw), {**raw, **(raw.get("dflash_config") or {})}
+    wrong = [name for name in _UNSUPPORTED if layer.get(name) or own.get(name)]
+    if "sliding_attention" in (layer.get("layer_types") or []):
+        wrong.append("layers with a sliding window")
+    if layer.get("is_neox_style", True) is False or layer.get("logit_scale", 1.0) != 1.0:
+        wrong.append("another rotation or scale of logits")
+    if (folder / "mask_embedding.pt").exists():
+        wrong.append("a mask embedding of its own")
+    if wrong:
+        raise MismatchError(f"'{folder}' has {', '.join(wrong)}: not the {kind.title} that vsd trains")
+    inputs = raw.get("aux_hidden_state_layer_ids")
+    layers = list(inputs or [index + 1 for index in own.get("target_layer_ids") or []])
+    if not layers or own.get("mask_token_id") is None:
+        raise MismatchError(f"'{folder / 'config.json'}' names no feature layers, or no mask token")
+    check_embeddings(folder, tensors, target)
+    fields = our_fields(folder, raw, tensors, target)
+    complete_vocabulary(folder, tensors, fields["draft_vocab_size"], target.vocab_size)
+    more = {
+        "aux_layers": layers,
+        "target_fingerprint": target.fingerprint(layers),
+        "num_hidden_layers": layer["num_hidden_layers"],
+        "mask_token_id": own["mask_token_id"],
+        "causal": bool(own.get("causal", layer.get("is_causal") or False)),
+        **{name: own[name] for name in ("sample_from_anchor", "markov_rank") if name in own},
+    }
+    drafter = kind(kind.config_class(**{**fields, **more}))
+    if fields["draft_vocab_size"] == target.vocab_size:
+        tensors.pop("lm_head.weight", None)
+    return fill(folder, drafter, tensors)
+
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a DFlash drafter: ours, native, or speculators'."""
+    if config.get("model_type") == DFlashConfig.model_type:
+        return True
+    if "speculators_model_type" in config:
+        return bool(config["speculators_model_type"] == "dflash")
+    return _CLASS in (config.get("architectures") or [])
+
+
+def _serve(kind: str, out: str, tokens: int) -> str:
+    return serve_arguments(kind, "DFLASH", "dflash", out, tokens)
+
+
+FAMILY = Family(
+    title=DFlashDrafter.title,
+    new=DFlashDrafter.for_target,
+    reads=reads,
+    load=partial(load, DFlashDrafter),
+    export=export,
+    formats=("vllm", "speculators"),
+    serve=_serve,
+    kind=DFlashDrafter,
+)

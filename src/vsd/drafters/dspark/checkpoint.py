@@ -1,0 +1,74 @@
+"""The family `dspark`: its checkpoints as vLLM and speculators read them, and back.
+
+| format | class | read by |
+|---|---|---|
+| `vllm` | `Qwen3DSparkModel`, model type `qwen3` | vLLM's native path, method `dspark` |
+| `speculators` | `Qwen3DSparkModel` | vLLM by way of the speculators library |
+
+The tensors are ours. Both are read from vLLM's source; its CPU build has no speculator for them, so they are not proved
+there. Confidence heads of released drafters are not read: they do not change what is drafted.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsd.drafters.dflash.checkpoint import exported, load, speculators
+from vsd.drafters.dspark.model import DSparkConfig, DSparkDrafter
+from vsd.drafters.family import Checkpoint, Family, serve_arguments
+from vsd.targets import TargetInfo
+
+_CLASS = "Qwen3DSparkModel"
+
+
+def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
+    """A drafter in one of the formats above.
+
+    Raises:
+        MismatchError: a drafter that vLLM would load wrong.
+    """
+    config = drafter.config
+    tensors, layer, common = exported(drafter, _CLASS)
+    markov = {"markov_rank": config.markov_rank, "markov_head_type": "vanilla", "enable_confidence_head": False}
+    if kind == "speculators":
+        own = {**speculators(drafter, target, "dspark", layer), "confidence_head_with_markov": False}
+        return Checkpoint(tensors, {**common, **own, **markov})
+    own = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": [index - 1 for index in config.aux_layers],
+        "sample_from_anchor": config.sample_from_anchor,
+        "dspark_bonus_anchor": not config.sample_from_anchor,
+        "dflash_config": {"causal": config.causal},
+    }
+    return Checkpoint(tensors, {**layer, **common, **own, **markov})
+
+
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a DSpark drafter: ours, native, or speculators'."""
+    if config.get("model_type") == DSparkConfig.model_type:
+        return True
+    if "speculators_model_type" in config:
+        return bool(config["speculators_model_type"] == "dspark")
+    return _CLASS in (config.get("architectures") or [])
+
+
+def _load(folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
+    return load(DSparkDrafter, folder, target, dtype)
+
+
+def _serve(kind: str, out: str, tokens: int) -> str:
+    return serve_arguments(kind, "DSPARK", "dspark", out, tokens)
+
+
+FAMILY = Family(
+    title=DSparkDrafter.title,
+    new=DSparkDrafter.for_target,
+    reads=reads,
+    load=_load,
+    export=export,
+    formats=("vllm", "speculators"),
+    serve=_serve,
+    kind=DSparkDrafter,
+)

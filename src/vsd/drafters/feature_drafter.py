@@ -1,0 +1,171 @@
+"""A drafter that reads features of its target's layers and embeds tokens as its target does.
+
+Common to EAGLE-3 and the block drafters: sizes, draft vocabulary, the check of the target, checkpoints of our own.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vsd.drafters.base import FeatureSpec
+from vsd.drafters.proposals import Proposals
+from vsd.drafters.vocabulary import DraftVocabulary
+from vsd.errors import MismatchError
+from vsd.targets import TargetInfo
+
+
+class FeatureDrafterConfig(PreTrainedConfig):
+    """Sizes of a drafter, and which target it belongs to.
+
+    `aux_layers` are decoder-layer *input* indices of the target (vLLM's convention).
+    """
+
+    vocab_size: int = 32000
+    draft_vocab_size: int = 8192
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    rope_parameters: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+    aux_layers: tuple[int, ...] | list[int] = (2, 15, 27)
+    target_hidden_size: int | None = None
+    target_fingerprint: str | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def feature_width(self) -> int:
+        """n h: width of the features of all layers."""
+        return len(self.aux_layers) * (self.target_hidden_size or self.hidden_size)
+
+
+class FeatureDrafter(Proposals, PreTrainedModel):
+    """The drafter; a family adds weights and passes.
+
+    Attributes:
+        title: of the family, for messages.
+    """
+
+    title: ClassVar[str]
+    config_class: Any
+    base_model_prefix = ""
+    config: Any
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: FeatureDrafterConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("d2t", torch.full((config.draft_vocab_size,), -1))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.embed: Callable[[Tensor], Tensor] = _detached
+
+    @classmethod
+    def for_target(cls, target: TargetInfo, vocabulary: DraftVocabulary, **overrides: Any) -> Self:
+        """A new drafter, randomly initialised, with the target's width and rotary embedding.
+
+        Args:
+            overrides: any field of the family's configuration.
+        """
+        fields = {**cls.fields_for(target, overrides), "draft_vocab_size": vocabulary.size, **overrides}
+        drafter: Any = cls(cls.config_class(**fields))
+        drafter.d2t.copy_(vocabulary.d2t)
+        drafter.t2d.copy_(vocabulary.t2d)
+        drafter.to(target.device)
+        drafter.attach(target)
+        own: Self = drafter
+        return own
+
+    @classmethod
+    def fields_for(cls, target: TargetInfo, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the configuration that the target decides."""
+        layers = overrides.get("aux_layers") or default_layers(target.config.num_hidden_layers)
+        config = target.config
+        heads = config.num_attention_heads
+        return {
+            "vocab_size": target.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rope_parameters": _full_rotary(config),
+            "aux_layers": list(layers),
+            "target_fingerprint": target.fingerprint(layers),
+        }
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a saved drafter; every tensor must be there, and none may be left over.
+
+        Raises:
+            MismatchError: there is no drafter at `path`, or its tensors are not exactly those of the architecture.
+        """
+        options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **kwargs}
+        options["ignore_mismatched_sizes"] = True  # named below, with what else is wrong
+        load: Callable[..., Any] = super().from_pretrained
+        try:
+            drafter, found = load(path, *args, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise MismatchError(f"cannot load a drafter from '{path}': {str(error).splitlines()[0]}") from error
+        wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
+        if wrong:
+            raise MismatchError(f"'{path}' is not the {cls.title} that its config describes: {wrong}")
+        own: Self = drafter
+        return own
+
+    @property
+    def needs(self) -> FeatureSpec:
+        """Some decoder layers of the target."""
+        return FeatureSpec(tuple(self.config.aux_layers))
+
+    @property
+    def vocabulary(self) -> DraftVocabulary:
+        """From `d2t`."""
+        return DraftVocabulary(torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t, len(self.t2d))
+
+    def attach(self, target: TargetInfo) -> None:
+        """See `Drafter.attach`; the drafter embeds tokens as the target does."""
+        config = self.config
+        fingerprint = target.fingerprint(config.aux_layers)
+        pairs = {
+            "vocabulary": (config.vocab_size, target.vocab_size),
+            "hidden size": (config.target_hidden_size or config.hidden_size, target.hidden_size),
+            "fingerprint": (config.target_fingerprint or fingerprint, fingerprint),
+        }
+        for name, (mine, theirs) in pairs.items():
+            if mine != theirs:
+                raise MismatchError(f"this drafter was trained for another target: {name} {mine}, not {theirs}")
+        count = target.config.num_hidden_layers
+        if not all(0 <= layer < count for layer in config.aux_layers):
+            raise MismatchError(f"features of layers {list(config.aux_layers)} of a target that has {count}")
+        self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
+
+
+def default_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's three feature layers, by input index: [2, L/2, L-3]; spread evenly where there are fewer than six."""
+    if num_layers < 6:
+        return (0, num_layers // 2, num_layers - 1)
+    return (2, num_layers // 2, num_layers - 3)
+
+
+def _detached(ids: Tensor) -> Tensor:
+    raise MismatchError("this drafter has no target yet: call `attach` first")
+
+
+def _full_rotary(config: Any) -> dict[str, Any]:
+    """The target's rotary parameters, as one full-width rotation (mixed and partial ones have no drafter twin)."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if "full_attention" in parameters:
+        parameters = dict(parameters["full_attention"])
+    parameters.pop("partial_rotary_factor", None)
+    return {"rope_type": "default", "rope_theta": 10000.0} | parameters
