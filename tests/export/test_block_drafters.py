@@ -1,4 +1,4 @@
-"""Checkpoints of block drafters: round trips are bit-exact, conventions explicit, and what vLLM loads wrong is refused."""
+"""Checkpoints of block drafters: round trips are bit-exact, conventions explicit, what vLLM loads wrong is refused."""
 
 import json
 from pathlib import Path
