@@ -3,10 +3,10 @@
     python benchmarks/mean_field.py [--targets 20] [--sharpness 2] [--json FILE]
 
 A tabular drafter is trained to the optimum of cross-entropy to p on all 256 paths, then further with each objective.
-The drafter is a product of marginals, a Markov chain (DSpark), or a free table (autoregressive). Reported is the expected
-accepted length relative to the optimum of cross-entropy: the mean over targets, the 95 % interval of the mean, and the
-largest. Two ways of serving: a sampled chain by rejection; and at temperature 0 the drafter's likeliest chain, where p
-stands for what the drafter cannot know of the target's one answer.
+The drafter is a product of marginals, a Markov chain (DSpark), or a free table (autoregressive). Reported is the
+expected accepted length relative to the optimum of cross-entropy: the mean over targets, the 95 % interval of the mean,
+and the largest. Two ways of serving: a sampled chain by rejection; and at temperature 0 the drafter's likeliest chain,
+where p stands for what the drafter cannot know of the target's one answer.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main() -> None:
     for way in WAYS:
         show(way, lengths)
     if a.json:
-        write_json(a.json, {"settings": {"targets": a.targets, "sharpness": a.sharpness}, "lengths": lengths})
+        write_json({"settings": {"targets": a.targets, "sharpness": a.sharpness}, "lengths": lengths}, a.json)
 
 
 if __name__ == "__main__":

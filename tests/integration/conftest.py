@@ -10,16 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, STEPS, TAUGHT, TEXT, speculative
-from vsd.data import Example, prompt_inputs, read_conversations
-from vsd.decoding import Engine, Sampling
-from vsd.drafters import draft_vocabulary, new_drafter
+from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, TEXT, speculative
+from vsd.data import prompt_inputs, read_conversations
 from vsd.drafters.eagle3 import Eagle3Drafter
-from vsd.drafters.load import read_drafter, start_drafter
+from vsd.drafters.load import read_drafter
 from vsd.export import export_drafter
-from vsd.targets import Inputs, Target, load_target
+from vsd.targets import Target, load_target
 from vsd.targets.load import resolve
-from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 
 
 @pytest.fixture(scope="session")
@@ -55,50 +52,16 @@ def targets() -> dict[str, Target]:
 
 @pytest.fixture(scope="session")
 def exported(
-    targets: dict[str, Target],
-    target_folder: str,
-    prompts: list[list[int]],
-    tmp_path_factory: pytest.TempPathFactory,
+    targets: dict[str, Target], target_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The committed drafter in the formats that vLLM reads; `whole`, for the whole vocabulary; `lm`, a draft model.
-
-    Block drafters are taught the answers to the prompts, so that long paths are accepted.
-    """
+    """The committed drafter in the formats that vLLM reads; `whole`, for the whole vocabulary; `lm`, a draft model."""
     folder, target = tmp_path_factory.mktemp("exported"), targets["float32"]
     drafter = read_drafter(DRAFTER, target)
     found = {kind: export_drafter(drafter, target, folder / kind, kind) for kind in ("vllm", "speculators")}
     found["whole"] = export_drafter(whole_vocabulary(drafter), target, folder / "whole", "vllm")
-    for kind, (family, options) in TAUGHT.items():
-        taught = teach(target, prompts, folder / f"{kind}-run", family, options)
-        found[kind] = export_drafter(taught, target, folder / kind, "vllm")
-        if not options.get("causal"):  # which speculators' format cannot say
-            name = f"{kind}, speculators"
-            found[name] = export_drafter(taught, target, folder / name, "speculators")
     write_shortened(target_folder, folder / "shortened")
     found["lm"] = export_drafter(read_drafter(folder / "shortened", target), target, folder / "lm", "vllm")
     return found
-
-
-def teach(target: Target, prompts: list[list[int]], folder: Path, family: str, options: dict[str, Any]) -> Any:
-    """A block drafter, started from the committed drafter or new, that knows the target's answers by heart."""
-    results = Engine(target).generate(prompts, Sampling(LENGTH))
-    examples = [
-        Example(Inputs(r.prompt.ids + r.tokens), [False] * (len(r.prompt.ids) + 1) + [True] * (len(r.tokens) - 1))
-        for r in results
-    ]
-    dataset = DraftDataset(examples)
-    torch.manual_seed(0)
-    if family == "peagle":
-        drafter = start_drafter(DRAFTER, target, family, **options)
-    else:
-        vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, 4096)
-        drafter = new_drafter(target, vocabulary, family, **options)
-    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "eval_strategy": "no"}
-    config = VSDConfig(str(folder), draft_steps=5, max_steps=STEPS, learning_rate=2e-3, bf16=False, **quiet)  # type: ignore[arg-type]
-    trainer = VSDTrainer(target, drafter, config, dataset)
-    trainer.train()
-    drafter.save_pretrained(folder / "drafter")
-    return read_drafter(folder / "drafter", target)
 
 
 def write_shortened(target_folder: str, folder: Path) -> None:

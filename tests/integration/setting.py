@@ -14,12 +14,6 @@ DRAFTER = REPOSITORY / "drafters" / "smollm2-135m-eagle3"
 TEXT = Path(str(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz"))
 PROMPTS, LENGTH = 24, 64
 SKIPPED = slice(14, 16)  # layers of the target that the draft model lacks
-TAUGHT: dict[str, tuple[str, dict[str, Any]]] = {  # family and configuration of block drafters
-    "peagle": ("peagle", {"num_hidden_layers": 2}),
-    "dflash": ("dflash", {"num_hidden_layers": 2, "aux_layers": [2, 15, 28]}),
-    "dflash, causal": ("dflash", {"num_hidden_layers": 1, "causal": True}),
-}
-STEPS = 100  # that they are trained
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 

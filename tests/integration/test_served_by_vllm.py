@@ -28,13 +28,6 @@ CASES = [
     ("whole", 3, "float32"),
     ("lm", 3, "float32"),
     ("lm", 5, "float32"),
-    ("peagle", 5, "float32"),
-    ("peagle", 3, "float32"),
-    ("peagle, speculators", 5, "float32"),
-    ("dflash", 5, "float32"),
-    ("dflash", 3, "float32"),
-    ("dflash, speculators", 5, "float32"),
-    ("dflash, causal", 5, "float32"),
 ]
 # A tie: log-probabilities of the two best no further apart than the same sum in another order may move them. In
 # bfloat16 logits between 16 and 32 are multiples of 1/8; two of those.
