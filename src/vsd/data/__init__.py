@@ -1,7 +1,7 @@
 """Conversations as token ids and drafted positions; training text written by the target."""
 
 from vsd.data.chat import Conversation, read_conversations
-from vsd.data.examples import Example, encode, load_examples
+from vsd.data.examples import Example, encode, encoded, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
 from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
@@ -22,6 +22,7 @@ __all__ = [
     "TargetTeacher",
     "Teacher",
     "encode",
+    "encoded",
     "generate_answers",
     "generate_batch",
     "load_examples",
