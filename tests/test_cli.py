@@ -26,6 +26,7 @@ COMMANDS = [
     ["data"],
     ["data", "regenerate"],
     ["data", "synthesize"],
+    ["data", "check"],
     ["train"],
     ["objectives"],
     ["generate"],
@@ -124,6 +125,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "recipe": (["train", "--config", folder / "no.yaml"], "no recipe at"),
         "regenerate": (["data", "regenerate", folder / "no.jsonl", "--target", target, *out], "no file at"),
         "regenerate bad": (["data", "regenerate", folder / "bad.jsonl", "--target", target, *out], "bad.jsonl:2"),
+        "check": (["data", "check", folder / "empty.jsonl", "--target", target], "no usable conversation"),
         "no model": ([*ask, "--server", "http://127.0.0.1:9"], "--server URL --model NAME"),
         "no server": ([*ask, "--server", "localhost:8000", "--model", "m"], "no server's address"),
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
@@ -137,8 +139,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
 NAMES = """tree,tree of bench,objective,objective's option,no such objective,
 no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
 top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
-missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,no model,no server,synthesize,tune,export,import,
-demo"""
+missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,check,no model,no server,synthesize,tune,
+export,import,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -286,6 +288,20 @@ def test_regenerate_by_a_server(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(out.read_text().splitlines()) == 4 == len(server.asked)
     server.shutdown()
     server.server_close()
+
+
+def test_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """No layers are loaded, and what is skipped is named."""
+    monkeypatch.setattr("vsd.targets.load_target", None)
+    text = tmp_path / "text.jsonl"
+    text.write_bytes((folder / "text.jsonl").read_bytes() + b'{"prompt": "no answer"}\n')
+    assert run(folder, "data", "check", text) == 0
+    captured = capsys.readouterr()
+    assert f"vsd: skipped {text}:25: there is no answer" in captured.err
+    assert re.search(r"^conversations +24, 1 skipped$", captured.out, re.M)
+    assert re.search(r"^draft vocabulary +128 of 128 tokens cover 100.0% of the supervised$", captured.out, re.M)
+    assert re.search(r"^duplicates +\d+ conversations, 0 ids$", captured.out, re.M)
+    assert f"{text}:1, supervised tokens in ⟦ ⟧:" in captured.out and "⟧" in captured.out.partition("⟦ ⟧")[2]
 
 
 def test_synthesize(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

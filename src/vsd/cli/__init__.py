@@ -12,6 +12,7 @@ from vsd import __version__
 from vsd.allocator import keep_freed_memory
 from vsd.cli import (
     bench,
+    check,
     demo,
     export,
     generate,
@@ -37,12 +38,13 @@ vsd COMMAND --help shows the options of a command."""
 
 DATA_EXAMPLES = """\
   vsd data regenerate prompts.jsonl --target T --out text.jsonl
-  vsd data synthesize --target T --out text.jsonl --tokens 1000000"""
+  vsd data synthesize --target T --out text.jsonl --tokens 1000000
+  vsd data check text.jsonl --target T"""
 
 DATA = Group(
     "Write training text with the target: a drafter learns to predict the target, so the target must have written it.",
     DATA_EXAMPLES,
-    {"regenerate": regenerate.COMMAND, "synthesize": synthesize.COMMAND},
+    {"regenerate": regenerate.COMMAND, "synthesize": synthesize.COMMAND, "check": check.COMMAND},
 )
 VSD = Group(
     "Train, measure and run draft models of speculative decoding.",

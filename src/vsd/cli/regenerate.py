@@ -22,7 +22,7 @@ class Regenerate:
     """conversations and answers
 
     Attributes:
-        source: JSONL file (messages, conversations, turns or prompt), .txt file, or name of a hub dataset
+        source: JSONL, .json, .txt, Parquet or Arrow file, a folder of such files, or a hub dataset (hf:NAME:SPLIT)
         out: JSONL file to write; an existing one is continued
         limit: use only this many conversations
         batch_size: answers that are generated together

@@ -1,7 +1,8 @@
 """Conversations as token ids and drafted positions; training text written by the target."""
 
 from vsd.data.chat import Conversation, read_conversations
-from vsd.data.examples import Example, encode, load_examples
+from vsd.data.check import TextCount, count_text, marked_text
+from vsd.data.examples import Example, encode, encoded, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
 from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
@@ -21,10 +22,14 @@ __all__ = [
     "Summary",
     "TargetTeacher",
     "Teacher",
+    "TextCount",
+    "count_text",
     "encode",
+    "encoded",
     "generate_answers",
     "generate_batch",
     "load_examples",
+    "marked_text",
     "prompt_inputs",
     "read_conversations",
     "regenerate",

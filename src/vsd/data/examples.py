@@ -9,6 +9,8 @@ prompt (the prompt that is served), with the answer, and with a placeholder in i
   such as an empty thinking block, is context and not supervised.
 - The answer ends with the first control token behind its text. The target does not generate the text that the template
   prints behind this token (the newline of ChatML), so it is not supervised either.
+- An answer with tool calls or `reasoning_content` is what the template prints for them behind the prompt.
+- An answer that was cut off at a limit of tokens ends with its text: the target did not generate the control token.
 - Some templates change the answer, or print a prompt that the rendering with the answer does not begin with: they
   remove thinking from answers and open it in the prompt. Then the answer's own text is put behind the prompt.
 
@@ -17,26 +19,22 @@ messages follow. A template that rewrites earlier turns yields a sequence of its
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from vsd.data.chat import (
-    BadLineError,
-    Conversation,
-    Message,
-    OnBadLine,
-    Report,
-    handle_bad_line,
-    read_conversations,
-)
-from vsd.data.template import answer_text, control_ids, render, tokenize
+from vsd.data.chat import Conversation, read_conversations
+from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
+from vsd.data.messages import Message
+from vsd.data.template import answer_text, check_printed, control_ids, render, tokenize
 from vsd.errors import DataError, TargetError
 from vsd.targets.inputs import Inputs
 
 _PLACEHOLDER = "ANSWERTEXT"
 _OPEN_BLOCK = re.compile(r"<(\w+)>\s*$")  # at the end of a prompt: <think>
+_FIRST_BLOCK = re.compile(r"\s*(<\w+>)")  # at the beginning of an inserted text
 
 
 class Example(NamedTuple):
@@ -53,21 +51,35 @@ def load_examples(
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
 ) -> list[Example]:
-    """Read and encode a whole source; conversations that `encode` refuses are bad lines, too.
+    """The training sequences of a whole source, as `encoded` yields them."""
+    found = encoded(source, tokenizer, max_length, on_bad_line, report)
+    return [example for _, examples in found for example in examples]
+
+
+def encoded(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_bad_line: OnBadLine = "fatal",
+    report: Report | None = None,
+) -> Iterator[tuple[Conversation, list[Example]]]:
+    """Read and encode a source; conversations that `encode` refuses are bad lines, too.
 
     Raises:
         DataError: a bad line, when fatal; no usable conversation.
         TargetError: the tokenizer has no chat template, or is not a fast one.
     """
-    examples = []
+    usable = 0
     for conversation in read_conversations(source, on_bad_line=on_bad_line, report=report):
         try:
-            examples += encode(tokenizer, conversation, max_length)
+            examples = encode(tokenizer, conversation, max_length)
         except BadLineError as error:
             handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
-    if not examples:
+            continue
+        usable += 1
+        yield conversation, examples
+    if not usable:
         raise DataError(f"{source} holds no usable conversation")
-    return examples
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int) -> list[Example]:
@@ -75,12 +87,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_l
 
     Raises:
         BadLineError: longer than `max_length`, nothing to draft, or an answer that cannot be trained as it is served.
-        TargetError: as in `load_examples`.
+        TargetError: as in `encoded`.
     """
     if conversation.response_ids:
         examples = [_exact(tokenizer, conversation)]
     else:
-        examples = _from_template(tokenizer, conversation.messages)
+        examples = _from_template(tokenizer, conversation)
     longest = max(len(example.inputs.ids) for example in examples)
     if longest > max_length:
         raise BadLineError(f"too long: {longest} tokens, more than the {max_length} allowed")
@@ -104,6 +116,33 @@ def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Ex
     return Example(Inputs(prompt + response), drafted)
 
 
+class _Template(NamedTuple):
+    """The chat template of a conversation: its arguments besides messages, and the tokens that are markup."""
+
+    tokenizer: PreTrainedTokenizerBase
+    arguments: Mapping[str, Any]
+    control: set[int]
+
+    def render(self, messages: list[Message], *, answer_next: bool = False) -> str:
+        return render(self.tokenizer, messages, self.arguments, answer_next=answer_next)
+
+
+class _Frame(NamedTuple):
+    """What the template prints around an answer.
+
+    Attributes:
+        prompt: the prompt that is served.
+        inserted: text between the prompt and an answer's text, such as an empty thinking block.
+        tail: text behind an answer.
+        end: how many characters of the tail the target generates: one control token.
+    """
+
+    prompt: str
+    inserted: str
+    tail: str
+    end: int
+
+
 class _Served(NamedTuple):
     """One answer as it is served: text[start:stop] behind `prompt`, with which `text` begins."""
 
@@ -113,13 +152,15 @@ class _Served(NamedTuple):
     stop: int
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Example]:
+def _from_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Example]:
     if not tokenizer.is_fast:
         raise TargetError("this target has no fast tokenizer: only fast ones give the places of tokens in the text")
+    messages, template = conversation.messages, _Template(tokenizer, conversation.arguments, control_ids(tokenizer))
+    check_printed(tokenizer, messages, conversation.arguments)
     sequences: list[list[_Served]] = []  # the answers of a sequence, the last one first: its text is the sequence's
-    control = control_ids(tokenizer)
     for i in reversed([i for i, message in enumerate(messages) if message["role"] == "assistant"]):
-        answer = _served(tokenizer, messages[:i], messages[i], control)
+        cut = conversation.cut and i == len(messages) - 1
+        answer = _served(template, messages[:i], messages[i], cut)
         holders = [answers for answers in sequences if answers[0].text.startswith(answer.text[: answer.stop])]
         if holders:
             holders[0].append(answer)
@@ -128,40 +169,82 @@ def _from_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) 
     return [_example(tokenizer, answers) for answers in reversed(sequences)]
 
 
-def _served(tokenizer: PreTrainedTokenizerBase, history: list[Message], message: Message, control: set[int]) -> _Served:
-    prompt = render(tokenizer, history, answer_next=True)
-    whole = render(tokenizer, [*history, message], answer_next=False)
-    tail, end = _end_of_turn(tokenizer, history, control)
+def _served(template: _Template, history: list[Message], message: Message, cut: bool) -> _Served:
+    """One answer behind its prompt.
+
+    Raises:
+        BadLineError: the target does not answer like this behind the prompt that is served.
+    """
+    frame = _frame(template, history, cut)
+    whole = template.render([*history, message])
+    if "tool_calls" in message or "reasoning_content" in message:
+        return _printed(frame, whole, message, cut)
+    prompt, _, tail, end = frame
     block = _OPEN_BLOCK.search(prompt)
     content = message["content"].strip()
     if block:
         content = content.removeprefix(block[0].strip()).strip()
-    body = whole[len(prompt) : len(whole) - len(tail)].rstrip()
-    if whole.startswith(prompt) and whole.endswith(tail) and content and body.endswith(content):
-        inserted = body.removesuffix(content)
-        start = len(prompt) + (len(inserted) if inserted.strip() else 0)
-        return _Served(prompt, whole, start, len(whole) - len(tail) + end)
-    if block and f"</{block[1]}>" not in content:
-        raise BadLineError(
-            f"the chat template opens {block[0].strip()} in the prompt and the answer does not close it, so the "
-            "target does not answer like this: use `vsd data regenerate`"
-        )
-    text = prompt + content + tail
-    return _Served(prompt, text, len(prompt), len(prompt + content) + end)
+    body = _between(frame, whole)
+    as_printed = body is not None and bool(content) and body.rstrip().endswith(content)
+    inserted = body.rstrip().removesuffix(content) if body is not None and as_printed else ""
+    if block and f"</{block[1]}>" not in content and (not as_printed or f"</{block[1]}>" in inserted):
+        raise _not_closed(block)
+    opened = _FIRST_BLOCK.match(inserted)  # also by the answer itself: then the target wrote it
+    if not as_printed or (opened and content.startswith(opened[1])):
+        return _Served(prompt, prompt + content + tail, len(prompt), len(prompt + content) + end)
+    start = len(prompt) + (len(inserted) if inserted.strip() else 0)
+    return _Served(prompt, whole, start, len(whole) - len(tail) + end)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, history: list[Message], control: set[int]) -> tuple[str, int]:
-    """The template's text behind an answer, and how many characters of it the target generates: one control token."""
-    placeholder = {"role": "assistant", "content": _PLACEHOLDER}
-    text = render(tokenizer, [*history, placeholder], answer_next=False)
-    _, found, tail = text.rpartition(_PLACEHOLDER)
+def _printed(frame: _Frame, whole: str, message: Message, cut: bool) -> _Served:
+    """An answer with tool calls or reasoning, as the template prints it; its first text may be inserted."""
+    names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
+    parts = [("tool calls", name) for name in names]
+    parts += [(key, message.get(key, "").strip()) for key in ("reasoning_content", "content")]
+    body = _between(frame, whole)
+    if missing := next((kind for kind, text in parts if text not in (body or whole)), None):
+        raise BadLineError(f"the chat template does not print the {missing} of an answer")
+    if body is None or (cut and names):
+        reason = "a cut answer has tool calls" if cut and names else "the chat template prints them in another place"
+        raise BadLineError(f"tool calls or reasoning_content cannot be trained on as they are served: {reason}")
+    inserted = frame.inserted if frame.inserted.strip() and body.startswith(frame.inserted) else ""
+    if (block := _OPEN_BLOCK.search(frame.prompt)) and f"</{block[1]}>" in inserted:
+        raise _not_closed(block)
+    return _Served(frame.prompt, whole, len(frame.prompt + inserted), len(whole) - len(frame.tail) + frame.end)
+
+
+def _not_closed(block: re.Match[str]) -> BadLineError:
+    return BadLineError(
+        f"the chat template opens {block[0].strip()} in the prompt and the answer does not close it, so the "
+        "target does not answer like this: use `vsd data regenerate`"
+    )
+
+
+def _between(frame: _Frame, whole: str) -> str | None:
+    """The text between prompt and tail; None if the rendering does not begin and end with them."""
+    if not whole.startswith(frame.prompt) or not whole.endswith(frame.tail):
+        return None
+    return whole[len(frame.prompt) : len(whole) - len(frame.tail)]
+
+
+def _frame(template: _Template, history: list[Message], cut: bool) -> _Frame:
+    """What the template prints around an answer; of a cut one the target generates no end."""
+    prompt = template.render(history, answer_next=True)
+    text = template.render([*history, {"role": "assistant", "content": _PLACEHOLDER}])
+    before, found, tail = text.rpartition(_PLACEHOLDER)
     if not found:
         raise BadLineError("the chat template does not print the text of an answer")
-    encoded = tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    inserted = before[len(prompt) :] if before.startswith(prompt) else ""
+    return _Frame(prompt, inserted, tail, 0 if cut else _end_of_turn(template, tail))
+
+
+def _end_of_turn(template: _Template, tail: str) -> int:
+    """How many characters of the text behind an answer the target generates: one control token."""
+    encoded = template.tokenizer(tail, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        if token in control:
-            return tail, 0 if tail[:first].strip() else last
-    return tail, 0
+        if token in template.control:
+            return 0 if tail[:first].strip() else int(last)
+    return 0
 
 
 def _example(tokenizer: PreTrainedTokenizerBase, answers: list[_Served]) -> Example:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vsd.data.chat import BadLineError, Conversation, Message, OnBadLine, Report, handle_bad_line
+from vsd.data.chat import Conversation
+from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
+from vsd.data.messages import Message
 from vsd.data.template import prompt_inputs
 from vsd.errors import DataError
 from vsd.targets.info import TargetInfo

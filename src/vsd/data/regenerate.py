@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from vsd.data.chat import LOG, BadLineError, Conversation, OnBadLine, Report, handle_bad_line
+from vsd.data.chat import Conversation
 from vsd.data.generate import Answer
+from vsd.data.lines import LOG, BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.progress import progress_bar
 from vsd.data.questions import Limits, Question, open_chats, room_for_prompts
 from vsd.data.records import Entry, GenerationSettings, RecordLog, Summary, record_of

@@ -20,7 +20,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from vsd.data.chat import LOG, BadLineError
+from vsd.data.lines import LOG, BadLineError
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 
 T = TypeVar("T")

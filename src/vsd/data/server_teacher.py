@@ -14,8 +14,8 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from vsd.data.chat import BadLineError
 from vsd.data.generate import Answer, derive_seed
+from vsd.data.lines import BadLineError
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.server import Reply, Server

@@ -9,8 +9,8 @@ import json
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from vsd.data.chat import BadLineError
 from vsd.data.generate import Answer
+from vsd.data.lines import BadLineError
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.targets.info import TargetInfo

@@ -42,7 +42,7 @@ class TextOptions:
     """data
 
     Attributes:
-        data: training text that the target wrote: JSONL files or hub datasets
+        data: training text that the target wrote: files (JSONL, Parquet, …), folders of files or hub datasets
         max_length: longest conversation in tokens; a longer one is an unusable line
         held_out: conversations that are not trained on: τ is measured on their prompts during training
         on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
