@@ -92,8 +92,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Path, options: list[str]) -> None:
     """With `vsd`, weights adapt to a running acceptance and paths are drawn: both must continue where they were.
 
-    Continuations that an interrupted run kept are drawn again, by the same numbers but in other batches, whose sums round
-    otherwise on some processors: only there the weights may differ, by rounding.
+    Continuations that an interrupted run kept are drawn again, by the same numbers but in other batches, whose sums
+    round otherwise on some processors: only there the weights may differ, by rounding.
     """
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments(workshop, killed, *options)])
