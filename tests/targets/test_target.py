@@ -159,6 +159,40 @@ def test_prefill_builds_masks_for_sliding_layers_alone(target: Target, monkeypat
     assert bool(squares.count) == any(masked)
 
 
+@pytest.mark.parametrize("rows", [[0, 2], [3, 1], [2, 2, 0, 0], [1, 1, 1, 3, 0, 2]])
+def test_rows_that_stay_keep_their_own_tokens(rows: list[int]) -> None:
+    """Rows leave, change places or are repeated; another pass, which makes the cache grow, equals plain sequences."""
+    target, rng = llama(), random.Random(8)
+    sequences = [tokens(rng, n) for n in (9, 4, 14, 1)]
+    cache = target.new_cache(4, capacity=15)
+    target.prefill(padded(*sequences), cache)
+    cache.select(torch.tensor(rows))
+    nodes, above = torch.tensor([tokens(rng, 3) for _ in rows]), torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    hidden = target.forward(nodes, cache.next[:, None] + torch.arange(3), above, cache).hidden
+    for b, row in enumerate(rows):
+        whole = sequences[row] + nodes[b].tolist()
+        torch.testing.assert_close(hidden[b], plain(target, whole).hidden[-3:], **CLOSE)
+
+
+def test_rows_that_leave_cost_no_copy_of_unused_slots() -> None:
+    """The cache stays in its memory, and what moves are committed slots."""
+    target = llama()
+    cache = target.new_cache(3, capacity=100)
+    target.prefill(padded(*([20] * n for n in (5, 7, 3))), cache)
+    (kept,) = cache.stores
+    before, small = kept.keys.untyped_storage().data_ptr(), 2 * 4 * 2 * 7 * 8  # numbers of two rows' seven slots
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            assert not func.__name__.startswith(("index.", "copy_", "clone")) or out.numel() <= small
+            return out
+
+    with Sizes():
+        cache.select(torch.tensor([1, 2]))
+    assert kept.keys.shape[1] == 2 and kept.keys.untyped_storage().data_ptr() == before
+
+
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "phi"])
 def test_compiled_passes_equal_plain_ones_and_are_compiled_once(name: str, static: bool) -> None:
