@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import along as helper
+from vsd import chunks
+from vsd.chunks import chunk_size
 from vsd.drafters import draft_vocabulary
 from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.objective import (
@@ -21,6 +24,7 @@ from vsd.objective import (
     PathTarget,
     Recorded,
     Term,
+    fused,
     fused_loss,
     objective,
 )
@@ -313,6 +317,67 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda hidden, head: fused_loss(hidden, head, c.target, c.paths, EAGLE3, chunk_rows=3).loss, (c.hidden, c.head)
     )
+
+
+class Operations(TorchDispatchMode):
+    """Name and shape of the result of every operation on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        self.found.append((func.__name__, tuple(first.shape) if isinstance(first, Tensor) else ()))
+        return out
+
+
+def test_a_frozen_head_gets_no_gradient_and_none_is_computed() -> None:
+    c = case(3, 13)
+    trained, frozen = (fused_loss(c.hidden, head, *c[2:4], EAGLE3, chunk_rows=8) for head in (c.head, c.head.detach()))
+    assert torch.equal(trained.loss, frozen.loss)
+    mine, theirs = (torch.autograd.grad(found.loss, c.hidden)[0] for found in (frozen, trained))
+    assert torch.equal(mine, theirs)
+    counts = []
+    for head in (c.head, c.head.detach()):
+        with Operations() as operations:
+            fused_loss(c.hidden, head, *c[2:4], EAGLE3, chunk_rows=8)
+        made = ("zeros_like.default", "addmm_.default")  # the gradient, and what every chunk adds
+        counts.append(sum(name in made and shape == c.head.shape for name, shape in operations.found))
+    assert counts[0] > 2 and counts[1] == 0
+
+
+def test_the_device_is_not_waited_for_between_chunks() -> None:
+    """Operations whose result has a size that depends on values come before all products."""
+    c = case(3, 30)
+    with Operations() as operations:
+        fused_loss(*c[:4], EAGLE3, chunk_rows=8)
+    names = [name for name, _ in operations.found]
+    sizes = [i for i, name in enumerate(names) if name.startswith(("_unique", "unique", "nonzero", "_local_scalar"))]
+    products = [i for i, name in enumerate(names) if name.startswith(("mm", "addmm"))]
+    assert len(products) > 6 and max(sizes) < min(products)
+
+
+def test_chunks_have_as_many_rows_as_the_device_computes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU 256 rows of a vocabulary of 8192; never fewer, as every chunk reads the head."""
+    rows: list[int] = []
+    real = fused._chunks
+
+    def spy(lengths: list[int], paths: int, group: int, chunk_rows: int) -> Any:
+        rows.append(chunk_rows)
+        return real(lengths, paths, group, chunk_rows)
+
+    monkeypatch.setattr(fused, "_chunks", spy)
+    c = case(2, 5)
+    for size in (len(c.head), 4096):
+        monkeypatch.setitem(chunks._BYTES, "cpu", size * 4 * 300)
+        fused_loss(*c[:4], EAGLE3)
+    monkeypatch.setitem(chunks._BYTES, "cpu", 1)
+    fused_loss(*c[:4], EAGLE3)
+    assert rows == [300, 4096 * 300 // len(c.head), 256]
+    monkeypatch.undo()
+    assert [chunk_size(4 * 8192, torch.device(name)) for name in ("cpu", "cuda")] == [256, 8192]
 
 
 def test_counters_count_trained_rows_and_correct_proposals() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
 
 import tiny
@@ -108,6 +109,88 @@ def test_tree_passes_equal_plain_sequences(target: Target) -> None:
             cache.select(torch.tensor([3, 1]))
             sequences = [sequences[3], sequences[1]]
             assert cache.fill == max(map(len, sequences))
+
+
+class Squares(TorchDispatchMode):
+    """Counts results [..., N, N] of operations: masks, and scores of attention."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.count += isinstance(x, Tensor) and x.shape[-2:] == (self.size, self.size)
+        return out
+
+
+def test_prefill_equals_a_pass_under_a_dense_causal_mask(target: Target) -> None:
+    """Outputs, padding included, and what a later pass reads from the cache."""
+    rng, caches = random.Random(6), (target.new_cache(3, 30), target.new_cache(3, 30))
+    inputs = padded(*(tokens(rng, n) for n in (19, 7, 1)))
+    causal = torch.ones(1, 19, 19, dtype=torch.bool).tril()
+    dense = target.forward(inputs.ids, inputs.positions, causal, caches[1], layers=LAYERS)
+    caches[1].commit(torch.arange(19).expand(3, -1), inputs.lengths)
+    found = target.prefill(inputs, caches[0], LAYERS)
+    torch.testing.assert_close(found.hidden, dense.hidden, **CLOSE)
+    torch.testing.assert_close(found.aux, dense.aux, **CLOSE)
+    nodes, above = torch.tensor([tokens(rng, 2)] * 3), torch.ones(1, 2, 2, dtype=torch.bool).tril()
+    later = [target.forward(nodes, c.next[:, None] + torch.arange(2), above, c).hidden for c in caches]
+    torch.testing.assert_close(*later, **CLOSE)
+    assert torch.equal(caches[0].positions, caches[1].positions)
+
+
+def test_prefill_builds_masks_for_sliding_layers_alone(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Tensor:
+        masked.append(attn_mask is not None)
+        assert is_causal == (attn_mask is None)
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    window = target.decoder.window is not None
+    kinds = getattr(target.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 4
+    with Squares(19) as squares:
+        target.prefill(padded(tokens(random.Random(7), 19), [20, 21]), target.new_cache(2, 19))
+    assert masked == [kind == "sliding_attention" for kind in kinds]
+    assert bool(squares.count) == any(masked)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [3, 1], [2, 2, 0, 0], [1, 1, 1, 3, 0, 2]])
+def test_rows_that_stay_keep_their_own_tokens(rows: list[int]) -> None:
+    """Rows leave, change places or are repeated; another pass, which makes the cache grow, equals plain sequences."""
+    target, rng = llama(), random.Random(8)
+    sequences = [tokens(rng, n) for n in (9, 4, 14, 1)]
+    cache = target.new_cache(4, capacity=15)
+    target.prefill(padded(*sequences), cache)
+    cache.select(torch.tensor(rows))
+    nodes, above = torch.tensor([tokens(rng, 3) for _ in rows]), torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    hidden = target.forward(nodes, cache.next[:, None] + torch.arange(3), above, cache).hidden
+    for b, row in enumerate(rows):
+        whole = sequences[row] + nodes[b].tolist()
+        torch.testing.assert_close(hidden[b], plain(target, whole).hidden[-3:], **CLOSE)
+
+
+def test_rows_that_leave_cost_no_copy_of_unused_slots() -> None:
+    """The cache stays in its memory, and what moves are committed slots."""
+    target = llama()
+    cache = target.new_cache(3, capacity=100)
+    target.prefill(padded(*([20] * n for n in (5, 7, 3))), cache)
+    (kept,) = cache.stores
+    before, small = kept.keys.untyped_storage().data_ptr(), 2 * 4 * 2 * 7 * 8  # numbers of two rows' seven slots
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            assert not func.__name__.startswith(("index.", "copy_", "clone")) or out.numel() <= small
+            return out
+
+    with Sizes():
+        cache.select(torch.tensor([1, 2]))
+    assert kept.keys.shape[1] == 2 and kept.keys.untyped_storage().data_ptr() == before
 
 
 @pytest.mark.parametrize("static", [True, False])

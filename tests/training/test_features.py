@@ -2,10 +2,13 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 import tiny_run
@@ -147,6 +150,56 @@ def test_features_of_anything_else_are_refused(tiny_target: Target, examples: li
     finally:
         tokenizer.chat_template = template
     FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)  # and still serves its own
+
+
+def test_the_size_of_a_store_is_known_before(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of all files; their headers come on top."""
+    monkeypatch.setattr(store, "_SHARD_TOKENS", 120)
+    wanted = FeatureStore.missing_bytes(tmp_path, tiny_target, examples, LAYERS)
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    found = sum(tensor.nbytes for path in shards for tensor in load_file(path).values())
+    assert wanted == found
+    assert FeatureStore.missing_bytes(tmp_path, tiny_target, examples, LAYERS) == 0
+    half = sum(tensor.nbytes for path in shards[1:] for tensor in load_file(path).values())
+    for path in shards[1:]:
+        path.unlink()
+    assert FeatureStore.missing_bytes(tmp_path, tiny_target, examples, LAYERS) == half
+
+
+def test_a_store_that_the_disk_cannot_hold_is_not_begun(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = FeatureStore.missing_bytes(tmp_path, tiny_target, examples, LAYERS)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    with pytest.raises(VSDError, match=r"take .* GB, and .* GB free: give --features online"):
+        FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=size))
+    FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
+
+
+def test_features_reach_the_device_as_they_are_stored(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    """Copies to another device are of bfloat16, 4 bytes a number only after that."""
+    copied: list[torch.dtype] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if (kwargs or {}).get("device") == torch.device("meta") and args[0].device.type == "cpu":
+                copied.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    stored = FeatureStore.build(tmp_path, tiny_target, examples, LAYERS)
+    texts = texts_of(Collator()(items(examples, [0, 4])))
+    elsewhere = texts._replace(drafted=texts.drafted.to("meta"))
+    with Copies():
+        batch = stored.batch(elsewhere)
+    assert copied == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(field.dtype == torch.float32 and field.device.type == "meta" for field in batch)
 
 
 def test_no_store_no_features(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:

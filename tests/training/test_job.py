@@ -1,12 +1,14 @@
 """`vsd train`: a killed run that ends with the very drafter of a straight one."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,3 +216,23 @@ def test_recorded_text_with_stored_features_needs_no_layers_of_the_target(
     assert mine.read_bytes() == theirs.read_bytes()
     with pytest.raises(AssertionError, match="layers were loaded"):
         cli.main(arguments(workshop, tmp_path / "third", *words, "--objective", "vsd"))
+
+
+def test_features_of_large_targets_and_full_disks_are_not_stored_unless_asked_for(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(name: str, *more: str) -> str:
+        assert cli.main(arguments(workshop, tmp_path / name, "max_steps=1", "--held-out", "0", *more)) == 0
+        return next((line for line in capsys.readouterr().out.splitlines() if line.startswith("target features")), "")
+
+    assert re.search(r"0\.\d\d GB, stored in .*small/features", said("small"))
+    assert (tmp_path / "small" / "features" / "manifest.json").exists()
+    monkeypatch.setattr("vsd.training.job._LARGE", 1000)
+    assert "computed in every step, as the target has 0.0 billion parameters" in said("large")
+    assert not (tmp_path / "large" / "features").exists()
+    assert "stored in" in said("asked", "--features", "store")
+    monkeypatch.undo()
+    full = SimpleNamespace(free=10)
+    monkeypatch.setattr("vsd.training.job.shutil.disk_usage", lambda folder: full)
+    assert "GB and 0.0 GB are free" in said("full")
+    assert not (tmp_path / "full" / "features").exists()

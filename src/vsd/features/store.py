@@ -11,6 +11,7 @@ Legend: B batch, T tokens, Q drafted tokens, h hidden.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vsd.data import Example
-from vsd.errors import MismatchError
+from vsd.errors import ConfigurationError, MismatchError
 from vsd.features.base import Features, Texts, compute_features
 from vsd.targets import Padded, Target, TargetInfo
 
@@ -74,13 +75,18 @@ class FeatureStore:
         Args:
             worker: (i, n): this is the i-th of n processes, each of which computes every n-th shard.
             meet: waits for all of them.
+
+        Raises:
+            ConfigurationError: the disk has no room for them.
+            MismatchError: see the class.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         manifest, path = _manifest(target, examples, layers, temperature), folder / "manifest.json"
         if path.exists():
             _compare(folder, _read_manifest(folder), manifest)
-        else:
+        _check_room(folder, cls.missing_bytes(folder, target, examples, layers))
+        if not path.exists():
             half = folder / f"{path.name}.{os.getpid()}"
             half.write_text(json.dumps(manifest, indent=1))
             os.replace(half, path)
@@ -99,13 +105,26 @@ class FeatureStore:
         files = ["manifest.json", *(_name(s) for s in range(len(_shards(examples))))]
         return all((Path(folder) / file).exists() for file in files)
 
+    @staticmethod
+    def missing_bytes(
+        folder: str | Path, target: TargetInfo, examples: Sequence[Example], layers: tuple[int, ...]
+    ) -> int:
+        """What `build` will add to `folder`: bfloat16 features of every token, of drafted ones hidden states, too."""
+        token, row = 2 * target.hidden_size * len(layers), 2 * target.hidden_size + 4
+        return sum(
+            len(examples[i].inputs.ids) * token + sum(examples[i].drafted) * row
+            for s, indices in enumerate(_shards(examples))
+            if not (Path(folder) / _name(s)).exists()
+            for i in indices
+        )
+
     def batch(self, texts: Texts) -> Features:
-        """See `FeatureSource.batch`."""
+        """See `FeatureSource.batch`; features are copied to the device as they are stored, and widened there."""
         pieces = [self._read(i) for i in texts.examples.tolist()]
         T, Q = texts.inputs.ids.shape[1], texts.drafted.shape[1]
         columns = zip(zip(*pieces), (T, Q, Q))
-        padded = (torch.stack([_pad(piece.float(), size) for piece in column]) for column, size in columns)
-        return Features(*(field.to(texts.drafted.device) for field in padded))
+        padded = (torch.stack([_pad(piece, size) for piece in column]) for column, size in columns)
+        return Features(*(_moved(field, texts.drafted.device).float() for field in padded))
 
     def _read(self, index: int) -> Features:
         s, (token, tokens), (row, rows) = self._places[index]
@@ -210,6 +229,20 @@ def _compare(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> Non
             f"the feature store at '{folder}' was made with another {' and '.join(other)}: "
             "give another folder, or delete this one"
         )
+
+
+def _check_room(folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise ConfigurationError(
+            f"the target's features of this text take {missing / 1e9:.1f} GB, and '{folder}' has {free / 1e9:.1f} GB "
+            "free: give --features online, or a folder on a larger disk"
+        )
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a copy to a GPU starts from pinned memory, and nothing waits for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _name(shard: int) -> str:

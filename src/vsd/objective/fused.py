@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vsd.chunks import chunk_size
 from vsd.objective.algebra import Term
 from vsd.objective.rows import PathRows
 
-_CHUNK_ROWS = 256  # [256, 8192] in float32 stays in a CPU's last-level cache
+_LEAST_ROWS = 256  # of a chunk: every chunk reads the whole head, and adds to its gradient
 
 
 class HeadTarget(NamedTuple):
@@ -85,7 +86,7 @@ def fused_loss(
     paths: PathTarget,
     terms: Sequence[Term],
     acceptance: float = 0.0,
-    chunk_rows: int = _CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> FusedLoss:
     """Σ_terms scale · Σ_{k, r} weights · divergence(p, softmax(hidden · headᵀ)).
 
@@ -96,7 +97,7 @@ def fused_loss(
         paths: R paths.
         terms: of the objective.
         acceptance: running share of accepted first draft tokens, 0 … 1, for weights that adapt to it.
-        chunk_rows: steps × paths of a chunk.
+        chunk_rows: steps × paths of a chunk; by default as many as the device computes at once.
     """
     lengths = paths.valid.sum(0).view(-1, paths.group).amax(-1)  # of the longest path of every anchor
     order = lengths.argsort(descending=True, stable=True)  # paths of similar length share a chunk
@@ -110,6 +111,7 @@ def fused_loss(
         share=None if paths.share is None else paths.share.expand_as(paths.labels)[:, alive],
         old_log_q=None if paths.old_log_q is None else paths.old_log_q[:, alive],
     )
+    chunk_rows = chunk_rows or max(_LEAST_ROWS, chunk_size(4 * len(head), head.device))  # logits are float32
     fused: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Fused.apply
     return FusedLoss(*fused(hidden[:, alive], head, target, kept, steps, terms, acceptance, chunk_rows))
 
@@ -133,23 +135,28 @@ class _Fused(torch.autograd.Function):
         K, R, h = hidden.shape
         head_c, target = head.to(compute), target._replace(head=target.head.to(compute))
         grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
-        loss, correct = grad_head.new_zeros(()), torch.zeros(K, device=head.device)
+        grad_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=wide, device=head.device)
+        correct = torch.zeros(K, device=head.device)
+        chunks = list(_chunks(lengths, R, paths.group, chunk_rows))
+        distinct = [torch.unique(paths.rows[chunk], return_inverse=True) for chunk in chunks]  # waits for the device
         with torch.autocast(device, enabled=False):
-            for chunk in _chunks(lengths, R, paths.group, chunk_rows):
+            for chunk, read in zip(chunks, distinct):
                 states = hidden[chunk].reshape(-1, h).to(compute)  # [k C, h]
                 logits = (states @ head_c.T).to(wide)  # [k C, Vd]
-                rows = _rows(logits, target, paths, chunk, acceptance)
+                rows = _rows(logits, _probabilities(target, read[0], read[1], wide), paths, chunk, acceptance)
                 value, grad_logits = _sum(terms, rows)
                 loss += value
                 correct[: len(rows.valid)] += ((rows.proposed == rows.labels) & rows.valid).sum(1)
                 grad_logits = _tempered(grad_logits.view(-1, len(head)), paths.temperature).to(compute)
                 grad_hidden[chunk] = (grad_logits @ head_c).view(*rows.valid.shape, h).to(hidden.dtype)
+                if grad_head is None:
+                    continue
                 if compute == wide:
                     grad_head.addmm_(grad_logits.T, states)
                 else:
                     grad_head += (grad_logits.T @ states).to(wide)
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         count = paths.valid.sum(1)
         ctx.mark_non_differentiable(count, correct)  # one call: a second one would replace the first
         return loss, count, correct
@@ -160,7 +167,7 @@ class _Fused(torch.autograd.Function):
         scale = grads[0]
         return (
             (grad_hidden * scale).to(grad_hidden.dtype),
-            (grad_head * scale).to(grad_head.dtype),
+            None if grad_head is None else (grad_head * scale).to(grad_head.dtype),
             *[None] * 6,
         )
 
@@ -175,13 +182,13 @@ def _chunks(lengths: list[int], paths: int, group: int, chunk_rows: int) -> Iter
 
 
 def _rows(
-    logits: Tensor, target: HeadTarget, paths: PathTarget, chunk: tuple[slice, slice], acceptance: float
+    logits: Tensor, target_p: Tensor, paths: PathTarget, chunk: tuple[slice, slice], acceptance: float
 ) -> PathRows:
-    """The chunk's input of the objective; logits [k C, Vd] are overwritten."""
+    """The chunk's input of the objective; logits [k C, Vd] are overwritten, target_p is [k, C, Vd]."""
     labels, wide = paths.labels[chunk], logits.dtype  # [k, C]
     return PathRows(
         _tempered(logits, paths.temperature).view(*labels.shape, -1),
-        _probabilities(target, paths.rows[chunk], wide),
+        target_p,
         labels,
         paths.valid[chunk],
         share=None if paths.share is None else paths.share[chunk].to(wide),
@@ -210,9 +217,8 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _probabilities(target: HeadTarget, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The target's p over the draft vocabulary with its true mass, [k, C, Vd], at rows [k, C]."""
-    distinct, inverse = torch.unique(rows, return_inverse=True)
+def _probabilities(target: HeadTarget, distinct: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """The target's p over the draft vocabulary with its true mass, [k, C, Vd], at rows distinct[inverse], [k, C]."""
     logits = (target.hidden[distinct].to(target.head.dtype) @ target.head.T).to(dtype)
     logits = target.cap(logits if target.bias is None else logits + target.bias.to(dtype))
     log_normaliser = target.log_normaliser[distinct, None].to(dtype)

@@ -47,14 +47,15 @@ class TextOptions:
         held_out: conversations that are not trained on: τ is measured on their prompts during training
         on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
         features: store (compute the target's features once and keep them in the output folder), online (compute them in
-            every step), or the path of a folder that several runs on the same text share
+            every step), auto (store those of a target of up to a billion parameters, if the disk has room), or the path
+            of a folder that several runs on the same text share
     """
 
     data: list[str] = field(default_factory=list)
     max_length: int = 2048
     held_out: int = 32
     on_bad_line: Literal["fatal", "skip"] = "fatal"
-    features: str = "store"
+    features: str = "auto"
 
 
 @dataclass
@@ -88,14 +89,14 @@ class TrainJob(TargetOptions, TextOptions, DrafterOptions):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f.name, f.type, getattr(self, f.name)))
-        if self.features not in ("store", "online") and os.sep not in self.features:
+        if self.features not in ("auto", "store", "online") and os.sep not in self.features:
             raise ConfigurationError(
-                f"features must be store, online or a folder such as ./{self.features}, not '{self.features}'"
+                f"features must be auto, store, online or a folder such as ./{self.features}, not '{self.features}'"
             )
 
     @property
     def store(self) -> Path | None:
-        """Folder of the feature store; None if features are computed in every step."""
+        """Folder of the feature store, if there is to be one; None if features are computed in every step."""
         if self.features == "online":
             return None
-        return Path(self.output_dir) / "features" if self.features == "store" else Path(self.features)
+        return Path(self.output_dir) / "features" if self.features in ("auto", "store") else Path(self.features)

@@ -3,7 +3,7 @@
 Rows of a batch have their own lengths. Row b owns slots [0, lengths[b]); the position of the token in every slot is
 kept beside its keys. New nodes are written for all rows at the same slots [fill, fill + N), fill = max(lengths), and
 attention masks hide the gap. Committing moves the accepted nodes of each row to its own end, for all layers at once.
-Nothing is ever copied but the accepted rows.
+Nothing is ever copied but the accepted rows, and the committed slots of the rows that stay when others leave.
 
 Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension, M layers.
 """
@@ -47,9 +47,9 @@ class Store:
             rows = states.gather(3, index)
             states.scatter_(3, destination[None, :, None, :, None].expand_as(rows), rows)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only the batch rows `rows` [B']."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def select(self, rows: Tensor, slots: int) -> None:
+        """Keep only the batch rows `rows` [B'] and their first slots; fewer rows move within the same memory."""
+        self.keys, self.values = (_selected(states, rows, slots) for states in (self.keys, self.values))
 
 
 class TreeLayer(CacheLayerMixin):
@@ -196,7 +196,17 @@ class TreeCache(Cache):
         self.lengths, self.next, self.positions = self.lengths[rows], self.next[rows], self.positions[rows]
         self.fill = int(self.lengths.max())
         for store in self.stores:
-            store.select(rows)
+            store.select(rows, self.fill)
+
+
+def _selected(states: Tensor, rows: Tensor, slots: int) -> Tensor:
+    """Rows [B'] of states [M, B, H, C, D], with their first slots, [M, B', H, C, D]; a view where B' is at most B."""
+    if len(rows) <= states.shape[1]:
+        kept = states[:, : len(rows)]
+    else:
+        kept = states.new_zeros(states.shape[0], len(rows), *states.shape[2:])
+    kept[:, :, :, :slots] = states[:, rows, :, :slots]  # read whole before it is written
+    return kept
 
 
 def visible(context: Tensor, fill: int, ancestors: Tensor) -> Tensor:

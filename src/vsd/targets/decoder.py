@@ -72,10 +72,14 @@ class Decoder:
         return TreeCache(len(self.layers), batch_size, capacity, self.device)
 
     def prefill(self, inputs: Padded, cache: TreeCache, layers: Sequence[int] = ()) -> Output:
-        """Read prompts into an empty cache and commit them."""
+        """Read prompts into an empty cache and commit them.
+
+        Masks are the model's own: layers with full attention need none. Padding is on the right, where no token of the
+        text sees it, and its slots lie behind each row's length, where no later pass sees them.
+        """
         B, N = inputs.ids.shape
-        causal = torch.ones(1, N, N, dtype=torch.bool, device=inputs.ids.device).tril()
-        output = self.nodes(inputs.ids, inputs.positions, causal, cache, layers=layers, extras=inputs.extras)
+        cache.place(inputs.positions)
+        output = self._run(inputs.ids, inputs.positions, None, cache, layers, inputs.extras)
         cache.commit(torch.arange(N, device=inputs.ids.device).expand(B, N), inputs.lengths)
         return output
 
@@ -87,7 +91,6 @@ class Decoder:
         cache: TreeCache,
         context: Tensor | None = None,
         layers: Sequence[int] = (),
-        extras: dict[str, Tensor] | None = None,
     ) -> Output:
         """One pass over nodes ids [B, N] at positions [B, N] or [R, B, N].
 
@@ -97,13 +100,12 @@ class Decoder:
 
         Args:
             layers: decoder layers whose inputs are returned as `aux`.
-            extras: further arguments of the model, such as pixel values.
         """
         queries = cache.place(positions)
         allowed = visible(cache.lengths[:, None] if context is None else context, cache.fill, ancestors)
-        if self._compiled is None or cache.fill == 0:  # prompts come in all lengths
+        if self._compiled is None or cache.fill == 0:  # an empty cache has no slots to compile for
             masks = self._masks(allowed, queries, cache.positions)
-            return self._run(ids, positions, masks, cache, layers, extras or {})
+            return self._run(ids, positions, masks, cache, layers, {})
         with cache.traced(ids.shape[1], self._static):
             allowed = F.pad(allowed, (0, cache.reach - allowed.shape[-1]))
             return self._compiled(ids, positions, self._masks(allowed, queries, cache.positions), cache, layers)

@@ -27,6 +27,9 @@ class Target(TargetInfo):
         model: any transformers causal LM with full or sliding-window attention.
         tokenizer: its tokenizer.
 
+    Attributes:
+        parameters: number of the model's weights.
+
     Raises:
         TargetError: the attention or the LM head of the model is of a kind this class would get wrong.
     """
@@ -35,6 +38,7 @@ class Target(TargetInfo):
         self.model = model.eval().requires_grad_(False)
         self.decoder = Decoder(model)
         ends = ends_of(model)  # now: packing hides weights later
+        self.parameters = sum(weight.numel() for weight in model.parameters())
         eos_ids = end_ids(model.generation_config, tokenizer)
         super().__init__(name, tokenizer, model.config.get_text_config(), eos_ids, lambda: ends)
         self.fingerprint()  # for the same reason

@@ -2,11 +2,13 @@
 
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -24,6 +26,8 @@ from vsd.training.recipe import check_resumable, write_recipe
 from vsd.training.trainer import VSDTrainer
 
 Text = TypeVar("Text")
+
+_LARGE = 1e9  # parameters of a target whose features outgrow disks: one of 8 billion has 33 kB a token
 
 
 def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[str], None] | None = None) -> Path:
@@ -76,8 +80,24 @@ def _features(
     if not isinstance(target, Target):
         return FeatureStore(job.store, target, examples, layers, temperature)
     processes = PartialState()
+    missing = FeatureStore.missing_bytes(job.store, target, examples, layers)
+    reason = _against_storing(target, job.store, missing) if job.features == "auto" else None
+    (reason,) = broadcast_object_list([reason])  # the disk fills while the first process computes
+    if missing and processes.is_main_process:
+        where = f"computed in every step, as {reason}" if reason else f"{missing / 1e9:.2f} GB, stored in {job.store}"
+        print(f"target features: {where}")
+    if reason:
+        return None
     worker = processes.process_index, processes.num_processes
     return FeatureStore.build(job.store, target, examples, layers, temperature, worker, processes.wait_for_everyone)
+
+
+def _against_storing(target: Target, folder: Path, missing: int) -> str | None:
+    """Why `missing` bytes of features should not be added to a store; None if they should."""
+    if missing and target.parameters > _LARGE:
+        return f"the target has {target.parameters / 1e9:.1f} billion parameters (--features store stores them)"
+    free = shutil.disk_usage(folder.parent).free
+    return f"they take {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" if missing > free else None
 
 
 def end_processes() -> None:

@@ -13,8 +13,8 @@ step-0 keys 0 … t and only its own keys of steps 1 … k; its rotary position 
 Tensor names are those of `LlamaForCausalLMEagle3` checkpoints. Token embeddings are the target's (`attach`), so tied
 and untied targets are alike and a checkpoint holds the drafter alone.
 
-Legend: B batch, E entries, P paths, Q queries, K steps, A new tokens, W nodes of a level, L slots, h hidden, H heads,
-D head dimension, V target vocabulary, Vd draft vocabulary.
+Legend: B batch, E entries, P paths, K steps, A new tokens, W nodes of a level, L slots, h hidden, H heads, D head
+dimension, V target vocabulary, Vd draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsd.drafters.attention import attend_block
 from vsd.drafters.autoregressive import Autoregressive
 from vsd.drafters.eagle3.body import EagleBody
 from vsd.drafters.eagle3.layer import EagleLayer
@@ -69,13 +70,12 @@ class Eagle3Drafter(Autoregressive, EagleBody):
         step: Callable[..., Any] = self._step
         if self.gradient_checkpointing and self.training:
             step = partial(self._gradient_checkpointing_func, self._step)
-        own: list[tuple[Tensor, Tensor]] = []
-        steps = []
+        own, steps = _none(shared, paths.roots), []
         P = paths.roots.shape[1]
         consumed = self.embed(paths.consumed(entries.next_ids))  # [K, B, P, h]
         for k, (embeds, W) in enumerate(zip(consumed, paths.widths())):
-            own = [(keys[:, :, :W], values[:, :, :W]) for keys, values in own]
-            hidden, own = step(hidden[:, :W], embeds[:, :W], at[:, :W] + k, shared, seen[:, :W], own, k > 0)
+            kept = own[0][:, :, :W], own[1][:, :, :W]
+            hidden, own = step(hidden[:, :W], embeds[:, :W], at[:, :W] + k, shared, seen[:, :W], kept, k > 0)
             steps.append(F.pad(self.norm(hidden), (0, 0, 0, P - W)))
         return torch.stack(steps)
 
@@ -85,7 +85,7 @@ class Eagle3Drafter(Autoregressive, EagleBody):
         ids = self.vocabulary.ids
         embeds = self.embed(entries.next_ids.gather(1, roots))
         hidden, shared, seen, at = self._roots(entries, roots)
-        own: list[tuple[Tensor, Tensor]] = []
+        own = _none(shared, roots)
         for k in range(steps):
             hidden, own = self._step(hidden, embeds, at + k, shared, seen, own, k > 0)
             embeds = self.embed(ids[choose(self.log_probs(hidden))])
@@ -93,12 +93,12 @@ class Eagle3Drafter(Autoregressive, EagleBody):
     @torch.no_grad()
     def begin_at(self, entries: Entries, roots: Tensor, room: int) -> EntryCache:
         """See `Drafter.begin_at`."""
-        hidden, (keys, values), seen, at = self._roots(entries, roots)
+        hidden, shared, seen, at = self._roots(entries, roots)
         first = self.embed(entries.next_ids.gather(1, roots))
-        hidden, _ = self._step(hidden, first, at, (keys, values), seen, [], False)
+        hidden, _ = self._step(hidden, first, at, shared, seen, _none(shared, roots), False)
         (B, P), T = roots.shape, entries.next_ids.shape[1]
         state = self.new_cache(B * P, T + room)
-        state.keys[0, :, :, :T], state.values[0, :, :, :T] = (x.repeat_interleave(P, 0) for x in (keys, values))
+        state.keys[0, :, :, :T], state.values[0, :, :, :T] = (x.repeat_interleave(P, 0) for x in shared)
         state.commit(roots.flatten() + 1, at.flatten() + 1)
         state.hidden = hidden.flatten(0, 1)[:, None]
         return state
@@ -119,15 +119,21 @@ class Eagle3Drafter(Autoregressive, EagleBody):
         positions: Tensor,
         shared: tuple[Tensor, Tensor],
         seen: Tensor,
-        own: list[tuple[Tensor, Tensor]],
+        own: tuple[Tensor, Tensor],
         drafted: bool,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """One step of all roots: hidden, embeds [B, Q, h], positions [B, Q] -> next hidden, and the keys it adds."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One step of all roots: hidden, embeds [B, P, h], positions [B, P] -> next hidden, and `own` with its keys.
+
+        `own`: every root's keys and values of the steps 1 … k before, [B, Hkv, P, k, D].
+        """
         layer, attention = self.midlayer, self.midlayer.self_attn
         a, rotary = layer.input(embeds, hidden), self.rotary_emb(hidden, positions)
         if drafted:  # step 0 is among the shared keys
-            own = [*own, attention.keys_values(a, rotary)]
-        attended = _attend_with_own(attention.queries(a, rotary), *shared, seen, own)
+            keys, values = (x[:, :, :, None] for x in attention.keys_values(a, rotary))
+            own = torch.cat([own[0], keys], dim=3), torch.cat([own[1], values], dim=3)
+        every = torch.ones(1, own[0].shape[3], dtype=torch.bool, device=seen.device)
+        block = own[0].flatten(2, 3), own[1].flatten(2, 3)
+        attended = attend_block(attention.queries(a, rotary), shared, seen, block, every)
         return layer.finish(hidden, attended), own
 
     def expand(self, state: EntryCache, hidden: Tensor, tokens: Tensor, depth: int, seen: Tensor) -> Tensor:
@@ -147,23 +153,7 @@ class Eagle3Drafter(Autoregressive, EagleBody):
         return log_q
 
 
-def _attend_with_own(
-    queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, own: list[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Attention over shared step-0 keys [B, Hkv, T, D], masked by seen [B, Q, T], and each query's own later keys.
-
-    queries [B, H, Q, D]; `own`: a (key, value) pair [B, Hkv, Q, D] for every later step -> [B, H, Q, D].
-    """
-    _, H, Q, D = queries.shape
-    G = H // keys.shape[1]  # queries per key/value head
-    grouped = queries.unflatten(1, (-1, G)) * D**-0.5  # [B, Hkv, G, Q, D]
-    shared = (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (G, Q))
-    shared = shared.masked_fill(~seen[:, None, None], float("-inf"))
-    scores = torch.cat([shared, *[(grouped * k[:, :, None]).sum(-1, keepdim=True) for k, _ in own]], dim=-1)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide).to(values.dtype)  # [B, Hkv, G, Q, T + k]
-    shared, *later = weights.split([keys.shape[2]] + [1] * len(own), dim=-1)
-    out: Tensor = (shared.flatten(2, 3) @ values).unflatten(2, (G, Q))
-    for weight, (_, v) in zip(later, own):
-        out = out + weight * v[:, :, None]
-    return out.flatten(1, 2)
+def _none(shared: tuple[Tensor, Tensor], roots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of no step of roots [B, P], [B, Hkv, P, 0, D] each."""
+    keys, values = (x.new_empty(*x.shape[:2], roots.shape[1], 0, x.shape[3]) for x in shared)
+    return keys, values
