@@ -12,7 +12,6 @@ import along
 from vsd.drafters import draft_vocabulary, load_drafter
 from vsd.drafters.dflash import DFlashDrafter
 from vsd.drafters.dflash.model import spread_layers
-from vsd.paths import Entries
 from vsd.targets import Target
 
 K = 4
@@ -30,13 +29,6 @@ def drafter(request: pytest.FixtureRequest, tiny_target: Target) -> DFlashDrafte
     drafter = drafter_of(tiny_target, **request.param)
     plain.randomised(drafter)
     return drafter
-
-
-def inputs(target: Target, drafter: DFlashDrafter) -> tuple[Tensor, Entries]:
-    """Tokens [2, 12], and the entries of the first 11."""
-    ids = torch.randint(target.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))
-    read = along.entries(target, ids[:, :11], drafter.needs.layers)
-    return ids, read._replace(next_ids=ids[:, 1:])
 
 
 def reference(drafter: DFlashDrafter, aux: Tensor, root_embed: Tensor, mask_embed: Tensor) -> Tensor:
@@ -72,7 +64,7 @@ def reference(drafter: DFlashDrafter, aux: Tensor, root_embed: Tensor, mask_embe
 
 def test_states_equal_the_textbook(tiny_target: Target, drafter: DFlashDrafter) -> None:
     """Two paths share a root, roots are not sorted; what is drafted on a path changes nothing."""
-    _ids, entries = inputs(tiny_target, drafter)
+    _ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[7, 0, 7, 10], [5, 9, 1, 2]])
     found = along.states(drafter, entries, along.paths(roots, torch.randint(128, (2, 4, K))))
     mask = tiny_target.embed(torch.tensor(drafter.config.mask_token_id))
@@ -86,7 +78,7 @@ def test_states_equal_the_textbook(tiny_target: Target, drafter: DFlashDrafter) 
 @torch.no_grad()
 def test_decoding_equals_training(tiny_target: Target, drafter: DFlashDrafter) -> None:
     """Ragged commits in three pieces; what was drafted in between leaves no trace."""
-    ids, entries = inputs(tiny_target, drafter)
+    ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[9], [5]])
     wanted = along.states(drafter, entries, along.paths(roots, torch.zeros(2, 1, K, dtype=torch.long)))[:, :, 0]
     prompt = along.text(ids[:, :5], torch.tensor([5, 2]))
@@ -104,16 +96,7 @@ def test_decoding_equals_training(tiny_target: Target, drafter: DFlashDrafter) -
 
 
 def test_every_weight_is_trained(tiny_target: Target, drafter: DFlashDrafter) -> None:
-    _ids, entries = inputs(tiny_target, drafter)
-    paths = along.paths(torch.tensor([[7, 3], [5, 9]]), torch.randint(128, (2, 2, K)))
-    drafter(entries, paths, lambda states, head: (states @ head.T).square().sum()).backward()
-    assert all(weight.grad is not None and weight.grad.any() for weight in drafter.parameters())
-    plainly = {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.grad is not None}
-    drafter.train().zero_grad()
-    drafter.gradient_checkpointing_enable()
-    drafter(entries, paths, lambda states, head: (states @ head.T).square().sum()).backward()
-    for name, weight in drafter.named_parameters():
-        torch.testing.assert_close(weight.grad, plainly[name], rtol=1e-4, atol=1e-5, msg=name)
+    plain.check_training(tiny_target, drafter, K)
 
 
 def test_norm_and_head_start_as_the_targets(tiny_target: Target) -> None:
@@ -127,7 +110,7 @@ def test_a_whole_vocabulary_shares_the_targets_head(tiny_target: Target, tmp_pat
     drafter = drafter_of(tiny_target, 128)
     names = {name for name, _ in drafter.named_parameters()}
     assert "lm_head.weight" not in names | drafter.state_dict().keys()
-    ids, entries = inputs(tiny_target, drafter)
+    ids, entries = plain.inputs(tiny_target, drafter)
     paths = along.paths(torch.tensor([[7], [5]]), torch.zeros(2, 1, K, dtype=torch.long))
     head = drafter(entries, paths, lambda states, head: head)
     assert head is tiny_target.head_weight
@@ -144,9 +127,5 @@ def test_default_feature_layers_are_spread() -> None:
 
 
 def test_saved_and_loaded_bit_for_bit(drafter: DFlashDrafter, tiny_target: Target, tmp_path: Path) -> None:
-    drafter.save_pretrained(tmp_path)
-    again = load_drafter(tmp_path, tiny_target, trainable=True)
-    mine, theirs = drafter.state_dict(), again.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for name in ("causal", "sample_from_anchor", "mask_token_id", "num_hidden_layers", "aux_layers"):
-        assert getattr(again.config, name) == getattr(drafter.config, name), name
+    fields = ("causal", "sample_from_anchor", "mask_token_id", "num_hidden_layers", "aux_layers")
+    plain.check_saved(tiny_target, drafter, tmp_path, fields)

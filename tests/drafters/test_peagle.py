@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 import along
-from vsd.drafters import draft_vocabulary, load_drafter
+from vsd.drafters import draft_vocabulary
 from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.drafters.load import start_drafter
 from vsd.drafters.peagle import PeagleDrafter
 from vsd.errors import VSDError
-from vsd.paths import Entries, TreeShape
+from vsd.paths import TreeShape
 from vsd.targets import Target
 
 K = 4
@@ -26,13 +26,6 @@ def drafter(request: pytest.FixtureRequest, tiny_target: Target) -> PeagleDrafte
     drafter = PeagleDrafter.for_target(tiny_target, vocabulary, num_hidden_layers=request.param)
     plain.randomised(drafter)
     return drafter.eval()
-
-
-def inputs(target: Target, drafter: PeagleDrafter) -> tuple[Tensor, Entries]:
-    """Tokens [2, 12], and the entries of the first 11."""
-    ids = torch.randint(target.vocab_size, (2, 12), generator=torch.Generator().manual_seed(5))
-    read = along.entries(target, ids[:, :11], drafter.needs.layers)
-    return ids, read._replace(next_ids=ids[:, 1:])
 
 
 def reference(drafter: PeagleDrafter, aux: Tensor, next_embeds: Tensor, mask_embed: Tensor) -> Tensor:
@@ -63,7 +56,7 @@ def reference(drafter: PeagleDrafter, aux: Tensor, next_embeds: Tensor, mask_emb
 
 def test_states_equal_one_causal_sequence(tiny_target: Target, drafter: PeagleDrafter) -> None:
     """Two paths share a root, roots are not sorted; what is drafted on a path changes nothing."""
-    _ids, entries = inputs(tiny_target, drafter)
+    _ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[7, 0, 7, 10], [5, 9, 1, 2]])
     found = along.states(drafter, entries, along.paths(roots, torch.randint(128, (2, 4, K))))
     mask = tiny_target.embed(torch.tensor(drafter.config.mask_token_id))
@@ -77,7 +70,7 @@ def test_states_equal_one_causal_sequence(tiny_target: Target, drafter: PeagleDr
 @torch.no_grad()
 def test_decoding_equals_training(tiny_target: Target, drafter: PeagleDrafter) -> None:
     """Ragged commits in three pieces; what was drafted in between leaves no trace; positions jump once."""
-    _ids, entries = inputs(tiny_target, drafter)
+    _ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[9], [5]])
     wanted = along.states(drafter, entries, along.paths(roots, torch.zeros(2, 1, K, dtype=torch.long)))[:, :, 0]
     state, done = drafter.new_cache(2, 4), torch.zeros(2, dtype=torch.long)
@@ -93,16 +86,7 @@ def test_decoding_equals_training(tiny_target: Target, drafter: PeagleDrafter) -
 
 
 def test_every_weight_is_trained(tiny_target: Target, drafter: PeagleDrafter) -> None:
-    _ids, entries = inputs(tiny_target, drafter)
-    paths = along.paths(torch.tensor([[7, 3], [5, 9]]), torch.randint(128, (2, 2, K)))
-    drafter(entries, paths, lambda states, head: (states @ head.T).square().sum()).backward()
-    assert all(weight.grad is not None and weight.grad.any() for weight in drafter.parameters())
-    plainly = {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.grad is not None}
-    drafter.train().zero_grad()
-    drafter.gradient_checkpointing_enable()
-    drafter(entries, paths, lambda states, head: (states @ head.T).square().sum()).backward()
-    for name, weight in drafter.named_parameters():
-        torch.testing.assert_close(weight.grad, plainly[name], rtol=1e-4, atol=1e-5, msg=name)
+    plain.check_training(tiny_target, drafter, K)
 
 
 def test_it_starts_as_the_eagle3_drafter(tiny_target: Target, tmp_path: Path) -> None:
@@ -130,9 +114,5 @@ def test_it_starts_as_the_eagle3_drafter(tiny_target: Target, tmp_path: Path) ->
 
 
 def test_saved_and_loaded_bit_for_bit(drafter: PeagleDrafter, tiny_target: Target, tmp_path: Path) -> None:
-    drafter.save_pretrained(tmp_path)
-    again = load_drafter(tmp_path, tiny_target, trainable=True)
-    mine, theirs = drafter.state_dict(), again.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert again.config.num_hidden_layers == drafter.config.num_hidden_layers
-    assert again.config.mask_token_id == drafter.config.mask_token_id
+    fields = ("num_hidden_layers", "mask_token_id")
+    plain.check_saved(tiny_target, drafter, tmp_path, fields)

@@ -45,7 +45,7 @@ def test_every_objective_trains_them(
     assert not still
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "lm"])
 def test_a_resumed_run_ends_with_the_same_drafter(
     tiny_target: Target, examples: list[Example], tmp_path: Path, family: str
 ) -> None:

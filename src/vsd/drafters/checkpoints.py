@@ -4,6 +4,7 @@ Engines skip tensors and fields that they do not know in silence; here each is a
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vsd.drafters.feature_drafter import FeatureDrafter
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
 from vsd.targets.load import resolve
@@ -44,6 +46,44 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except SafetensorError as error:
         raise MismatchError(f"cannot read the weights in '{folder}': {error}") from error
     return config, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def is_of(config: Mapping[str, Any], kind: type[FeatureDrafter], speculators: str, native: bool) -> bool:
+    """Whether config.json is that of a drafter of a family: ours, speculators', or native.
+
+    Args:
+        kind: class of the family's drafters.
+        speculators: speculators' name of the family.
+        native: whether a config that is neither ours nor speculators' belongs to the family.
+    """
+    if config.get("model_type") == kind.config_class.model_type:
+        return True
+    if "speculators_model_type" in config:
+        return bool(config["speculators_model_type"] == speculators)
+    return native
+
+
+def load(
+    kind: type[FeatureDrafter],
+    import_checkpoint: Callable[[Path, TargetInfo], Any],
+    folder: Path,
+    target: TargetInfo,
+    dtype: torch.dtype | None,
+) -> Any:
+    """Our own checkpoint, or a released one, in a dtype (None: its own), on the target's device.
+
+    Args:
+        kind: class of the family's drafters.
+        import_checkpoint: reads a released one.
+
+    Raises:
+        MismatchError: see `FeatureDrafter.from_pretrained` and the family's `import_checkpoint`.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") == kind.config_class.model_type:
+        own: Any = "auto" if dtype is None else dtype
+        return kind.from_pretrained(folder, dtype=own, device_map=target.device)
+    return cast(import_checkpoint(folder, target), target.device, dtype)
 
 
 def our_fields(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor], target: TargetInfo) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class EntryCache:
         self.reserve(int(slots.max()) + 1)
         return slots
 
+    def up_to(self, slots: Tensor) -> Tensor:
+        """Which slots entries at `slots` [B, A] see, their own included, [B, A, L] bool."""
+        return torch.arange(int(slots.max()) + 1, device=slots.device) <= slots[..., None]
+
     def append(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write entries [B, H, A, D] to slots [B, A]; `commit` says how many of them count."""
         index = slots[:, None, :, None].expand_as(keys)

@@ -3,7 +3,8 @@
 Common to EAGLE-3 and the block drafters: sizes, draft vocabulary, the check of the target, checkpoints of our own.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vsd.drafters.base import FeatureSpec
+from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.proposals import Proposals
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
+from vsd.targets.packed import pack_linears
 
 
 class FeatureDrafterConfig(PreTrainedConfig):
@@ -59,6 +62,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
     config_class: Any
     base_model_prefix = ""
     config: Any
+    norm: Any
     d2t: Tensor
     t2d: Tensor
 
@@ -132,6 +136,20 @@ class FeatureDrafter(Proposals, PreTrainedModel):
     def vocabulary(self) -> DraftVocabulary:
         """From `d2t`."""
         return DraftVocabulary(torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t, len(self.t2d))
+
+    @abstractmethod
+    def decoder_layers(self) -> Sequence[Any]:
+        """Its layers."""
+
+    def new_cache(self, rows: int, capacity: int) -> EntryCache:
+        """Without entries."""
+        config = self.config
+        heads, layers = config.num_key_value_heads, len(self.decoder_layers())
+        return EntryCache(layers, rows, heads, capacity, config.head_dim, self.norm.weight)
+
+    def freeze(self) -> None:
+        """See `Drafter.freeze`; queries are asked of fewer entries than keys and values."""
+        pack_linears(self.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
 
     def attach(self, target: TargetInfo) -> None:
         """See `Drafter.attach`; the drafter embeds tokens as the target does."""

@@ -60,7 +60,7 @@ class Parallel(Proposals):
             before = ids[choose(self.log_probs(own, before))]
 
     def log_probs(self, states: Tensor, before: Tensor) -> Tensor:
-        """log q [..., Vd], float32, of states [..., h] behind tokens [...], target ids."""
+        """log q [..., Vd], float32, of states [..., h] behind tokens [...], target ids; both may broadcast."""
         log_q: Tensor = self.lm_head(states).float().log_softmax(-1)
         return log_q
 
@@ -71,7 +71,7 @@ class Parallel(Proposals):
     def conditionals(self, state: Any, root: Tensor, depth: int) -> Conditionals:
         """See `Proposals.conditionals`."""
         states = self.block(state, root, depth)
-        return lambda level, tokens, parents: self.log_probs(states[:, level, None], tokens[:, :1])
+        return lambda level, tokens, parents: self.log_probs(states[:, level, None], tokens)
 
 
 def distinct(roots: Tensor, entries: int) -> tuple[Tensor, Tensor]:

@@ -51,13 +51,8 @@ class Proposals(ABC):
         law, ids, k = self.conditionals(state, root, shape.depth), self.vocabulary.ids, shape.top_k
         zero = torch.zeros_like(root[:, None])
         tokens, parents, depths, scores = [root[:, None]], [zero], [0], [torch.zeros_like(zero, dtype=torch.float32)]
-        nodes, beam, above, beam_logp = (
-            zero,
-            root[:, None],
-            zero,
-            scores[0],
-        )  # the beam, as indices of the pool: `nodes`
-        pool = 1
+        nodes, pool = zero, 1  # the beam, as indices of the pool, and the pool's size
+        beam, above, beam_logp = root[:, None], zero, scores[0]
         for depth in range(shape.depth):
             if depth and shape.p_min and float(beam_logp.max()) < shape.floor:
                 break
@@ -82,11 +77,8 @@ class Proposals(ABC):
         Below a token under `shape.p_min` nothing is drafted, but the token itself stays: whether a token is verified
         must not depend on the token.
         """
-        law, ids, none = (
-            self.conditionals(state, root, shape.depth),
-            self.vocabulary.ids,
-            torch.zeros_like(root[:, None]),
-        )
+        law, ids = self.conditionals(state, root, shape.depth), self.vocabulary.ids
+        none = torch.zeros_like(root[:, None])
         divisor = torch.tensor([t or 1.0 for t in temperature], device=root.device)[:, None]
         path, distributions, log_q = [root], [], [torch.zeros(len(root), device=root.device)]
         for step in range(shape.depth):

@@ -10,28 +10,27 @@ speculators' `aux_hidden_state_layer_ids` layer *inputs*, one more. vLLM reads s
 for layers of full attention, too: without it their blocks would be causal.
 """
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vsd.drafters.checkpoints import (
     SIZES,
-    cast,
     check_embeddings,
     complete_vocabulary,
     fill,
+    is_of,
+    load,
     our_fields,
     read_checkpoint,
     rope_fields,
     speculators_config,
     without_map,
 )
-from vsd.drafters.dflash.model import DFlashConfig, DFlashDrafter
+from vsd.drafters.dflash.model import DFlashDrafter
 from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
@@ -83,7 +82,7 @@ def exported(drafter: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]
         "attention_bias": False,
         "tie_word_embeddings": False,
     }
-    steps = getattr(config, "draft_steps", None) or _STEPS
+    steps = _steps(config)
     common = {
         "architectures": [name],
         "draft_vocab_size": config.draft_vocab_size,
@@ -112,21 +111,8 @@ def speculators(drafter: Any, target: TargetInfo, name: str, layer: dict[str, An
         "sliding_window_non_causal": True,
         "aux_hidden_state_layer_ids": list(config.aux_layers),
         "transformer_layer_config": layer,
-        "speculators_config": speculators_config(name, target, getattr(config, "draft_steps", None) or _STEPS),
+        "speculators_config": speculators_config(name, target, _steps(config)),
     }
-
-
-def load(kind: type[DFlashDrafter], folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
-    """Our own checkpoint, or a released one, in a dtype (None: its own), on the target's device.
-
-    Raises:
-        MismatchError: see `import_checkpoint` and `FeatureDrafter.from_pretrained`.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") == kind.config_class.model_type:
-        own: Any = "auto" if dtype is None else dtype
-        return kind.from_pretrained(folder, dtype=own, device_map=target.device)
-    return cast(import_checkpoint(kind, folder, target), target.device, dtype)
 
 
 def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInfo) -> Any:
@@ -169,11 +155,12 @@ def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInf
 
 def reads(config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a DFlash drafter: ours, native, or speculators'."""
-    if config.get("model_type") == DFlashConfig.model_type:
-        return True
-    if "speculators_model_type" in config:
-        return bool(config["speculators_model_type"] == "dflash")
-    return _CLASS in (config.get("architectures") or [])
+    return is_of(config, DFlashDrafter, "dflash", _CLASS in (config.get("architectures") or []))
+
+
+def _steps(config: Any) -> int:
+    """K: tokens of a block."""
+    return int(getattr(config, "draft_steps", None) or _STEPS)
 
 
 def _serve(kind: str, out: str, tokens: int) -> str:
@@ -184,7 +171,7 @@ FAMILY = Family(
     title=DFlashDrafter.title,
     new=DFlashDrafter.for_target,
     reads=reads,
-    load=partial(load, DFlashDrafter),
+    load=partial(load, DFlashDrafter, partial(import_checkpoint, DFlashDrafter)),
     export=export,
     formats=("vllm", "speculators"),
     serve=_serve,

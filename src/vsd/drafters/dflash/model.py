@@ -32,7 +32,6 @@ from vsd.drafters.parallel import Parallel
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.paths import Entries
 from vsd.targets import Padded, TargetInfo
-from vsd.targets.packed import pack_linears
 
 Rotary = tuple[Tensor, Tensor]
 _LAYERS = 5  # of target features, and of a new drafter
@@ -144,7 +143,7 @@ class DFlashDrafter(Parallel, FeatureDrafter):
             object.__setattr__(self, "lm_head", SharedHead(target))
 
     def decoder_layers(self) -> list[DFlashLayer]:
-        """Its layers."""
+        """See `FeatureDrafter.decoder_layers`."""
         return list(self.layers)  # type: ignore[arg-type]
 
     def blocks(self, entries: Entries, roots: Tensor, steps: int) -> Tensor:
@@ -192,14 +191,8 @@ class DFlashDrafter(Parallel, FeatureDrafter):
             x = layer.finish(x, state.attend(i, layer.self_attn.queries(normed, rotary), seen))
         return self._predicting(self.norm(x)[:, None], steps)[:, 0]
 
-    def freeze(self) -> None:
-        """See `Drafter.freeze`; of the context only keys and values are computed."""
-        pack_linears(self.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
-
     def _begun(self, aux: Tensor, counts: Tensor, positions: Tensor, capacity: int) -> EntryCache:
-        config, like = self.config, self.norm.weight
-        heads = config.num_key_value_heads
-        state = EntryCache(len(self.layers), len(aux), heads, capacity, config.head_dim, like)
+        state = self.new_cache(len(aux), capacity)
         self._extend(state, aux, counts, positions)
         return state
 
@@ -224,9 +217,8 @@ class DFlashDrafter(Parallel, FeatureDrafter):
 
     def _own_seen(self, order: Tensor) -> Tensor:
         """Which tokens of a block see which, [J, J] bool."""
-        return (
-            order <= order[:, None] if self.config.causal else torch.ones_like(order[:, None] + order, dtype=torch.bool)
-        )
+        backwards = order <= order[:, None]
+        return backwards if self.config.causal else torch.ones_like(backwards)
 
     def _predicting(self, states: Tensor, steps: int) -> Tensor:
         """Of states [B, P, J, h] those that predict, [B, P, K, h]."""

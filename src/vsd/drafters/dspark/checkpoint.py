@@ -10,13 +10,12 @@ there. Confidence heads of released drafters are not read: they do not change wh
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-
-from vsd.drafters.dflash.checkpoint import exported, load, speculators
-from vsd.drafters.dspark.model import DSparkConfig, DSparkDrafter
+from vsd.drafters.checkpoints import is_of, load
+from vsd.drafters.dflash.checkpoint import exported, import_checkpoint, speculators
+from vsd.drafters.dspark.model import DSparkDrafter
 from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.targets import TargetInfo
 
@@ -47,15 +46,7 @@ def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
 
 def reads(config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a DSpark drafter: ours, native, or speculators'."""
-    if config.get("model_type") == DSparkConfig.model_type:
-        return True
-    if "speculators_model_type" in config:
-        return bool(config["speculators_model_type"] == "dspark")
-    return _CLASS in (config.get("architectures") or [])
-
-
-def _load(folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
-    return load(DSparkDrafter, folder, target, dtype)
+    return is_of(config, DSparkDrafter, "dspark", _CLASS in (config.get("architectures") or []))
 
 
 def _serve(kind: str, out: str, tokens: int) -> str:
@@ -66,7 +57,7 @@ FAMILY = Family(
     title=DSparkDrafter.title,
     new=DSparkDrafter.for_target,
     reads=reads,
-    load=_load,
+    load=partial(load, DSparkDrafter, partial(import_checkpoint, DSparkDrafter)),
     export=export,
     formats=("vllm", "speculators"),
     serve=_serve,

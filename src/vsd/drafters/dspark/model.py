@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from vsd.drafters.dflash.model import DFlashConfig, DFlashDrafter
-from vsd.drafters.proposals import Conditionals
 
 
 class DSparkConfig(DFlashConfig):
@@ -61,12 +60,3 @@ class DSparkDrafter(DFlashDrafter):
         bias = self.markov_head.markov_w2(self.markov_head.markov_w1(before))
         log_q: Tensor = (self.lm_head(states).float() + bias.float()).log_softmax(-1)
         return log_q
-
-    def conditionals(self, state: Any, root: Tensor, depth: int) -> Conditionals:
-        """See `Proposals.conditionals`."""
-        states = self.block(state, root, depth)
-
-        def law(level: int, tokens: Tensor, parents: Tensor) -> Tensor:
-            return self.log_probs(states[:, level, None].expand(-1, tokens.shape[1], -1), tokens)
-
-        return law

@@ -16,7 +16,6 @@ from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.feature_drafter import FeatureDrafter, FeatureDrafterConfig
 from vsd.paths import Entries
 from vsd.targets import Padded
-from vsd.targets.packed import pack_linears
 
 
 class EagleBody(FeatureDrafter):
@@ -38,12 +37,6 @@ class EagleBody(FeatureDrafter):
     def decoder_layers(self) -> Sequence[EagleLayer]:
         """Its layers; the first one reads token embeddings, too."""
 
-    def new_cache(self, rows: int, capacity: int) -> EntryCache:
-        """Without entries."""
-        config = self.config
-        heads, layers = config.num_key_value_heads, len(self.decoder_layers())
-        return EntryCache(layers, rows, heads, capacity, config.head_dim, self.norm.weight)
-
     def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> EntryCache:
         """See `Drafter.begin`."""
         entries = Entries.of(prompt, aux, root)
@@ -63,8 +56,8 @@ class EagleBody(FeatureDrafter):
         state.commit(state.lengths + counts, pick(positions[..., None])[:, 0, 0] + 1)
         embeds, hidden = self.embed(next_ids).to(self.dtype), self.fc(aux.to(self.dtype))
         rotary = self.rotary_emb(hidden, positions)
-        seen = torch.arange(int(slots.max()) + 1, device=slots.device) <= slots[..., None]  # [B, A, L]
         layers = self.decoder_layers()
+        seen = state.up_to(slots) if len(layers) > 1 else state.committed[:, None]
         for i, layer in enumerate(layers):
             a = layer.input(embeds, hidden)
             state.append(i, slots, *layer.self_attn.keys_values(a, rotary))
@@ -72,7 +65,3 @@ class EagleBody(FeatureDrafter):
                 a, hidden, rotary, seen = pick(a), pick(hidden), tuple(map(pick, rotary)), state.committed[:, None]
             hidden = layer.finish(hidden, state.attend(i, layer.self_attn.queries(a, rotary), seen))
         state.hidden = hidden
-
-    def freeze(self) -> None:
-        """See `Drafter.freeze`; queries are asked of fewer entries than keys and values."""
-        pack_linears(self.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))

@@ -11,7 +11,6 @@ which that library drafts from zeros; elsewhere they are left to the target. Fea
 `eagle_aux_hidden_state_layer_ids` layer *inputs*, one more. Both are written.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 
 from vsd.drafters.checkpoints import (
     SIZES,
-    cast,
     check_embeddings,
     complete_vocabulary,
     fill,
+    is_of,
+    load,
     our_fields,
     read_checkpoint,
     rope_fields,
@@ -40,6 +40,7 @@ from vsd.targets import TargetInfo
 
 _NATIVE = "LlamaForCausalLMEagle3"  # vLLM renames other classes that it is given as `eagle3`, and then finds none
 _LAYER_FIELDS = ("model_type", "num_hidden_layers", *SIZES, "mlp_bias", "rope_parameters")
+_UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "qkv_bias")
 _MASK_TOKEN = ("pard_token", "mask_token_id", "ptd_token_id")
 
 
@@ -64,9 +65,6 @@ class Layout(NamedTuple):
     write: Callable[[Any], dict[str, Any]]
 
 
-_UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "qkv_bias")
-
-
 def export(layout: Layout, drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
     """A drafter in one of the formats above.
 
@@ -87,19 +85,6 @@ def export(layout: Layout, drafter: Any, target: TargetInfo, kind: str) -> Check
     tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
     tensors["embed_tokens.weight"] = target.embedding_weight
     return Checkpoint(tensors, _speculators(layout, drafter, target))
-
-
-def load(layout: Layout, folder: Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
-    """Our own checkpoint, or a released one, in a dtype (None: its own), on the target's device.
-
-    Raises:
-        MismatchError: see `import_checkpoint` and `FeatureDrafter.from_pretrained`.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") == layout.kind.config_class.model_type:
-        own: Any = "auto" if dtype is None else dtype
-        return layout.kind.from_pretrained(folder, dtype=own, device_map=target.device)
-    return cast(import_checkpoint(layout, folder, target), target.device, dtype)
 
 
 def import_checkpoint(layout: Layout, folder: Path, target: TargetInfo) -> Any:
@@ -129,15 +114,12 @@ def import_checkpoint(layout: Layout, folder: Path, target: TargetInfo) -> Any:
 
 def reads(layout: Layout, config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a drafter of the family: ours, native, or speculators'."""
-    if config.get("model_type") == layout.kind.config_class.model_type:
-        return True
-    if "speculators_model_type" in config:
-        return bool(config["speculators_model_type"] == layout.name)
-    native = {_NATIVE, "PeagleLlamaForCausalLM"} if layout.parallel else {_NATIVE}
-    return bool(native & set(config.get("architectures") or [])) and layout.parallel == (mask_token(config) is not None)
+    classes = {_NATIVE, "PeagleLlamaForCausalLM"} if layout.parallel else {_NATIVE}
+    named, parallel = classes & set(config.get("architectures") or []), named_mask_token(config) is not None
+    return is_of(config, layout.kind, layout.name, bool(named) and parallel == layout.parallel)
 
 
-def mask_token(config: Mapping[str, Any]) -> int | None:
+def named_mask_token(config: Mapping[str, Any]) -> int | None:
     """The token of places to be drafted, by any of its names in config.json."""
     return next((config[name] for name in _MASK_TOKEN if config.get(name) is not None), None)
 
@@ -200,7 +182,7 @@ def family(layout: Layout, formats: tuple[str, ...], serve: Callable[[str, str, 
         title=layout.kind.title,
         new=layout.kind.for_target,  # type: ignore[arg-type]  # a subclass that drafts
         reads=partial(reads, layout),
-        load=partial(load, layout),
+        load=partial(load, layout.kind, partial(import_checkpoint, layout)),
         export=partial(export, layout),
         formats=formats,
         serve=serve,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vsd.drafters.eagle3.checkpoint import Layout, family, mask_token
+from vsd.drafters.eagle3.checkpoint import Layout, family, named_mask_token
 from vsd.drafters.eagle3.model import Eagle3Drafter
 from vsd.drafters.family import serve_arguments
 from vsd.drafters.feature_drafter import FeatureDrafterConfig
@@ -38,7 +38,7 @@ def start(trained: Any, target: TargetInfo, **options: Any) -> PeagleDrafter:
 
 
 def _read(raw: dict[str, Any], layers: int) -> dict[str, Any]:
-    return {"num_hidden_layers": layers, "mask_token_id": mask_token(raw)}
+    return {"num_hidden_layers": layers, "mask_token_id": named_mask_token(raw)}
 
 
 def _write(config: PeagleConfig) -> dict[str, Any]:
