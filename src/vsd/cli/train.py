@@ -9,6 +9,7 @@ from vsd.options import (
     DrafterOptions,
     MeasurementOptions,
     ObjectiveOptions,
+    OnlineOptions,
     OptimisationOptions,
     TargetOptions,
     TextOptions,
@@ -16,6 +17,7 @@ from vsd.options import (
 
 EXAMPLES = """\
   vsd train --target T --data text.jsonl --output-dir runs/mine
+  vsd train --target T --drafter released --data prompts.jsonl --online --max-minutes 30
   vsd train --config recipe.yaml --learning-rate 5e-4 --set weight_decay=0.01 objective_options.anchors=8
   vsd train --config recipe.yaml --resume
   vsd train --config runs/mine/recipe.json --seed 1 --output-dir runs/again
@@ -30,6 +32,7 @@ SETTINGS = (
     TargetOptions,
     TextOptions,
     DrafterOptions,
+    OnlineOptions,
     ObjectiveOptions,
     OptimisationOptions,
     MeasurementOptions,

@@ -14,14 +14,19 @@ _OTHER = "OTHERTEXT"
 _PRINTED_PART = "[{'type': 'text'"  # in the text of a template that expects plain text and prints the list of parts
 
 
-def prompt_inputs(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Inputs:
+def prompt_inputs(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any] | None = None
+) -> Inputs:
     """The prompt that is served for these messages: everything up to the first token of the target's answer.
+
+    Args:
+        arguments: of the chat template besides messages.
 
     Raises:
         BadLineError: the chat template fails, or does not print the last user message.
         TargetError: there is no chat template.
     """
-    return Inputs(tokenize(tokenizer, render(tokenizer, messages, answer_next=True)))
+    return Inputs(tokenize(tokenizer, render(tokenizer, messages, arguments, answer_next=True)))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

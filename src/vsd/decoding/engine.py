@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vsd.decoding.lookup import SURE, Lookup
 from vsd.decoding.sampling import Sampling
-from vsd.drafters import Drafter, FeatureSpec
+from vsd.drafters import Drafter
 from vsd.errors import ConfigurationError, TargetError
 from vsd.paths import Chain, Tree, TreeShape, ancestors, graft
 from vsd.targets import Inputs, Output, Padded, Target, TreeCache
@@ -43,13 +43,34 @@ class Result:
     trees: list[tuple[int, int]] = field(default_factory=list)
 
 
+class States(NamedTuple):
+    """The target's states at the text that one pass added to the cache: of every row as many as `counts` says.
+
+    Attributes:
+        rows: [B] index into the prompts.
+        counts: [B] tokens; the pass over the prompts adds the prompts.
+        output: hidden [B, A, h] and aux [B, A, n h] of those tokens.
+    """
+
+    rows: list[int]
+    counts: list[int]
+    output: Output
+
+
 class Step(NamedTuple):
-    """One verification pass: new tokens by row index, and seconds spent to draft, verify and commit."""
+    """One pass of the target.
+
+    Attributes:
+        tokens: new tokens by row index.
+        draft, verify, commit: seconds.
+        states: the target's side of the tokens that it read.
+    """
 
     tokens: dict[int, list[int]]
     draft: float
     verify: float
     commit: float
+    states: States
 
 
 @dataclass
@@ -73,6 +94,7 @@ class Engine:
         shape: the draft tree.
         verification: "auto" is `greedy` at temperature 0 and `target` above 0; "rejection" samples chains from the
             drafter (temperature > 0; needs a tree of top_k 1).
+        layers: features in `Step.states` of plain decoding; with a drafter they are those that it reads.
 
     Raises:
         VSDError: the drafter belongs to another target, or the verification does not fit the tree.
@@ -84,10 +106,10 @@ class Engine:
         drafter: Drafter | None = None,
         shape: TreeShape | None = None,
         verification: str = "auto",
+        layers: tuple[int, ...] = (),
     ) -> None:
         self.target, self.drafter, self.shape = target, drafter, shape or TreeShape()
-        self.verification = verification
-        self.layers = FeatureSpec().layers
+        self.verification, self.layers = verification, layers
         if drafter is not None:
             drafter.attach(target)
             self.layers = drafter.needs.layers
@@ -137,9 +159,9 @@ class Engine:
         rows = [i for i, result in enumerate(results) if not result.finish]
         if not rows:
             return
-        state, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings))
+        state, read, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings))
         deliver = [_Delivery(self.target, s) for s in samplings]
-        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
+        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0, read)
         while self._retire(state, results):
             clock = _Clock(self.target.device)
             tree, chain, levels = self._draft(state, results)
@@ -149,19 +171,20 @@ class Engine:
             path = self._path(tree, verdict)
             counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
-            self._commit(state, verdict, output, path)
+            read = States(state.rows, counts, _kept(output, verdict))
+            self._commit(state, verdict, read.output, path)
             new, size = {}, (tree.tokens.shape[1], levels)
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
                 new[i] = deliver[i](results[i], tokens[:count])
                 results[i].delivered.append(len(new[i]))
                 results[i].trees.append(size)
-            yield Step(new, drafted, verified, clock.lap())
+            yield Step(new, drafted, verified, clock.lap(), read)
 
     def _prefill(
         self, rows: list[int], results: list[Result], laws: list[Law], max_new_tokens: int
-    ) -> tuple[_State, float]:
-        """Prefill; the first token of each answer becomes a root. Returns the state and the seconds."""
+    ) -> tuple[_State, States, float]:
+        """Prefill; the first token of each answer becomes a root. Returns also the prompts' states and the seconds."""
         clock = _Clock(self.target.device)
         prompt = Padded.of([results[i].prompt for i in rows], self.target.device)
         B, longest = prompt.ids.shape
@@ -175,7 +198,7 @@ class Engine:
         if self.drafter is not None:
             room = capacity + self.shape.depth * self.shape.top_k
             state.draft = self.drafter.begin(prompt, output.aux, state.root, room)
-        return state, clock.lap()
+        return state, States(rows, prompt.lengths.tolist(), output), clock.lap()
 
     def _draft(self, state: _State, results: list[Result]) -> tuple[Tree, Chain | None, int]:
         """The tree to verify, its sampled chain (rejection only), and the number of levels that the drafter drafted."""
@@ -220,13 +243,12 @@ class Engine:
         shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
         return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
 
-    def _commit(self, state: _State, verdict: Verdict, output: Output, path: Tensor) -> None:
+    def _commit(self, state: _State, verdict: Verdict, kept: Output, path: Tensor) -> None:
         """Keep the accepted nodes in both models' states; the bonus token is the next root."""
         state.cache.commit(verdict.nodes, verdict.counts)
         state.root = verdict.bonus
         if self.drafter is not None:
-            aux = output.aux.gather(1, verdict.nodes[..., None].expand(-1, -1, output.aux.shape[-1]))
-            self.drafter.advance(state.draft, aux, path, verdict.counts)
+            self.drafter.advance(state.draft, kept.aux, path, verdict.counts)
 
     @staticmethod
     def _retire(state: _State, results: list[Result]) -> bool:
@@ -250,6 +272,11 @@ class Engine:
                 raise ConfigurationError(f"prompt {i} is empty")
             if window is not None and length >= window:
                 raise ConfigurationError(f"prompt {i} has {length} tokens; the target's window is {window}")
+
+
+def _kept(output: Output, verdict: Verdict) -> Output:
+    """The states of the accepted nodes."""
+    return Output(*(x.gather(1, verdict.nodes[..., None].expand(-1, -1, x.shape[-1])) for x in output))
 
 
 def _sound(tree: Tree) -> Tree:

@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, Q drafted tokens of a sequence, n h width of the features, h hidden.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -79,3 +80,21 @@ def compute_features(
     hidden = output.hidden.gather(1, before)
     normaliser = target.log_normaliser(hidden.flatten(0, 1), temperature)
     return Features(output.aux, hidden, normaliser.view(drafted.shape))
+
+
+def stacked(pieces: Sequence[Features], texts: Texts) -> Features:
+    """Stored features of single texts as a batch. They are copied to the device as they are, and widened there."""
+    T, Q = texts.inputs.ids.shape[1], texts.drafted.shape[1]
+    columns = zip(zip(*pieces), (T, Q, Q))
+    padded = (torch.stack([_pad(piece, size) for piece in column]) for column, size in columns)
+    return Features(*(_moved(field, texts.drafted.device).float() for field in padded))
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a copy to a GPU starts from pinned memory, and nothing waits for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """Zero-pad the first dimension to `length`."""
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x

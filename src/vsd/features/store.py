@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vsd.data import Example
 from vsd.errors import ConfigurationError, MismatchError
-from vsd.features.base import Features, Texts, compute_features
+from vsd.features.base import Features, Texts, compute_features, stacked
 from vsd.targets import Padded, Target, TargetInfo
 
 _SHARD_TOKENS = 32768
@@ -119,12 +119,8 @@ class FeatureStore:
         )
 
     def batch(self, texts: Texts) -> Features:
-        """See `FeatureSource.batch`; features are copied to the device as they are stored, and widened there."""
-        pieces = [self._read(i) for i in texts.examples.tolist()]
-        T, Q = texts.inputs.ids.shape[1], texts.drafted.shape[1]
-        columns = zip(zip(*pieces), (T, Q, Q))
-        padded = (torch.stack([_pad(piece, size) for piece in column]) for column, size in columns)
-        return Features(*(_moved(field, texts.drafted.device).float() for field in padded))
+        """See `FeatureSource.batch`."""
+        return stacked([self._read(i) for i in texts.examples.tolist()], texts)
 
     def _read(self, index: int) -> Features:
         s, (token, tokens), (row, rows) = self._places[index]
@@ -240,15 +236,5 @@ def _check_room(folder: Path, missing: int) -> None:
         )
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; a copy to a GPU starts from pinned memory, and nothing waits for it."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
 def _name(shard: int) -> str:
     return f"features-{shard:05d}.safetensors"
-
-
-def _pad(x: Tensor, length: int) -> Tensor:
-    """Zero-pad the first dimension to `length`."""
-    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vsd.errors import ConfigurationError
+from vsd.options.online import OnlineOptions
 from vsd.options.values import checked
 
 EMBEDDED = "smollm2-135m"  # a target that a PyPI wheel brings: see `vsd.targets.load`
@@ -79,7 +80,7 @@ class DrafterOptions:
 
 
 @dataclass
-class TrainJob(TargetOptions, TextOptions, DrafterOptions):
+class TrainJob(TargetOptions, TextOptions, DrafterOptions, OnlineOptions):
     """A training job; the configuration of the training itself is `vsd.training.VSDConfig`.
 
     Raises:

@@ -68,6 +68,7 @@ class MeasurementOptions:
 
     Attributes:
         eval_steps: measure τ on the held-out prompts after this many steps; below 1: share of the training
+        patience: end the training after this many measurements without a better τ
         eval_max_new_tokens: longest answer in tokens when τ is measured
         eval_batch: prompts that are decoded together when τ is measured
         tree: draft tree that τ is measured with, depth x top_k x nodes
@@ -78,6 +79,7 @@ class MeasurementOptions:
     """
 
     eval_steps: float = 250
+    patience: int | None = None
     eval_max_new_tokens: int = 64
     eval_batch: int = 32
     tree: str = "5x4x12"

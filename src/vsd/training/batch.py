@@ -45,10 +45,7 @@ class DraftDataset(Dataset[dict[str, Any]]):
 
 
 class ByLength(Sampler[int]):
-    """Batches of similar length in random order. The order depends on `seed` alone, so a resumed epoch keeps it.
-
-    Random noise of 10 % is added to the lengths before sorting, so that every epoch has different batches.
-    """
+    """Batches of similar length in random order. The order depends on `seed` alone, so a resumed epoch keeps it."""
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
         self.batch_size, self.seed = batch_size, seed
@@ -59,14 +56,20 @@ class ByLength(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Indices, batch after batch; a smaller batch comes last."""
-        generator = torch.Generator().manual_seed(self.seed())
-        jitter = 1 + 0.1 * torch.rand(len(self), generator=generator)
-        batches = list((self.lengths * jitter).argsort().split(self.batch_size))
-        last = [batches.pop()] if len(self) % self.batch_size else []
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        for batch in [batches[i] for i in order] + last:
-            yield from batch.tolist()
+        """Indices, batch after batch."""
+        yield from in_batches(self.lengths, self.batch_size, torch.Generator().manual_seed(self.seed()))
+
+
+def in_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[int]:
+    """Indices of texts of lengths [n] in batches of similar length in random order; a smaller batch comes last.
+
+    Random noise of 10 % is added to the lengths before sorting, so that every epoch has different batches.
+    """
+    jitter = 1 + 0.1 * torch.rand(len(lengths), generator=generator)
+    batches = list((lengths * jitter).argsort().split(batch_size))
+    last = [batches.pop()] if len(lengths) % batch_size else []
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return torch.cat([batches[i] for i in order] + last).tolist()
 
 
 class Collator:

@@ -22,6 +22,7 @@ from vsd.options import TrainJob
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
 from vsd.training.batch import DraftDataset
 from vsd.training.config import VSDConfig
+from vsd.training.online import OnlineText, load_prompts
 from vsd.training.recipe import check_resumable, write_recipe
 from vsd.training.trainer import VSDTrainer
 
@@ -39,7 +40,9 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
-    where = {**job.loading, "device": str(config.device)}  # each process has its own GPU
+    if job.online:
+        return _finish(_online(job, config, report), job, checkpoint)
+    where = _where(job, config)
     info = load_target_info(job.target, **where)
     examples = [
         example
@@ -54,9 +57,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
-    folder = Path(job.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(folder, job, config)
+    _begin(job, config)
     trainer = VSDTrainer(
         target,
         drafter,
@@ -65,10 +66,62 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         features=_features(job, target, kept, drafter.needs.layers, config.temperature),
         eval_prompts=[prompt_of(example) for example in held_out],
     )
+    return _finish(trainer, job, checkpoint)
+
+
+def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:
+    """The trainer of a job that answers its prompts itself.
+
+    Raises:
+        ConfigurationError: no drafter, stored features, or several processes.
+    """
+    if job.drafter is None:
+        raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
+    if job.features not in ("auto", "online"):
+        raise ConfigurationError("--online takes the features from decoding: leave out --features")
+    if PartialState().num_processes > 1 or config.dataloader_num_workers:
+        raise ConfigurationError("--online answers in the training process: use one process and no loader workers")
+    target = load_target(job.target, **_where(job, config))
+    room = job.max_length - job.answer_tokens
+    prompts = [
+        prompt
+        for source in job.data
+        for prompt in load_prompts(source, target.tokenizer, room, job.on_bad_line, report)
+    ]
+    kept, held_out = hold_out(prompts, job.held_out)
+    set_seed(config.seed)
+    drafter = load_drafter(job.drafter, target, trainable=True)
+    _begin(job, config)
+    folder = Path(job.output_dir) / "online"
+    texts = OnlineText(folder, target, drafter, kept, job, temperature=config.temperature, seed=config.seed)
+    return VSDTrainer(target, drafter, config, texts, features=texts, eval_prompts=held_out)
+
+
+def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
+    """How the target is loaded: each process has its own GPU."""
+    return {**job.loading, "device": str(config.device)}
+
+
+def _begin(job: TrainJob, config: VSDConfig) -> None:
+    folder = Path(job.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(folder, job, config)
+
+
+def _finish(trainer: VSDTrainer, job: TrainJob, checkpoint: str | None) -> Path:
+    """Train, and write the drafter with the highest τ; where none was measured, the last one."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder / "drafter"))
+    folder = Path(job.output_dir) / "drafter"
+    if job.held_out and trainer.measured_at != trainer.state.global_step:
+        trainer.evaluate()
+    if job.held_out:
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            shutil.copytree(trainer.best, folder, dirs_exist_ok=True)
+    else:
+        trainer.save_model(str(folder))
     trainer.save_state()  # includes the log history
-    return folder / "drafter"
+    return folder
 
 
 def _features(

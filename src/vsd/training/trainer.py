@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
@@ -30,6 +31,7 @@ from vsd.training.batch import ByLength, Collator, DraftDataset, texts_of
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
 from vsd.training.e_step import Batch, Info, Models, Posterior, e_steps
+from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a batch
@@ -55,7 +57,7 @@ class VSDTrainer(Trainer):
         target: TargetInfo,
         drafter: Any,
         args: VSDConfig,
-        train_dataset: DraftDataset,
+        train_dataset: DraftDataset | OnlineText,
         *,
         features: FeatureSource | None = None,
         eval_prompts: Sequence[Inputs] = (),
@@ -94,6 +96,8 @@ class VSDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
+        if isinstance(self.train_dataset, OnlineText):
+            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: int(self.state.epoch or 0))
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -176,8 +180,29 @@ class VSDTrainer(Trainer):
         if self._budget is not None:
             metrics["minutes"] = self._budget.minutes
         self.log(metrics)
+        self._keep_best(tau)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def best(self) -> Path:
+        """Folder of the drafter with the highest τ so far; there is none before the first measurement."""
+        return Path(str(self.args.output_dir)) / "best"
+
+    def _keep_best(self, tau: float) -> None:
+        """Save the drafter if it is the best so far; end the training if none has been for `patience` measurements."""
+        if self.state.best_metric is None or tau > self.state.best_metric:
+            self.state.best_metric = tau
+            self.save_model(str(self.best), _internal_call=True)
+        measured = [entry["eval_tau"] for entry in self.state.log_history if "eval_tau" in entry]
+        since = len(measured) - 1 - measured.index(max(measured)) if measured else 0
+        self.control.should_training_stop |= self.args.patience is not None and since >= self.args.patience
+
+    @property
+    def measured_at(self) -> int | None:
+        """Step of the last measurement of τ."""
+        steps = [entry["step"] for entry in self.state.log_history if "eval_tau" in entry]
+        return steps[-1] if steps else None
 
     def _tau(self, drafter: Any) -> float:
         config = self.args
@@ -197,6 +222,15 @@ class VSDTrainer(Trainer):
             logs |= self._counts.report()
             self._counts = _Counts(self.args.draft_steps)
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """And delete the features of answers from which no checkpoint goes on."""
+        super()._save_checkpoint(model, trial)
+        if isinstance(self.train_dataset, OnlineText):
+            saved = Path(str(self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            oldest = min(int(path.name.rpartition("-")[2]) for path in saved)
+            batch = self.args.train_batch_size
+            self.train_dataset.forget(oldest * batch * self.args.gradient_accumulation_steps, batch)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """And the running acceptance, which weights depend on, and the minutes trained."""

@@ -1,0 +1,175 @@
+"""The texts of online training: a data set that grows while a drafter is trained on it.
+
+A round answers the next prompts of a shuffled order with the drafter as it is then, and is trained on at once; older
+rounds are a replay buffer, from which texts are drawn with probability ∝ the verification passes that they took. So
+texts on which the drafter errs come first.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from vsd.data.generate import derive_seed
+from vsd.decoding import Engine, Sampling
+from vsd.errors import ConfigurationError
+from vsd.features import Features, Texts
+from vsd.options import OnlineOptions
+from vsd.paths import TreeShape
+from vsd.targets import Inputs, Target
+from vsd.training.batch import in_batches
+from vsd.training.online.rollouts import Rollout, roll_out
+from vsd.training.online.rounds import Rounds
+
+
+class OnlineText(Dataset[dict[str, Any]]):
+    """Data set, order of texts, and `FeatureSource` of online training.
+
+    Args:
+        folder: of the rounds.
+        drafter: the one that is trained.
+        temperature: of the target's distribution in training.
+        seed: of the order of the prompts, of the answers and of the choice of texts.
+
+    Raises:
+        ConfigurationError: an option without meaning, a prompt that leaves no room for an answer, or a tree that the
+            drafter cannot propose.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        target: Target,
+        drafter: Any,
+        prompts: Sequence[Inputs],
+        options: OnlineOptions,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        options.check()
+        _check_room(target, prompts, options.answer_tokens)
+        self.prompts, self.options, self.drafter, self.seed = prompts, options, drafter, seed
+        self.temperature = temperature
+        self.answer_temperature = temperature if options.answer_temperature is None else options.answer_temperature
+        tree = None if options.answer_tree == "none" else TreeShape.parse(options.answer_tree)
+        self.engine = Engine(target, drafter if tree else None, tree, layers=drafter.needs.layers)
+        self.size = min(options.round_prompts, len(prompts))
+        self.rounds = Rounds(folder, self.size, self._origin(target))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that there can be."""
+        return max(len(prompt.ids) for prompt in self.prompts) + self.options.answer_tokens
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        """Rounds in which every prompt is answered once."""
+        return -(-len(self.prompts) // self.size)
+
+    def texts_per_round(self, batch_size: int) -> int:
+        """Texts that are trained on behind every round: whole batches."""
+        return batch_size * max(1, round(self.size * self.options.replay / batch_size))
+
+    def __len__(self) -> int:
+        """Prompts; the number of texts grows."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One text and its index."""
+        return {"example": self.rounds.texts[index].example, "index": index}
+
+    def batch(self, texts: Texts) -> Features:
+        """See `FeatureSource.batch`."""
+        return self.rounds.batch(texts)
+
+    def order(self, epoch: int, batch_size: int) -> Iterator[int]:
+        """The texts of an epoch. A round is answered when training gets to it; greedy answers are given once."""
+        for number in range(epoch * self.rounds_per_epoch, (epoch + 1) * self.rounds_per_epoch):
+            new: list[int] = []
+            if self.answer_temperature > 0 or epoch == 0:
+                new = self.rounds.load(number, self._answered)
+            yield from self._chosen(number, new, batch_size)
+
+    def forget(self, texts: int, batch_size: int) -> None:
+        """Delete features that the training does not need behind its first `texts` texts."""
+        self.rounds.forget(self.oldest_round(texts // self.texts_per_round(batch_size)))
+
+    def oldest_round(self, number: int) -> int:
+        """The oldest round that is trained on behind round `number`."""
+        if self.answer_temperature == 0:
+            return 0
+        return max(0, number + 1 - -(-self.options.buffer // self.size))
+
+    def _origin(self, target: Target) -> dict[str, str]:
+        """What the answers and their features depend on, apart from the drafter that decodes them."""
+        o = self.options
+        return {
+            "target": target.fingerprint(self.drafter.needs.layers),
+            "prompts": hashlib.sha256(json.dumps([prompt.ids for prompt in self.prompts]).encode()).hexdigest()[:16],
+            "sampling": f"{o.answer_tokens} tokens at temperature {self.answer_temperature:g}, seed {self.seed}",
+            "round": f"{self.size} prompts",
+            "temperature": f"{self.temperature:g}",
+        }
+
+    def _chosen(self, number: int, new: list[int], batch_size: int) -> list[int]:
+        """The new texts, and others of the buffer, in batches of similar length."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "texts", number))
+        first, texts = self.oldest_round(number) * self.size, self.rounds.texts
+        buffer = [i for i in texts if i >= first]
+        if not buffer:
+            raise ConfigurationError("every answer is a single token: there is nothing to draft")
+        missing = self.texts_per_round(batch_size) - len(new)
+        if missing > 0:
+            passes = torch.tensor([float(texts[i].passes) for i in buffer])
+            new = new + [buffer[j] for j in passes.multinomial(missing, True, generator=generator).tolist()]
+        new = new[: self.texts_per_round(batch_size)]
+        lengths = torch.tensor([len(texts[i].prompt) + len(texts[i].response) for i in new])
+        return [new[j] for j in in_batches(lengths, batch_size, generator)]
+
+    def _answered(self, number: int) -> list[Rollout]:
+        """The prompts of a round, answered. The answers depend on the drafter only where rounding decides."""
+        epoch, place = divmod(number, self.rounds_per_epoch)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
+        order = torch.randperm(len(self.prompts), generator=generator).tolist()
+        chosen = order[place * self.size : (place + 1) * self.size]
+        samplings = [
+            Sampling(self.options.answer_tokens, self.answer_temperature, seed=derive_seed(self.seed, epoch, i))
+            for i in chosen
+        ]
+        self.drafter.eval()
+        found = roll_out(self.engine, [self.prompts[i] for i in chosen], samplings, self.temperature)
+        self.drafter.train()
+        return found
+
+
+class OnlineOrder(Sampler[int]):
+    """The order of online texts, for the trainer's loader: one batch behind another.
+
+    Args:
+        epoch: the number of the epoch that begins.
+    """
+
+    def __init__(self, texts: OnlineText, batch_size: int, epoch: Callable[[], int]) -> None:
+        self.texts, self.batch_size, self.epoch = texts, batch_size, epoch
+
+    def __len__(self) -> int:
+        """Texts of an epoch."""
+        return self.texts.rounds_per_epoch * self.texts.texts_per_round(self.batch_size)
+
+    def __iter__(self) -> Iterator[int]:
+        """Their indices."""
+        return self.texts.order(self.epoch(), self.batch_size)
+
+
+def _check_room(target: Target, prompts: Sequence[Inputs], answer: int) -> None:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if target.context is not None and longest + answer > target.context:
+        raise ConfigurationError(
+            f"a prompt of {longest} tokens and an answer of {answer} leave the target's context of {target.context}: "
+            "give a smaller --max-length or --answer-tokens"
+        )
