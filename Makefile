@@ -12,8 +12,8 @@ help:  ## list the targets
 demo: .venv/installed  ## train drafters for SmolLM2-135M for MINUTES (default 10) and measure them
 	$(BIN)/vsd demo --minutes $(MINUTES)
 
-test: .venv/installed-dev lint  ## linter, type checker and all tests
-	$(BIN)/pytest
+test: .venv/installed-dev lint  ## linter, type checker and all tests, a module to a core
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 # Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
 integration: .venv/installed-dev .venv-vllm/installed  ## tests against the real vLLM

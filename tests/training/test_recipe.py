@@ -69,7 +69,7 @@ def test_no_is_a_strategy_not_a_falsehood() -> None:
 def test_defaults_are_for_drafters() -> None:
     job, config = recipe(None, ["data=a.jsonl"], {})
     assert job.data == ["a.jsonl"]
-    assert (config.learning_rate, config.draft_steps, config.per_device_train_batch_size) == (1e-3, 5, 8)
+    assert (config.learning_rate, config.draft_steps, config.per_device_train_batch_size) == (None, 5, 8)
     assert config.eval_strategy == "steps" and config.remove_unused_columns is False
     assert recipe(None, ["data=a.jsonl", "held_out=0"], {})[1].eval_strategy == "no"
     assert recipe(None, ["data=a.jsonl", "eval_steps=7"], {})[1].eval_steps == 7
@@ -163,7 +163,7 @@ def test_the_record_holds_no_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("learning_rate=5e-4", "learning_rate was 0.001, now 0.0005"),
+        ("learning_rate=5e-4", "learning_rate was None, now 0.0005"),
         ("data=b.jsonl", r"data was \['a.jsonl'\], now \['b.jsonl'\]"),
         ("objective_options={decay: 0.5}", r"objective_options was \{\}, now \{'decay': 0.5\}"),
         ("adam_epsilon=1e-6", "adam_epsilon was 1e-08, now 1e-06"),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import load_info, report_skipped
-from vsd.options import DrafterOptions, TargetOptions
+from vsd.options import TargetOptions, draft_vocabulary_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def run(given: Given) -> None:
 
 def _rows(count: "TextCount", info: "TargetInfo", skipped: int) -> list[tuple[str, str]]:
     """Names and values of all counts."""
-    supervised, size = count.supervised.total(), min(DrafterOptions().draft_vocab_size, info.vocab_size)
+    supervised, size = count.supervised.total(), draft_vocabulary_size(None, info.hidden_size, info.vocab_size)
     covered = sum(number for _, number in count.supervised.most_common(size))
     return [
         ("conversations", f"{count.conversations}, {skipped} skipped"),

@@ -68,15 +68,22 @@ class DrafterOptions:
         family: family of a new drafter: eagle3 (default), peagle, dflash, dspark or lm. With a --drafter of another
             family the new drafter starts from it: peagle from eagle3
         drafter_options: fields of a new drafter's configuration, such as num_hidden_layers
-        draft_vocab_size: number of target tokens that a new drafter can draft
+        draft_vocab_size: number of target tokens that a new drafter can draft; by default 8192, and 32000 for a target
+            with hidden states of 2048 numbers or more
         output_dir: folder for checkpoints, training curves and the trained drafter
     """
 
     drafter: str | None = None
     family: str | None = None
     drafter_options: dict[str, Any] = field(default_factory=dict)
-    draft_vocab_size: int = 8192
+    draft_vocab_size: int | None = None
     output_dir: str = "runs/drafter"
+
+
+def draft_vocabulary_size(given: int | None, hidden_size: int, vocab_size: int) -> int:
+    """Tokens that a new drafter can draft: as given, or by the target's sizes."""
+    default = 8192 if hidden_size < 2048 else 32000
+    return min(default if given is None else given, vocab_size)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """How a drafter is trained: choices of this project, and the central fields of `transformers.TrainingArguments`.
 
 `vsd.training.VSDConfig` inherits from these classes and from `TrainingArguments`, which brings all other fields.
-Defaults suit a drafter of about ten million parameters: many small steps are better than few large ones.
+Many small steps are better than few large ones.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,8 @@ class OptimisationOptions:
         max_minutes: train for this time instead of max_steps; the learning rate then follows the clock
         max_steps: number of optimiser steps; -1: num_train_epochs decides
         num_train_epochs: passes over the training text
-        learning_rate: peak learning rate of AdamW
+        learning_rate: peak learning rate of AdamW; by default 1e-3 for a drafter of up to 20 million parameters, and
+            less for a larger one: 1e-4 for 430 million
         lr_scheduler_type: schedule of the learning rate: cosine, linear, constant_with_warmup, …
         warmup_steps: steps of linear warm-up; below 1: share of the training
         weight_decay: weight decay of AdamW
@@ -50,7 +51,7 @@ class OptimisationOptions:
     max_minutes: float | None = None
     max_steps: int = -1
     num_train_epochs: float = 3.0
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
     weight_decay: float = 0.0

@@ -18,7 +18,7 @@ from vsd.drafters.load import family_named, family_of, start_drafter
 from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, FeatureStore
 from vsd.objective import objective
-from vsd.options import TrainJob
+from vsd.options import TrainJob, draft_vocabulary_size
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
 from vsd.training.batch import DraftDataset
 from vsd.training.config import VSDConfig
@@ -183,7 +183,7 @@ def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
     """The drafter to train: a given one, one that starts from a given one of another family, or a new one."""
     options = job.drafter_options
     if job.drafter is None:
-        size = min(job.draft_vocab_size, target.vocab_size)
+        size = draft_vocabulary_size(job.draft_vocab_size, target.hidden_size, target.vocab_size)
         vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size)
         return new_drafter(target, vocabulary, job.family, **options)
     if job.family is not None and family_of(job.drafter) is not family_named(job.family):
