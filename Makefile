@@ -16,7 +16,7 @@ test: .venv/installed-dev lint  ## linter, type checker and all tests
 	$(BIN)/pytest
 
 # Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
-integration: .venv/installed-dev .venv-vllm/installed  ## tests against the real vLLM
+integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## tests against the real vLLM and llama.cpp
 	$(BIN)/pytest tests/integration -s
 
 lint: .venv/installed-dev  ## ruff and mypy
@@ -44,5 +44,10 @@ benchmarks: .venv/installed  ## time the training step against a textbook loop
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+.venv-llama/installed:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install --quiet xllamacpp==2026.10.11549
+	touch $@
+
 clean:  ## delete the environments and runs/
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm .venv-llama runs
