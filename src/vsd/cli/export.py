@@ -21,7 +21,7 @@ class Export:
     Attributes:
         drafter: folder of the drafter
         out: folder to write
-        format: sglang, vllm, or speculators (served by vLLM; EAGLE-3 only)
+        format: sglang, vllm, speculators (served by vLLM) or gguf (llama.cpp; eagle3 only)
         bench: JSON file of vsd bench, for the model card
     """
 

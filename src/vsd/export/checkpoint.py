@@ -10,8 +10,9 @@ from vsd.drafters import FAMILIES
 from vsd.drafters.family import Family
 from vsd.drafters.load import family_for
 from vsd.errors import ConfigurationError, MismatchError
+from vsd.export.gguf import write_gguf
 from vsd.targets import TargetInfo
-from vsd.targets.load import resolve
+from vsd.targets.load import gguf_file, resolve
 
 FORMATS = tuple(dict.fromkeys(kind for family in FAMILIES.values() for kind in family.formats))
 
@@ -34,6 +35,9 @@ def export_drafter(drafter: Any, target: TargetInfo, out: str | Path, kind: str)
     if broken:
         raise MismatchError(f"{broken[0]} holds NaN or infinity: an engine would serve it without an error")
     out.mkdir(parents=True, exist_ok=True)
+    if kind == "gguf":
+        write_gguf(out / "drafter.gguf", tensors, config)
+        return out
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if family.needs_tokenizer:
@@ -53,7 +57,10 @@ def check_new(folder: Path) -> None:
 
 def serve_line(family: Family, kind: str, target: str, out: str | Path, tokens: int = 3) -> str:
     """The command that serves the target, named as `--target` takes it, with an exported drafter."""
-    path, options = resolve(target), family.serve(kind, str(out), tokens)
+    options = family.serve(kind, str(out), tokens)
+    if kind == "gguf":
+        return f"llama-server -m {gguf_file(target) or 'TARGET.gguf'} {options}"
+    path = resolve(target)
     if kind == "sglang":
         return f"python -m sglang.launch_server --model-path {path} {options}"
     return f"vllm serve {path} {options}"

@@ -86,6 +86,13 @@ def resolve(name: str) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file of the target `name`; None where it is a folder or a hub id."""
+    if name == EMBEDDED:
+        return _embedded_gguf()
+    return Path(name) if name.endswith(".gguf") else None
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The fastest precision for inference on `device`.
 

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `sglang`, `vllm` | `LlamaForCausalLMEagle3` | the same, with `pard_token`; vLLM alone | SGLang; vLLM's native path |
 | `speculators` | `Eagle3DraftModel` | `PEagleDraftModel` | vLLM by way of the speculators library |
+| `gguf` | architecture `eagle3` (`vsd.drafters.eagle3.gguf`) | none | llama.cpp |
 
 The tensors are ours. `speculators` says `layers.0.` for `midlayer.` and holds the target's token embeddings, without
 which that library drafts from zeros; elsewhere they are left to the target. Feature layers differ silently: SGLang's
@@ -32,6 +33,7 @@ from vsd.drafters.checkpoints import (
     without_map,
 )
 from vsd.drafters.eagle3.body import EagleBody
+from vsd.drafters.eagle3.gguf import gguf_checkpoint
 from vsd.drafters.eagle3.model import Eagle3Drafter
 from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.drafters.feature_drafter import default_layers
@@ -80,6 +82,8 @@ def export(layout: Layout, drafter: Any, target: TargetInfo, kind: str) -> Check
     if "lm_head.weight" not in tensors:
         raise MismatchError("this drafter's weights are packed for decoding: read it with `read_drafter`")
     tensors = without_map(tensors, config)
+    if kind == "gguf":
+        return gguf_checkpoint(drafter, tensors)
     if kind != "speculators":
         return Checkpoint(tensors, _native(layout, config, drafter.dtype))
     tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
@@ -198,8 +202,10 @@ def _one_layer(raw: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _serve(kind: str, out: str, tokens: int) -> str:
+    if kind == "gguf":
+        return f"-md {out}/drafter.gguf --spec-type draft-eagle3 --spec-draft-n-max {tokens}"
     return serve_arguments(kind, "EAGLE3", "eagle3", out, tokens)
 
 
 LAYOUT = Layout(Eagle3Drafter, "Eagle3DraftModel", "eagle3", "midlayer.", False, _one_layer, lambda config: {})
-FAMILY = family(LAYOUT, ("sglang", "vllm", "speculators"), _serve)
+FAMILY = family(LAYOUT, ("sglang", "vllm", "speculators", "gguf"), _serve)
