@@ -224,7 +224,7 @@ def test_the_help_of_train_shows_the_central_options(capsys: pytest.CaptureFixtu
         assert re.search(rf"^  --{name} .*\S", text, re.M), name
     for group in ("target:", "data:", "drafter:", "objective:", "optimisation:", "measurement and checkpoints:"):
         assert f"\n{group}\n" in text
-    assert "(default: 0.001)" in text and "(default: 5x4x12)" in text
+    assert "(default: 0.95)" in text and "(default: 5x4x12)" in text
 
 
 def test_repeated_flags_of_train_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
