@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 UNLIMITED_STEPS = 10**9
+_UNTOLD = {"total_flos", "train_samples_per_second", "train_steps_per_second"}  # not true of a run that a clock ends
 
 
 class TimeBudget(TrainerCallback):
@@ -71,7 +72,8 @@ class TimeBudget(TrainerCallback):
         logs = kwargs.get("logs", {})
         self.loss = logs.get("loss", self.loss)
         if state.is_world_process_zero and not self.bar.console.is_terminal:
-            numbers = ", ".join(f"{name} {float(value):.4g}" for name, value in logs.items())
+            told = {name: value for name, value in logs.items() if name not in _UNTOLD}
+            numbers = ", ".join(f"{name} {float(value):.4g}" for name, value in told.items())
             print(f"step {state.global_step}, {100 * self.progress:.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
