@@ -3,9 +3,9 @@
     python benchmarks/families.py --text TEXT … --prompts FILE … --out runs/families \\
         [--families eagle3 peagle dflash dspark] [--start-minutes 30] [--minutes 10] [--seeds 0 1] [--limit 24]
 
-Every family is trained from random weights for --start-minutes with its own objective (cross-entropy with a decay, which
-is `eagle3` for all of them), or is given by --starts FAMILY=FOLDER. benchmarks/study.py then continues each start for
---minutes with every objective of --objectives: the control is the family's own objective continued for as long.
+Every family is trained from random weights for --start-minutes with its own objective (cross-entropy with a decay,
+which is `eagle3` for all of them), or is given by --starts FAMILY=FOLDER. benchmarks/study.py then continues each start
+for --minutes with every objective of --objectives: the control is the family's own objective continued for as long.
 
 Two tables: τ and its ratio to the control by family, objective and decoding; and, of every family's start, τ,
 milliseconds to draft and tokens/s, one request at a time, families in alternation with plain decoding. All families
