@@ -156,8 +156,7 @@ def _reading(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """How a field's words are read, as arguments of `add_argument`."""
     kind, given = _given_kind(field.type), field.metadata
     if _is_positional(field):  # one that is missing is reported by `Given.of`
-        several = get_origin(kind) is list
-        return {"type": get_args(kind)[0], "nargs": "*"} if several else {"type": kind, "nargs": "?"}
+        return {"type": get_args(kind)[0], "nargs": "*"} if get_origin(kind) is list else {"type": kind, "nargs": "?"}
     if kind is bool and field.default is False:
         return {"action": "store_true"}
     if get_origin(kind) is list:

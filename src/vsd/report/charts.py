@@ -79,14 +79,14 @@ def plane(
     return _svg(HEIGHT, _summary(lines, x_title, y_title, names), parts)
 
 
-def rows(items: Sequence[Row], title: str, *, zero: bool = False, level: tuple[float, str] | None = None) -> Html:
+def rows(items: Sequence[Row], title: str, *, level: tuple[float, str] | None = None) -> Html:
     """Values with intervals, one below the other.
 
     Args:
         level: a value to compare with, and its name: a line from top to bottom.
     """
     values = [v for row in items for _, estimate in row.marks for v in estimate if v is not None]
-    x = Scale.around(values + ([] if level is None else [level[0]]), 10, _RIGHT, zero)
+    x = Scale.around(values + ([] if level is None else [level[0]]), 10, _RIGHT)
     heights = [_ROW + _LINE * len(row.marks) for row in items]
     tops = [sum(heights[:n]) + 14 for n in range(len(items))]
     bottom = sum(heights) + 20
@@ -150,12 +150,9 @@ def _whisker(x1: float, y1: float, x2: float, y2: float) -> Html:
 
 
 def _y_axis(y: Scale, title: str) -> Html:
-    grid = [
-        tag("path", d=f"M{_LEFT} {y(t):.1f}H{_RIGHT}", class_="grid")
-        + tag("text", brief(t), x=_LEFT - 6, y=y(t) + 4, text_anchor="end")
-        for t in y.ticks()
-    ]
-    return join([*map(Html, grid), tag("text", title, x=2, y=10, class_="quiet")])
+    grid = [tag("path", d=f"M{_LEFT} {y(t):.1f}H{_RIGHT}", class_="grid") for t in y.ticks()]
+    labels = [tag("text", brief(t), x=_LEFT - 6, y=y(t) + 4, text_anchor="end") for t in y.ticks()]
+    return join([*grid, *labels, tag("text", title, x=2, y=10, class_="quiet")])
 
 
 def _x_axis(x: Scale, title: str, names: Sequence[str]) -> Html:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vsd import __version__
 from vsd.errors import ConfigurationError
-from vsd.report.html import Html, tag
+from vsd.report.html import Html, join, tag
 from vsd.report.layout import Section
 from vsd.report.measurement import acceptance, answers, slices, speed, summary, trees
 from vsd.report.read import Bench, Measured, Training, read
@@ -63,9 +63,8 @@ def page(trainings: Sequence[Training], benches: Sequence[Bench], out: Path) -> 
         "header", tag("h1", title), tag("p", _about(trainings, benches)), *summary(drafted), _contents(sections)
     )
     footer = tag("footer", f"Written by vsd {__version__}. This page needs no network.")
-    return Html("<!doctype html>\n") + tag(
-        "html", head, tag("body", header, tag("main", *(one.html for one in sections)), footer), lang="en"
-    )
+    body = tag("body", header, tag("main", *(one.html for one in sections)), footer)
+    return join([Html("<!doctype html>\n"), tag("html", head, body, lang="en")])
 
 
 def _compared(

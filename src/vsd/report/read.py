@@ -13,6 +13,7 @@ from vsd.evaluation.tune import Tuned
 from vsd.paths import TreeShape
 
 _RECIPE, _STATE = "recipe.json", "trainer_state.json"
+_SETTINGS = ("settings", "training", "machine", "versions")  # of a measurement
 
 
 class Estimate(NamedTuple):
@@ -154,7 +155,7 @@ def _bench(path: Path) -> Bench:
     try:
         runs = [_measured(run) for run in values.get("runs", [])]
         trees = [_tree(tree) for tree in values.get("trees", [])]
-        named = {name: dict(values[name]) for name in ("settings", "training", "machine", "versions") if name in values}
+        named: dict[str, Any] = {name: dict(values[name]) for name in _SETTINGS if name in values}
     except (AttributeError, ConfigurationError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"'{path}' is no JSON file of vsd bench or vsd tune: {error!r}") from error
     if isinstance(prompts := named.get("settings", {}).get("prompts"), list):
