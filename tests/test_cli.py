@@ -333,7 +333,7 @@ def test_train_then_bench_then_generate(folder: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "tokens/s" in said and f"report: {tmp_path / 'out.html'}" in said
     page = (tmp_path / "out.html").read_text()
-    assert f"--max-new-tokens 8 --tree 3x2x5 --target {folder / 'target'}" in page  # the command, and
+    assert f"--tree 3x2x5 --max-new-tokens 8 --target {folder / 'target'}" in page  # the command, and
     assert "Held-out τ" in page  # the training of the drafter
     plain, drafted = json.loads(numbers.read_text())["runs"]
     assert (plain["drafter"], drafted["drafter"]) == (None, str(out / "drafter"))

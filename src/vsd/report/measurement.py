@@ -32,8 +32,10 @@ def summary(runs: Runs) -> list[Html]:
     if run.identical is not None:
         tiles.append(("answers equal to plain decoding's", f"{100 * run.identical:.0f} %", "greedy"))
     drawn = [tag("div", tag("dt", what), tag("dd", value, tag("small", note))) for what, value, note in tiles]
-    which = f"The fastest of {len(runs)}: " if len(runs) > 1 else ""
-    return [tag("p", which, tag("b", series.name), class_="fastest"), tag("dl", *drawn, class_="tiles")]
+    which = (
+        [tag("p", f"The fastest of {len(runs)}: ", tag("b", series.name), class_="fastest")] if len(runs) > 1 else []
+    )
+    return [*which, tag("dl", *drawn, class_="tiles")]
 
 
 def speed(runs: Runs, plain: Sequence[Measured]) -> list[Section]:
@@ -71,7 +73,9 @@ def acceptance(runs: Runs) -> list[Section]:
         found.append(figure("By position", note, drawn, numbers))
     found += _by_context([(series, run) for series, run in runs if run.by_context])
     shown = legend(line.series for line in shares)
-    return [section("acceptance", "Acceptance", _INTERVALS, shown, figures(*found))] if found else []
+    known = any(point.y.low is not None for line in shares for point in line.points)
+    intro = f"How many drafted tokens the target accepts. {_INTERVALS if known else ''}"
+    return [section("acceptance", "Acceptance", intro, shown, figures(*found))] if found else []
 
 
 def slices(runs: Runs) -> list[Section]:

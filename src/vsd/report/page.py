@@ -99,7 +99,7 @@ def _names(settings: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _about(trainings: Sequence[Training], benches: Sequence[Bench]) -> str:
     """Targets, prompts and machines."""
-    targets = [f"target {training.recipe['target']}" for training in trainings if "target" in training.recipe]
+    targets = [f"target: {training.recipe['target']}" for training in trainings if "target" in training.recipe]
     found = [[bench.settings.get(key) for key in _WHERE] for bench in benches if bench.runs]
     where = [f"{count} prompts, {dtype} on {device}" for count, dtype, device in found]
     return "; ".join(dict.fromkeys([*targets, *where]))
