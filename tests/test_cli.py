@@ -32,6 +32,7 @@ COMMANDS = [
     ["generate"],
     ["bench"],
     ["tune"],
+    ["report"],
     ["export"],
     ["import"],
     ["demo"],
@@ -130,6 +131,7 @@ def mistakes(folder: Path) -> dict[str, tuple[list[object], str]]:
         "no server": ([*ask, "--server", "localhost:8000", "--model", "m"], "no server's address"),
         "synthesize": (["data", "synthesize", "--target", target, *out], "--tokens N or --conversations N"),
         "tune": (["tune", "--target", target, "--prompts", prompts, "--drafter", folder / "no"], str(folder / "no")),
+        "report": (["report", folder / "target"], "is no run of vsd train"),
         "export": (["export", "--target", target, "--format", "vllm", drafter, folder / "never"], "layer 0's input"),
         "import": (["import", "--target", target, folder / "bert", folder / "never"], "holds ['BertModel']"),
         "demo": (["demo", "--minutes", "0.5", "--out", folder / "never"], "a minute at least"),
@@ -140,7 +142,7 @@ NAMES = """tree,tree of bench,objective,objective's option,no such objective,
 no prompts,bad line,empty file,no drafter,not a drafter,no target,not a target,no GGUF,dtype,device,
 top-k 0,top-k,nodes,nodes 0,tree rejection,empty prompt,temperature,top-p,min-p,sample top-k,penalty,no data,
 missing data,unanswered,key,held out,recipe,regenerate,regenerate bad,check,no model,no server,synthesize,tune,
-export,import,demo"""
+report,export,import,demo"""
 
 
 @pytest.mark.parametrize("name", [name.strip() for name in NAMES.split(",")])
@@ -230,6 +232,7 @@ def test_the_help_of_train_shows_the_central_options(capsys: pytest.CaptureFixtu
 def test_repeated_flags_of_train_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("vsd.training.job.train", lambda *words, **options: seen.append((*words, options)))
+    (tmp_path / "recipe.json").write_text("{}")  # what a training leaves, for its report
     words = ["train", "--data", "a", "b", "--data", "c", "--set", "save_strategy=no", "adam_beta1=0.5"]
     words += ["--set", "objective_options.decay=0.5", "--revision", "v1", "--trust-remote-code"]
     assert cli.main([*words, "--objective-options", "{smoothing: 0.25}", "--output-dir", str(tmp_path)]) == 0
@@ -318,14 +321,20 @@ def test_train_then_bench_then_generate(folder: Path, tmp_path: Path, capsys: py
     options += ["report_to=none", "disable_tqdm=true", "use_cpu=true", "logging_steps=4"]
     words = ["train", "--data", folder / "text.jsonl", "--output-dir", out, "--held-out", 4]
     assert run(folder, *words, "--draft-vocab-size", 64, "--set", *options) == 0
-    assert f"drafter: {out / 'drafter'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"drafter: {out / 'drafter'}" in said and f"report: {out / 'report.html'}" in said
+    assert "Held-out τ" in (out / "report.html").read_text()
     state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
     assert any("eval_tau" in entry for entry in state["log_history"])
 
     tree = ["--tree", "3x2x5", "--max-new-tokens", 8]
     words = ["bench", "--prompts", folder / "prompts.jsonl", "--drafter", out / "drafter", "--json", numbers]
     assert run(folder, *words, *tree) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and f"report: {tmp_path / 'out.html'}" in said
+    page = (tmp_path / "out.html").read_text()
+    assert f"--tree 3x2x5 --max-new-tokens 8 --target {folder / 'target'}" in page  # the command, and
+    assert "Held-out τ" in page  # the training of the drafter
     plain, drafted = json.loads(numbers.read_text())["runs"]
     assert (plain["drafter"], drafted["drafter"]) == (None, str(out / "drafter"))
     assert drafted["identical"] == 1.0 and drafted["tree"] == {
@@ -409,14 +418,16 @@ def test_sampling_options_reach_the_answer(folder: Path, capsys: pytest.CaptureF
     assert text("--stop", greedy[2]) == greedy[: greedy.index(greedy[2]) + 1]
 
 
-def test_tune_names_the_fastest_tree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_names_the_fastest_tree(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tune", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl", "--max-new-tokens", 20]
-    assert run(folder, *words) == 0
+    assert run(folder, *words, "--json", tmp_path / "trees.json") == 0
     text = capsys.readouterr().out
     found = re.search(r"--tree (\S+)", text)
     assert found, text
     assert found[1] in text[: found.start()]  # in the table, too
     assert str(TreeShape.parse(found[1])) == found[1]
+    assert cli.main(["report", str(tmp_path / "trees.json"), "--out", str(tmp_path / "trees.html")]) == 0
+    assert f"{found[1]} pays" in (tmp_path / "trees.html").read_text()
 
 
 def test_export_and_import(
@@ -444,6 +455,7 @@ def test_export_and_import(
     card = (tmp_path / "out" / "README.md").read_text()
     tau = json.loads((tmp_path / "b.json").read_text())["runs"][1]["tau"]
     assert f"{tau:.2f} [" in card and "vllm serve" in card
+    assert "[report.html](report.html)" in card and f"{tau:.2f}" in (tmp_path / "out" / "report.html").read_text()
     assert run(folder, "import", tmp_path / "out", tmp_path / "again") == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
     assert run(folder, *export) == 1  # not over something

@@ -36,4 +36,6 @@ def test_a_minute_trains_drafters_that_are_accepted(tmp_path: Path, monkeypatch:
     assert plain["drafter"] is None and [run["drafter"] for run in drafted] == ["EAGLE-3", "VSD"]
     assert all(run["tau"] > 1.1 for run in drafted)
     assert all(sum(run["acceptance_per_position"]) > 0 for run in drafted)
+    page = (tmp_path / "report.html").read_text()
+    assert "Training loss" in page and "the tree that pays" in page and f"{drafted[1]['tau']:.2f}" in page
     load_drafter(tmp_path / "drafter", load_target())

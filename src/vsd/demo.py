@@ -5,6 +5,7 @@ one with `vsd`, for the same time and on the same text. Plain decoding and both 
 The target generated the text in `assets/` (`vsd data synthesize`).
 """
 
+import shlex
 import time
 from dataclasses import asdict
 from importlib.resources import as_file, files
@@ -20,6 +21,7 @@ from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
 from vsd.evaluation.tune import SHAPES
 from vsd.features import FeatureStore, affordable
+from vsd.report import write_report
 from vsd.targets import Inputs, Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.job import hold_out
@@ -101,9 +103,12 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
         "supervised_tokens": len(text.dataset.drafted_tokens()),
         "coverage": vocabulary.coverage,
     }
+    report["command"] = f"vsd demo --minutes {minutes:g} --seed {seed} --out {shlex.quote(str(out))}"
     write_json(report, out / "results.json")
     print_table(report, console)
     console.print(f"drafter: {out / 'drafter'}   numbers: {out / 'results.json'}")
+    sources = [out / "results.json", out / "start", out / "eagle3", out]
+    console.print(f"report: {write_report(sources, out / 'report.html')}")
     return report
 
 
@@ -122,6 +127,7 @@ def _train(target: Target, drafter: Any, text: _Text, minutes: float, out: Path,
     trainer = VSDTrainer(target, drafter, config, text.dataset, features=text.store)
     trainer.train()
     trainer.save_model(str(out / "drafter"))
+    trainer.save_state()  # includes the log history
     return trainer.state.global_step
 
 

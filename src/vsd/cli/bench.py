@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import DecodingOptions, load
+from vsd.cli.shared import DecodingOptions, command_line, load
 from vsd.options import TargetOptions
 
 EXAMPLES = """\
@@ -20,7 +20,7 @@ class Bench:
         prompts: prompt files (JSONL), one or several turns each
         drafter: folders of drafters
         limit: use only this many prompts of each file, evenly spread
-        json: JSON file for all results
+        json: JSON file for all results; FILE.html beside it shows them
         max_new_tokens: longest answer in tokens
         temperature: sampling temperatures, each measured in turn; 0 is greedy
         seed: seed of sampling
@@ -40,6 +40,7 @@ def run(given: Given) -> None:
     from vsd.drafters import load_drafter
     from vsd.evaluation import Contender, bench, load_prompts, print_table, write_json
     from vsd.paths import TreeShape
+    from vsd.report import runs_of, write_report
 
     a, d = given.of(Bench), given.of(DecodingOptions)
     shape, prompts = TreeShape.parse(d.tree), load_prompts(a.prompts, a.limit)
@@ -50,7 +51,8 @@ def run(given: Given) -> None:
     )
     print_table(report)
     if a.json:
-        write_json(report, a.json)
+        write_json(report | {"command": command_line(given)}, a.json)
+        print(f"report: {write_report([a.json, *runs_of(a.drafter)], a.json.with_suffix('.html'))}")
 
 
 COMMAND = Command(

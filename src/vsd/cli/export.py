@@ -32,9 +32,10 @@ class Export:
 
 
 def run(given: Given) -> None:
-    """Write the checkpoint and its model card."""
+    """Write the checkpoint, its model card, and the report that the card links."""
     from vsd.drafters.load import family_for, read_drafter
-    from vsd.export import export_drafter, model_card, serve_line
+    from vsd.export import REPORT, export_drafter, model_card, serve_line
+    from vsd.report import runs_of, write_report
 
     a = given.of(Export)
     if a.bench is not None and not a.bench.exists():
@@ -42,6 +43,8 @@ def run(given: Given) -> None:
     target = load_info(given.of(TargetOptions))
     drafter = read_drafter(a.drafter, target)
     export_drafter(drafter, target, a.out, a.format)
+    if sources := [*([a.bench] if a.bench else []), *runs_of([a.drafter])]:
+        write_report(sources, a.out / REPORT)
     (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
     print(f"{a.out}: to serve it,\n  {serve_line(family_for(drafter), a.format, target.name, a.out)}")
 

@@ -1,8 +1,8 @@
 """Commands, and their flags from dataclasses of options: jsonargparse parses the flags and checks their types.
 
 A field `max_length: int = 2048` is the flag `--max-length`, with the help that the docstring gives the field. A list
-takes several words, and repeated flags add up. Field metadata `positional` makes an argument without a flag; `single`
-makes a list that takes one word a flag.
+takes several words, and repeated flags add up. Field metadata `positional` makes an argument without a flag (a list:
+several of them); `single` makes a list that takes one word a flag.
 """
 
 import argparse
@@ -56,7 +56,8 @@ class Parser(jsonargparse.ArgumentParser):
         options = command.options if isinstance(command, Command) else ()
         words = ["COMMAND"] if isinstance(command, Group) else []
         for field in (f for kind in options for f in dataclasses.fields(kind) if _is_positional(f)):
-            words.append(field.name.upper() if _required(field) else f"[{field.name.upper()}]")
+            word = field.name.upper() + ("…" if get_origin(field.type) is list else "")
+            words.append(word if _required(field) else f"[{word}]")
         examples = f"examples:\n{command.examples}"
         parser = cls(
             prog=name, usage=" ".join([name, *words, "[OPTIONS]"]), description=command.description, epilog=examples
@@ -154,8 +155,8 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def _reading(field: dataclasses.Field[Any]) -> dict[str, Any]:
     """How a field's words are read, as arguments of `add_argument`."""
     kind, given = _given_kind(field.type), field.metadata
-    if _is_positional(field):
-        return {"type": kind, "nargs": "?"}  # one that is missing is reported by `Given.of`
+    if _is_positional(field):  # one that is missing is reported by `Given.of`
+        return {"type": get_args(kind)[0], "nargs": "*"} if get_origin(kind) is list else {"type": kind, "nargs": "?"}
     if kind is bool and field.default is False:
         return {"action": "store_true"}
     if get_origin(kind) is list:

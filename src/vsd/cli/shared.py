@@ -1,9 +1,12 @@
 """Options that several commands have, and the target that they name."""
 
+import json
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from vsd.cli.parser import Given, flag
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
@@ -45,3 +48,12 @@ def load_info(options: TargetOptions) -> "TargetInfo":
 def report_skipped(line: str) -> None:
     """Report an unusable line that is skipped."""
     print(f"vsd: skipped {line}", file=sys.stderr)
+
+
+def command_line(given: Given) -> str:
+    """The given options as a command line; for commands whose options are all flags."""
+    words = given.parser.prog.split()
+    for name, value in given.values.items():
+        kept = value if isinstance(value, list) else [] if value is True else [value]
+        words += [flag(name), *(json.dumps(v) if isinstance(v, dict) else str(v) for v in kept)]
+    return shlex.join(words)

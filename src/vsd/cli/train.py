@@ -26,7 +26,7 @@ EXAMPLES = """\
 A recipe is a YAML file of KEY: VALUE lines. Keys are the options above, with _ for -, and all other fields of
 transformers.TrainingArguments. Flags have precedence over --set, --set over the recipe, the recipe over defaults.
 OUTPUT_DIR/recipe.json records all of them. The trained drafter is OUTPUT_DIR/drafter;
-its training curves: tensorboard --logdir OUTPUT_DIR"""
+its training curves: OUTPUT_DIR/report.html, or while it trains tensorboard --logdir OUTPUT_DIR"""
 
 SETTINGS = (
     TargetOptions,
@@ -56,6 +56,7 @@ class Recipe:
 
 def run(given: Given) -> None:
     """Train."""
+    from vsd.report import write_report
     from vsd.training.job import end_processes, train
     from vsd.training.recipe import recipe
 
@@ -64,6 +65,8 @@ def run(given: Given) -> None:
     folder = train(job, config, resume=a.resume, report=report_skipped)
     end_processes()
     print(f"drafter: {folder}")
+    if config.process_index == 0:
+        print(f"report: {write_report([job.output_dir], Path(job.output_dir) / 'report.html')}")
 
 
 COMMAND = Command("Train a drafter on text that the target wrote.", EXAMPLES, (Recipe, *SETTINGS), run)

@@ -1,9 +1,10 @@
 """`vsd tune`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import load
+from vsd.cli.shared import command_line, load
 from vsd.options import TargetOptions
 
 EXAMPLES = """\
@@ -21,12 +22,14 @@ class Tune:
         prompts: prompt files (JSONL); the first turn of every prompt is used
         limit: prompts of each file
         max_new_tokens: longest answer in tokens
+        json: JSON file for all trees, which vsd report shows
     """
 
     drafter: str = field(metadata={"metavar": "FOLDER"})
     prompts: list[str] = field(metadata={"metavar": "FILE"})
     limit: int = 16
     max_new_tokens: int = 96
+    json: Path | None = None
 
 
 def run(given: Given) -> None:
@@ -34,7 +37,7 @@ def run(given: Given) -> None:
     from vsd.data import prompt_inputs
     from vsd.decoding import Engine, Sampling
     from vsd.drafters import load_drafter
-    from vsd.evaluation import load_prompts, print_trees, tune
+    from vsd.evaluation import load_prompts, print_trees, tune, write_json
 
     a = given.of(Tune)
     prompts = load_prompts(a.prompts, a.limit)
@@ -42,7 +45,10 @@ def run(given: Given) -> None:
     drafter = load_drafter(a.drafter, target)
     asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
     results = Engine(target).generate(asked, Sampling(a.max_new_tokens))
-    print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
+    found = tune(target, drafter, [(result.prompt, result.tokens) for result in results])
+    print_trees(found)
+    if a.json:
+        write_json({"trees": [asdict(tuned) for tuned in found], "command": command_line(given)}, a.json)
 
 
 COMMAND = Command("Find the draft tree that is fastest on this machine.", EXAMPLES, (Tune, TargetOptions), run)

@@ -10,9 +10,11 @@ from vsd.export.checkpoint import serve_line
 from vsd.paths import TreeShape
 from vsd.targets import TargetInfo
 
+REPORT = "report.html"  # of `vsd report`, in the folder of an export
+
 
 def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: Path, bench: Path | None) -> str:
-    """README.md of an export.
+    """README.md of an export; it links the report in the folder `out`.
 
     Args:
         source: the drafter's folder; the parent folder may hold the recipe of the training.
@@ -37,6 +39,7 @@ def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: P
         "## Measured",
         "",
         *(_measured(json.loads(bench.read_text())) if bench else ["Nothing: export with `--bench RESULTS.json`."]),
+        *(["", f"Curves, intervals and settings: [{REPORT}]({REPORT})."] if (out / REPORT).exists() else []),
         "",
         "## Trained",
         "",
