@@ -37,6 +37,7 @@ PACKAGES = {
     "decoding": "The engine",
     "training": "The trainer",
     "evaluation": "Measurement",
+    "report": "Reports",
     "export": "Export",
     "options": "Options",
     "errors": "Errors",
