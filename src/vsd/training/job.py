@@ -121,9 +121,7 @@ def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
 
 def prompt_of(example: Example) -> Inputs:
     """The inputs before the first answer."""
-    inputs, end = example.inputs, example.drafted.index(True) - 1
-    positions = None if inputs.positions is None else inputs.positions[..., :end]
-    return inputs._replace(ids=inputs.ids[:end], positions=positions)
+    return example.inputs.upto(example.drafted.index(True) - 1)
 
 
 def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
