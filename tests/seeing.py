@@ -130,6 +130,7 @@ def target(family: str, seed: int = 0) -> Target:
                 parameter.mul_(3.0)
             elif "vision" in name or "visual" in name or "projector" in name or "connector" in name:
                 parameter.normal_(0, 0.3)
+        model.get_output_embeddings().weight[settings.image_token_id] = 0  # it writes no image tokens
     made = processor(family)
     return Target(model, made.tokenizer, name=family, images=ImageReader(made, settings))
 

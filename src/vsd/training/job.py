@@ -44,7 +44,15 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     examples = [
         example
         for source in job.data
-        for example in load_examples(source, info.tokenizer, job.max_length, job.on_bad_line, report)
+        for example in load_examples(
+            source,
+            info.tokenizer,
+            job.max_length,
+            job.on_bad_line,
+            report,
+            images=info.images,
+            download_images=job.download_images,
+        )
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
