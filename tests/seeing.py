@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,15 @@ def read(target: Target, text: str, *pictures: Picture) -> Inputs:
     return target.images.inputs(target.tokenizer(expanded, add_special_tokens=False)["input_ids"], pictures)
 
 
-def plain(target: Target, text: str, *pictures: Picture) -> Any:
-    """What the model's own processor makes of it."""
+def plain(target: Target, text: str, *pictures: Picture, more: Sequence[int] = ()) -> Any:
+    """What the model's own processor makes of it, with more tokens of text behind."""
     images = [one.decoded() for one in pictures] or None
-    return target.images.processor(
+    found = target.images.processor(
         text=[said(target.name, text)], images=images, add_special_tokens=False, return_tensors="pt"
     )
+    tail = torch.tensor([list(more)], dtype=torch.long)
+    fills = {"input_ids": tail, "attention_mask": torch.ones_like(tail)}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if name in found:
+            found[name] = torch.cat([found[name], fills.get(name, torch.zeros_like(tail))], dim=1)
+    return found

@@ -46,12 +46,7 @@ def own(target: Target, text: str, pictures: tuple[Picture, ...], more: list[int
         )
         for i in LAYERS
     ]
-    inputs = seeing.plain(target, text, *pictures)
-    tail = torch.tensor([more], dtype=torch.long)
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if name in inputs:
-            fill = tail if name == "input_ids" else torch.full_like(tail, int(name == "attention_mask"))
-            inputs[name] = torch.cat([inputs[name], fill], dim=1)
+    inputs = seeing.plain(target, text, *pictures, more=more)
     logits = target.model(**inputs).logits
     for hook in hooks:
         hook.remove()

@@ -32,7 +32,7 @@ class Generate:
     prompt: str | None = field(default=None, metadata={"positional": True})
     drafter: str | None = field(default=None, metadata={"metavar": "FOLDER"})
     system: str | None = None
-    image: list[Path] = field(default_factory=list, metadata={"metavar": "FILE", "single": True})
+    image: list[str] = field(default_factory=list, metadata={"metavar": "FILE", "single": True})
 
 
 @dataclass
@@ -83,7 +83,7 @@ def run(given: Given) -> None:
     prompt = a.prompt if a.prompt is not None else sys.stdin.read()
     if not prompt.strip():
         raise ConfigurationError('the prompt is empty: vsd generate "your question"')
-    pictures = [Picture.of(path) for path in a.image]
+    pictures = [Picture.of(Path(path)) for path in a.image]
     target = load(given.of(TargetOptions), d.compile)
     drafter = load_drafter(a.drafter, target) if a.drafter else None
     answer(target, drafter, shape, prompt, sampling, system=a.system, pictures=pictures, verification=d.verification)

@@ -88,11 +88,11 @@ def _placed(messages: list[Message], album: Album) -> list[Message]:
     return messages
 
 
-def _question(content: Any, album: Album) -> Message:
+def _question(content: Any, album: Album, *, may_be_empty: bool = False) -> Message:
     parts = album.parts(content)
     for part in parts or ():
         _check_unicode(part.get("text", ""))
-    return {"role": "user", "content": parts or _filled(content)}
+    return {"role": "user", "content": parts or (_content(content) if may_be_empty else _filled(content))}
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
@@ -112,7 +112,7 @@ def _message(message: Any, album: Album) -> Message:
         raise BadLineError(f"role {role!r} is not {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     content = message.get(content_key)
     if role == "user":
-        return _question(content, album)
+        return {**_question(content, album, may_be_empty=calls), **_extras(message, role)}
     may_be_empty = calls or role == "tool"
     text = _content(content) if may_be_empty else _filled(content)
     return {"role": role, "content": text, **_extras(message, role)}
