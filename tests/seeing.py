@@ -84,7 +84,7 @@ def config(family: str) -> Any:
         kind = Idefics3Config if family == "idefics3" else SmolVLMConfig
         text = {"model_type": "llama", **TEXT}
         eyes = {**EYES, **patches, "initializer_range": 0.3}
-        return kind(vision_config=eyes, text_config=text, image_token_id=ID["<image>"], scale_factor=2, pad_token_id=2)
+        return kind(vision_config=eyes, text_config=text, image_token_id=ID["<image>"], scale_factor=2)
     kinds = ["sliding_attention", "full_attention"] * 2
     text = {**TEXT, "sliding_window": 5, "layer_types": kinds, "query_pre_attn_scalar": 8}
     ids = {"image_token_index": ID[GEMMA[1]], "boi_token_index": ID[GEMMA[0]], "eoi_token_index": ID[GEMMA[2]]}

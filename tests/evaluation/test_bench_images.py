@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -25,7 +26,12 @@ def test_every_decoder_gives_the_same_answers(family: str, tmp_path: Path, monke
     (tmp_path / "suite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     outputs: list[Tensor] = []
     plain = target.model.generate
-    monkeypatch.setattr(target.model, "generate", lambda *a, **k: outputs.append(plain(*a, **k)) or outputs[-1])
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        outputs.append(plain(*args, **options))
+        return outputs[-1]
+
+    monkeypatch.setattr(target.model, "generate", recorded)
     drafter = Contender("random", overfit.random_drafter(target), TreeShape(3, 2, 6))
     prompts = load_prompts([tmp_path / "suite.jsonl"])
     report = bench(target, [drafter], prompts, max_new_tokens=6, progress=False)

@@ -97,10 +97,10 @@ def _opened(content: bytes, name: str) -> Image.Image:
 
 
 class _Look(NamedTuple):
-    """What the text around an image needs: its block of placeholders, how many they are, and the image's grid."""
+    """What the text around an image needs: its block, the number of placeholders in it, and the image's grid."""
 
     block: str
-    count: int
+    tokens: int
     grid: Tensor | None
 
 
@@ -116,11 +116,10 @@ class ImageReader:
         placeholder: the token whose embedding a vector of the vision tower replaces.
     """
 
-    def __init__(self, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-        self.processor: Any = processor
-        self.config: Any = config
-        self.marker: str = getattr(processor, "boi_token", None) or self.processor.image_token
-        self.placeholder: int = self.config.image_token_id
+    def __init__(self, processor: Any, config: Any) -> None:
+        self.processor, self.config = processor, config
+        self.marker: str = getattr(processor, "boi_token", None) or processor.image_token
+        self.placeholder: int = config.image_token_id
         self.settings = hashlib.sha256(processor.image_processor.to_json_string().encode()).digest()
         self._looks: dict[str, _Look] = {}
         self._last: tuple[tuple[Picture, ...], dict[str, Tensor]] = (), {}
@@ -147,14 +146,14 @@ class ImageReader:
         """
         places = [i for i, token in enumerate(ids) if token == self.placeholder]
         looks = [self._look(picture) for picture in pictures]
-        if len(places) != sum(look.count for look in looks):
+        if len(places) != sum(look.tokens for look in looks):
             raise DataError(
-                f"{len(places)} image tokens, and images of {sum(look.count for look in looks)}: "
+                f"{len(places)} image tokens, and images of {sum(look.tokens for look in looks)}: "
                 "text must not hold image tokens"
             )
         if not pictures:
             return Inputs(ids)
-        before = [sum(look.count for look in looks[:i]) for i in range(len(looks))]
+        before = [sum(look.tokens for look in looks[:i]) for i in range(len(looks))]
         starts = tuple(places[n] for n in before)
         return Inputs(ids, self._positions(ids, looks), Lazy(tuple(pictures), starts, self._pixels, self._digest))
 

@@ -71,7 +71,7 @@ def load_target(
         )
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
-    model.to(where)  # type: ignore[arg-type]
+    model.to(where)
     target = Target(model, tokenizer, name=name, images=images)
     if compiled:
         target.compile()
