@@ -102,7 +102,7 @@ def test_text_that_mentions_the_mark_stays_text(folder: Path) -> None:
     [
         (asked({"type": "image", "image": "no.png"}), "no.png' cannot be read: No such file"),
         (asked({"type": "image", "image": "rows.jsonl"}), "rows.jsonl' is not an image"),
-        (asked({"type": "image", "image": "http://a.b/c.png"}), "is not in a file: download it first"),
+        (asked({"type": "image", "image": "http://a.b/c.png"}), "is not in a file: download it"),
         (asked({"type": "image", "image": "data:image/png,abc"}), "not in base64"),
         (asked({"type": "image", "image": 3}), "found int"),
         (asked(LISTED), "more places for images than the 0"),
@@ -188,7 +188,7 @@ def test_a_target_of_text_refuses_images(tiny_target: Target, folder: Path) -> N
 
 def test_pictures_are_decoded_when_they_are_needed(target: Target, folder: Path) -> None:
     (example,) = load_examples(write(folder, asked(A, text("see"))), target.tokenizer, 512, images=target.images)
-    target.images._last = (), {}
+    target.images._kept.clear()
     (folder / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png' cannot be decoded"):
         dict(example.inputs.extras)

@@ -13,6 +13,7 @@ import seeing
 import tiny
 from vsd.data.generate import generate_batch
 from vsd.decoding import Engine, Replay, Sampling
+from vsd.drafters import FAMILIES
 from vsd.errors import VSDError
 from vsd.paths import Entries, TreeShape
 from vsd.targets import Inputs, Padded, Target
@@ -71,6 +72,15 @@ def test_greedy_is_generate(family: str) -> None:
         assert [engine.generate([prompt], sampling)[0].tokens for prompt in prompts] == expected
         assert sum(a >= 2 for result in results for a in result.accepted) >= 3
     assert [result.tokens for result in Engine(target).generate(prompts, sampling)] == expected
+
+
+@pytest.mark.parametrize("kind", [name for name in FAMILIES if name != "eagle3"])
+def test_other_drafters_decode_behind_images(kind: str) -> None:
+    target, _ = pair("qwen3_vl")
+    prompts = [seeing.read(target, text, *pictures) for text, pictures in PROMPTS]
+    expected = [generated(target, text, pictures, LENGTH) for text, pictures in PROMPTS]
+    engine = Engine(target, overfit.random_drafter(target, family=kind), TreeShape(3, 3, 8))
+    assert [result.tokens for result in engine.generate(prompts, Sampling(LENGTH, eos_ids=()))] == expected
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

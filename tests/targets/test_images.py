@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def test_a_saved_folder_loads_without_torchvision(family: str, tmp_path: Path) -
     assert loaded.fingerprint() == info.fingerprint() == target.fingerprint()
     rows = [seeing.read(target, text, *pictures) for text, pictures in ROWS]
     again = [info.images.inputs(row.ids, pictures) for row, (_, pictures) in zip(rows, ROWS)]
+    again = pickle.loads(pickle.dumps(again))  # as workers that load data get them
     hidden = target.features(Padded.of(rows)).hidden
     torch.testing.assert_close(loaded.features(Padded.of(again)).hidden, hidden, **CLOSE)
 

@@ -102,5 +102,15 @@ def test_a_store_of_other_images_is_refused(workshop: Path, tmp_path: Path) -> N
         other.write_bytes(content)
 
 
+def test_stored_features_need_no_pixels(workshop: Path, tmp_path: Path) -> None:
+    target = load_target(str(workshop / "target"), dtype="float32")
+    examples = load_examples(workshop / "text.jsonl", target.tokenizer, 512, images=target.images)
+    store = FeatureStore.build(tmp_path, target, examples, LAYERS)
+    target.images._kept.clear()
+    dataset = DraftDataset(examples)
+    store.batch(texts_of(Collator()([dataset[i] for i in range(4)])))
+    assert not target.images._kept
+
+
 def test_a_tiny_vocabulary_has_the_image_tokens() -> None:
     assert max(seeing.ID.values()) < tiny.VOCAB

@@ -103,7 +103,7 @@ class Album:
 
     def _downloaded(self, url: str) -> bytes:
         if not self.download:
-            raise DataError(f"image '{url}' is not in a file: download it first, or allow it with download_images")
+            raise DataError(f"image '{url}' is not in a file: download it (vsd train does so with --download-images)")
         try:
             with urllib.request.urlopen(url, timeout=_SECONDS) as reply:
                 content: bytes = reply.read(_BYTES + 1)

@@ -36,6 +36,7 @@ from vsd.targets.inputs import Inputs, Lazy
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # outputs of a processor for the text
 _GRID = "image_grid_thw"
 _REMEMBERED = 256  # images whose placeholders are kept
+_MEMORY = 256 << 20  # bytes of pixel values that are kept: a step reads those of its batch several times
 
 
 class Picture(NamedTuple):
@@ -122,7 +123,7 @@ class ImageReader:
         self.placeholder: int = config.image_token_id
         self.settings = hashlib.sha256(processor.image_processor.to_json_string().encode()).digest()
         self._looks: dict[str, _Look] = {}
-        self._last: tuple[tuple[Picture, ...], dict[str, Tensor]] = (), {}
+        self._kept: dict[bytes, dict[str, Tensor]] = {}
 
     def expand(self, text: str, pictures: Sequence[Picture]) -> str:
         """A chat template's text with the block of every picture in place of its marker.
@@ -174,10 +175,21 @@ class ImageReader:
 
     def _pixels(self, pictures: tuple[Picture, ...]) -> dict[str, Tensor]:
         """Arguments of the model's `forward` for some pictures."""
-        if self._last[0] != pictures:
+        key = self._digest(pictures)
+        if key not in self._kept:
             found = self._processed(pictures)
-            self._last = pictures, {name: tensor for name, tensor in found.items() if name not in _TEXT}
-        return self._last[1]
+            self._kept[key] = {name: tensor for name, tensor in found.items() if name not in _TEXT}
+            self._evict()
+        return self._kept[key]
+
+    def _evict(self) -> None:
+        """Forget the oldest pixel values above the memory limit, but not the newest ones."""
+        sizes = {key: sum(tensor.nbytes for tensor in kept.values()) for key, kept in self._kept.items()}
+        excess = sum(sizes.values()) - _MEMORY
+        for key in list(sizes)[:-1]:
+            if excess > 0:
+                excess -= sizes[key]
+                del self._kept[key]
 
     def _digest(self, pictures: tuple[Picture, ...]) -> bytes:
         return self.settings + "".join(picture.digest for picture in pictures).encode()
@@ -254,12 +266,11 @@ def put_together(
         def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(name, argument)
 
-    Imaging.__name__ = kind.__name__  # it is saved as its class
     parts = {"image_processor": images, "tokenizer": tokenizer}
     try:
-        processor: ProcessorMixin = Imaging.from_args_and_dict(
-            [parts.get(name) for name in kind.get_attributes()], settings
-        )
+        processor: Any = Imaging.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], settings)
     except (ImportError, TypeError, ValueError, OSError) as error:
         raise TargetError(f"cannot load the target's {kind.__name__}: {' '.join(str(error).split())}") from error
-    return processor
+    processor.__class__ = kind  # a local class could not be sent to workers that load data
+    made: ProcessorMixin = processor
+    return made

@@ -21,7 +21,7 @@ class Lazy(Mapping[str, Tensor]):
     Args:
         things: in their order in the text.
         starts: index of each one's first token.
-        load: computes the tensors of some things; it remembers the last ones that it was asked for.
+        load: computes the tensors of some things, which has to be cheap for those asked for just before.
         digest: changes with the tensors of all things.
     """
 
@@ -42,6 +42,9 @@ class Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._load(self.things))
+
+    def __bool__(self) -> bool:
+        return bool(self.things)
 
     def upto(self, end: int) -> Mapping[str, Tensor]:
         """Of the things that start before token `end`."""
@@ -99,7 +102,7 @@ class Padded(NamedTuple):
         ids: [B, N].
         lengths: [B].
         positions: [B, N] or [R, B, N]; padding continues the sequence.
-        extras: as in `Inputs`, of every sequence; () where all are text.
+        extras: as in `Inputs`, of every sequence; () where all are text. Nothing is read before a pass needs it.
     """
 
     ids: Tensor
@@ -114,7 +117,7 @@ class Padded(NamedTuple):
         width = max(lengths)
         filled = [sequence.followed_by([0] * (width - len(sequence.ids))) for sequence in sequences]
         positions = [torch.arange(width) if one.positions is None else one.positions for one in filled]
-        extras = [{name: tensor.to(device) for name, tensor in dict(one.extras).items()} for one in sequences]
+        extras = [one.extras for one in sequences]
         return cls(
             torch.tensor([one.ids for one in filled], device=device),
             torch.tensor(lengths, device=device),
@@ -130,8 +133,9 @@ class Padded(NamedTuple):
     @property
     def merged(self) -> dict[str, Tensor]:
         """`extras` of all sequences, as the model reads them."""
-        names = dict.fromkeys(name for one in self.extras for name in one)
-        return {name: _joined([one[name] for one in self.extras if name in one]) for name in names}
+        read = [dict(one) for one in self.extras if one]
+        names = dict.fromkeys(name for one in read for name in one)
+        return {name: _joined([one[name] for one in read if name in one]).to(self.ids.device) for name in names}
 
     def only(self, rows: Tensor | list[int]) -> "Padded":
         """Some rows of a batch."""
