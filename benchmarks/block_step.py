@@ -79,7 +79,7 @@ def step(drafter: Any, target: TargetInfo, given: dict[str, torch.Tensor]) -> tu
     ids, mask = given["ids"], given["mask"].bool()
     B, T = ids.shape
     drafted = mask.nonzero()[:, 1].view(B, -1)  # all sequences have as many
-    text = Padded(ids, torch.full((B,), T), torch.arange(T).expand(B, -1), {})
+    text = Padded(ids, torch.full((B,), T), torch.arange(T).expand(B, -1), ())
     hidden = given["last"].gather(1, (drafted - 1)[..., None].expand(-1, -1, given["last"].shape[-1])).flatten(0, 1)
     vocabulary = drafter.vocabulary
     normaliser = target.log_normaliser(hidden)

@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     @property
     def text(self) -> Padded:
         """The texts, as models take them."""
-        return Padded(self.input_ids, self.lengths, torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids), {})
+        return Padded(self.input_ids, self.lengths, torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids), ())
 
 
 class Frozen(NamedTuple):

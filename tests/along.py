@@ -16,7 +16,7 @@ def padded(*rows: list[int]) -> Padded:
 def text(ids: Tensor, lengths: Tensor | None = None) -> Padded:
     """Right-padded ids [B, T] as a batch of texts."""
     lengths = torch.full((len(ids),), ids.shape[1]) if lengths is None else lengths
-    return Padded(ids, lengths, torch.arange(ids.shape[1]).expand_as(ids), {})
+    return Padded(ids, lengths, torch.arange(ids.shape[1]).expand_as(ids), ())
 
 
 def entries(target: Target, ids: Tensor, layers: tuple[int, ...]) -> Entries:

@@ -6,6 +6,7 @@ control tokens, so that it "speaks": answers end, and most turns it makes up are
 """
 
 import string
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -26,9 +27,11 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
-    """128 tokens: 15 special ones, printable ASCII and the newline, and unused ones."""
-    words = SPECIAL + list(CHARACTERS)
+def tiny_tokenizer(
+    chat_template: str = CHATML, more: Sequence[str] = (), **names: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    """128 tokens: 15 special ones, printable ASCII and the newline, `more` special ones, and unused ones."""
+    words = [*SPECIAL, *CHARACTERS, *more]
     words += [f"<unused{i}>" for i in range(VOCAB - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -38,9 +41,10 @@ def tiny_tokenizer(chat_template: str = CHATML) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
-        additional_special_tokens=SPECIAL[1:],
+        additional_special_tokens=[*SPECIAL[1:], *more],
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
+        **names,
     )
 
 

@@ -41,6 +41,17 @@ def test_round_trip_is_bit_exact(tiny_target: Target, drafter: Eagle3Drafter, tm
         assert getattr(again.config, name) == getattr(drafter.config, name), name
 
 
+def test_a_drafter_trained_on_placeholders_is_not_for_sglang(
+    tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path
+) -> None:
+    drafter.config.image_inputs = "placeholder"
+    with pytest.raises(VSDError, match="export it for vllm"):
+        export_drafter(drafter, tiny_target, tmp_path / "sglang", "sglang")
+    native = export_drafter(drafter, tiny_target, tmp_path / "vllm", "vllm")
+    assert json.loads((native / "config.json").read_text())["image_inputs"] == "placeholder"
+    assert read_drafter(native, tiny_target).config.image_inputs == "placeholder"
+
+
 def test_what_engines_read(tiny_target: Target, drafter: Eagle3Drafter, tmp_path: Path) -> None:
     native = export_drafter(drafter, tiny_target, tmp_path / "sglang", "sglang")
     config = json.loads((native / "config.json").read_text())

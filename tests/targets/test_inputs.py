@@ -10,7 +10,7 @@ def test_text_has_the_positions_of_its_tokens() -> None:
     assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.lengths.tolist() == [3, 1]
     assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert batch.extras == {}
+    assert batch.extras == ()
 
 
 def test_several_rows_of_positions_go_on_behind_the_largest() -> None:
@@ -28,4 +28,4 @@ def test_several_rows_of_positions_go_on_behind_the_largest() -> None:
 def test_extras_of_a_batch_are_concatenated() -> None:
     rows = [Inputs([1], extras={"pixel_values": torch.full((n, 2), float(n))}) for n in (2, 1)]
     batch = Padded.of([rows[0], Inputs([7]), rows[1]])
-    assert batch.extras["pixel_values"][:, 0].tolist() == [2.0, 2.0, 1.0]
+    assert batch.merged["pixel_values"][:, 0].tolist() == [2.0, 2.0, 1.0]

@@ -51,7 +51,8 @@ def run(given: Given) -> None:
         skipped.append(line)
         report_skipped(line)
 
-    count = count_text(info.tokenizer, encoded(a.source, info.tokenizer, a.max_length, "skip", report))
+    texts = encoded(a.source, info.tokenizer, a.max_length, "skip", report, images=info.images)
+    count = count_text(info.tokenizer, texts)
     console = Console(highlight=False)
     for name, value in _rows(count, info, len(skipped)):
         console.print(f"{name:<18}{value}", markup=False, soft_wrap=True)

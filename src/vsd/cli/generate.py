@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import DecodingOptions, load
@@ -11,6 +12,7 @@ from vsd.options import TargetOptions
 EXAMPLES = """\
   vsd generate --drafter runs/mine/drafter "Write a haiku about the sea."
   echo "Why is the sky blue?" | vsd generate --temperature 0.8 --top-p 0.95
+  vsd generate --target T --image photo.jpg "What is on the table?"
   vsd generate --tree 5x4x12x0x8 "Repeat after me: …"            prompt lookup alone: no drafter
 
 Accepted draft tokens are green; tokens of the target itself have the terminal's colour."""
@@ -24,11 +26,13 @@ class Generate:
         prompt: user message (default: standard input)
         drafter: folder of a drafter; without it the target decodes alone
         system: system message
+        image: image file that the message is about; may be repeated
     """
 
     prompt: str | None = field(default=None, metadata={"positional": True})
     drafter: str | None = field(default=None, metadata={"metavar": "FOLDER"})
     system: str | None = None
+    image: list[str] = field(default_factory=list, metadata={"metavar": "FILE", "single": True})
 
 
 @dataclass
@@ -62,6 +66,7 @@ def run(given: Given) -> None:
     from vsd.decoding.stream import answer
     from vsd.drafters import load_drafter
     from vsd.paths import TreeShape
+    from vsd.targets.images import Picture
 
     a, s, d = given.of(Generate), given.of(SamplingOptions), given.of(DecodingOptions)
     sampling = Sampling(
@@ -78,9 +83,10 @@ def run(given: Given) -> None:
     prompt = a.prompt if a.prompt is not None else sys.stdin.read()
     if not prompt.strip():
         raise ConfigurationError('the prompt is empty: vsd generate "your question"')
+    pictures = [Picture.of(Path(path)) for path in a.image]
     target = load(given.of(TargetOptions), d.compile)
     drafter = load_drafter(a.drafter, target) if a.drafter else None
-    answer(target, drafter, shape, prompt, sampling, system=a.system, verification=d.verification)
+    answer(target, drafter, shape, prompt, sampling, system=a.system, pictures=pictures, verification=d.verification)
 
 
 COMMAND = Command(

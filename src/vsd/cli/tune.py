@@ -43,7 +43,7 @@ def run(given: Given) -> None:
     prompts = load_prompts(a.prompts, a.limit)
     target = load(given.of(TargetOptions))
     drafter = load_drafter(a.drafter, target)
-    asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
+    asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}], target.images) for p in prompts]
     results = Engine(target).generate(asked, Sampling(a.max_new_tokens))
     found = tune(target, drafter, [(result.prompt, result.tokens) for result in results])
     print_trees(found)

@@ -9,9 +9,9 @@ A line of a file, or a row of a table, is one of
     {"prompt_ids": […], "response_ids": […]}                  the target's own tokens, by `vsd data`
 
 with optional fields: "id"; "system", a system message; "tools" and "chat_template_kwargs", as in a request to a server;
-"finish", which is "length" if the last answer was cut off. Prompts without answers (`turns`, `prompt`, a `.txt` file)
-are for regeneration, not for training. A line that cannot be used is an error, or is reported and skipped; it is never
-changed to fit.
+"image" or "images" (`vsd.data.pictures`); "finish", which is "length" if the last answer was cut off. Prompts without
+answers (`turns`, `prompt`, a `.txt` file) are for regeneration, not for training. A line that cannot be used is an
+error, or is reported and skipped; it is never changed to fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from vsd.data.lines import LOG, BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message, messages_of, template_arguments
-from vsd.data.sources import read_rows
+from vsd.data.sources import Row, read_rows
 from vsd.errors import DataError
 
 
@@ -51,6 +51,7 @@ def read_conversations(
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
     need_answer: bool = True,
+    download_images: bool = False,
 ) -> Iterator[Conversation]:
     """Read a file, a folder of files, or a data set of the Hugging Face hub, `hf:NAME[:SPLIT]`.
 
@@ -58,6 +59,7 @@ def read_conversations(
         on_bad_line: "fatal" raises at the first bad line, "skip" reports it and continues.
         report: called with "FILE:LINE: REASON" for every skipped line; default: a logged warning.
         need_answer: False where only the user turns are used, as in regeneration.
+        download_images: fetch images from http URLs; else a line with one is bad.
 
     Raises:
         DataError: a bad line, when fatal; no usable line in the source; no such source.
@@ -65,7 +67,7 @@ def read_conversations(
     usable = 0
     for row in read_rows(source, report or LOG.warning, need_answer=need_answer):
         try:
-            conversation = _conversation(row.parse(row.raw), row.where, row.name, need_answer)
+            conversation = _conversation(row.parse(row.raw), row, need_answer, download_images)
         except BadLineError as error:
             handle_bad_line(f"{row.where}: {error}", on_bad_line, report)
             continue
@@ -75,12 +77,13 @@ def read_conversations(
         raise DataError(f"{source} holds no usable conversation")
 
 
-def _conversation(row: Any, where: str, name: str, need_answer: bool) -> Conversation:
+def _conversation(row: Any, place: Row, need_answer: bool, download: bool) -> Conversation:
     if not isinstance(row, dict):
         raise BadLineError(f"expected a JSON object, found {type(row).__name__}")
     exact = row.get("prompt_ids") is not None
     prompt_ids, response_ids = _exact_ids(row, need_answer) if exact else (None, None)
-    messages, arguments = messages_of(row, exact=exact, need_answer=need_answer), template_arguments(row)
+    messages = messages_of(row, exact=exact, need_answer=need_answer, folder=place.folder, download=download)
+    arguments = template_arguments(row)
     if messages and need_answer:
         _check_answer([m["role"] for m in messages])
     if arguments and not need_answer:
@@ -88,8 +91,8 @@ def _conversation(row: Any, where: str, name: str, need_answer: bool) -> Convers
             f"{min(arguments)} cannot be given: prompts are answered without tools and template arguments"
         )
     own_id, cut = row.get("id"), row.get("finish") == "length"
-    own_id = name if own_id in (None, "") else str(own_id)
-    return Conversation(own_id, where, messages, prompt_ids, response_ids, arguments, cut)
+    own_id = place.name if own_id in (None, "") else str(own_id)
+    return Conversation(own_id, place.where, messages, prompt_ids, response_ids, arguments, cut)
 
 
 def _check_answer(roles: list[str]) -> None:

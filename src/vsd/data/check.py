@@ -58,7 +58,7 @@ def count_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[Convers
         thinking=Counter(_thinking(tokenizer, example.inputs.ids, span) for example, span in spans),
         cut=sum(conversation.cut for conversation, _ in texts),
         longest=max((len(e.inputs.ids), conversation.where) for conversation, found in texts for e in found),
-        repeated=_repeated(tuple(tuple(e.inputs.ids) for e in found) for _, found in texts),
+        repeated=_repeated(tuple((tuple(e.inputs.ids), e.inputs.digest) for e in found) for _, found in texts),
         repeated_ids=_repeated(conversation.id for conversation, _ in texts),
         dated="strftime_now" in str(tokenizer.chat_template),
         sample=texts[0],

@@ -14,6 +14,8 @@ prompt (the prompt that is served), with the answer, and with a placeholder in i
 - Some templates change the answer, or print a prompt that the rendering with the answer does not begin with: they
   remove thinking from answers and open it in the prompt. Then the answer's own text is put behind the prompt.
 
+Placeholders of images are never supervised: they stand in prompts alone.
+
 One sequence holds all answers of a conversation if the template prints each answer and its prompt unchanged when more
 messages follow. A template that rewrites earlier turns yields a sequence of its own for each answer that it rewrites.
 """
@@ -28,8 +30,9 @@ from transformers import PreTrainedTokenizerBase
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
-from vsd.data.template import answer_text, check_printed, control_ids, render, tokenize
+from vsd.data.template import answer_text, check_printed, control_ids, inputs_of, render, tokenize
 from vsd.errors import DataError, TargetError
+from vsd.targets.images import ImageReader
 from vsd.targets.inputs import Inputs
 
 _PLACEHOLDER = "ANSWERTEXT"
@@ -50,9 +53,12 @@ def load_examples(
     max_length: int,
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
+    *,
+    images: ImageReader | None = None,
+    download_images: bool = False,
 ) -> list[Example]:
     """The training sequences of a whole source, as `encoded` yields them."""
-    found = encoded(source, tokenizer, max_length, on_bad_line, report)
+    found = encoded(source, tokenizer, max_length, on_bad_line, report, images=images, download_images=download_images)
     return [example for _, examples in found for example in examples]
 
 
@@ -62,17 +68,25 @@ def encoded(
     max_length: int,
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
+    *,
+    images: ImageReader | None = None,
+    download_images: bool = False,
 ) -> Iterator[tuple[Conversation, list[Example]]]:
     """Read and encode a source; conversations that `encode` refuses are bad lines, too.
+
+    Args:
+        images: reads the target's images; None for a target of text.
+        download_images: as in `read_conversations`.
 
     Raises:
         DataError: a bad line, when fatal; no usable conversation.
         TargetError: the tokenizer has no chat template, or is not a fast one.
     """
     usable = 0
-    for conversation in read_conversations(source, on_bad_line=on_bad_line, report=report):
+    found = read_conversations(source, on_bad_line=on_bad_line, report=report, download_images=download_images)
+    for conversation in found:
         try:
-            examples = encode(tokenizer, conversation, max_length)
+            examples = encode(tokenizer, conversation, max_length, images)
         except BadLineError as error:
             handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
             continue
@@ -82,7 +96,12 @@ def encoded(
         raise DataError(f"{source} holds no usable conversation")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int) -> list[Example]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    max_length: int,
+    images: ImageReader | None = None,
+) -> list[Example]:
     """Token ids and drafted positions of one conversation: one sequence for most chat templates. Nothing is truncated.
 
     Raises:
@@ -90,9 +109,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_l
         TargetError: as in `encoded`.
     """
     if conversation.response_ids:
-        examples = [_exact(tokenizer, conversation)]
+        examples = [_exact(tokenizer, conversation, images)]
     else:
-        examples = _from_template(tokenizer, conversation)
+        examples = _from_template(tokenizer, conversation, images)
     longest = max(len(example.inputs.ids) for example in examples)
     if longest > max_length:
         raise BadLineError(f"too long: {longest} tokens, more than the {max_length} allowed")
@@ -102,7 +121,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_l
     return draftable
 
 
-def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Example:
+def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, images: ImageReader | None) -> Example:
     prompt, response = conversation.prompt_ids or [], conversation.response_ids or []
     if (largest := max(*prompt, *response)) >= len(tokenizer):
         raise BadLineError(f"token {largest} is not in this target's vocabulary: was it made by another target?")
@@ -113,18 +132,21 @@ def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Ex
                 "response_ids do not spell the answer: made by another target? Regenerate it for this one"
             )
     drafted = [False] * (len(prompt) + 1) + [True] * (len(response) - 1)
-    return Example(Inputs(prompt + response), drafted)
+    if images is not None and images.placeholder in response:
+        raise BadLineError("the answer holds an image token, which no drafter is trained on")
+    return Example(inputs_of(prompt + response, conversation.messages, images), drafted)
 
 
 class _Template(NamedTuple):
-    """The chat template of a conversation: its arguments besides messages, and the tokens that are markup."""
+    """The chat template of a conversation: its arguments besides messages, the tokens that are markup, and images."""
 
     tokenizer: PreTrainedTokenizerBase
     arguments: Mapping[str, Any]
     control: set[int]
+    images: ImageReader | None
 
     def render(self, messages: list[Message], *, answer_next: bool = False) -> str:
-        return render(self.tokenizer, messages, self.arguments, answer_next=answer_next)
+        return render(self.tokenizer, messages, self.arguments, images=self.images, answer_next=answer_next)
 
 
 class _Frame(NamedTuple):
@@ -152,12 +174,16 @@ class _Served(NamedTuple):
     stop: int
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Example]:
+def _from_template(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, images: ImageReader | None
+) -> list[Example]:
     if not tokenizer.is_fast:
         raise TargetError("this target has no fast tokenizer: only fast ones give the places of tokens in the text")
-    messages, template = conversation.messages, _Template(tokenizer, conversation.arguments, control_ids(tokenizer))
-    check_printed(tokenizer, messages, conversation.arguments)
+    messages = conversation.messages
+    template = _Template(tokenizer, conversation.arguments, control_ids(tokenizer), images)
+    check_printed(tokenizer, messages, conversation.arguments, images)
     sequences: list[list[_Served]] = []  # the answers of a sequence, the last one first: its text is the sequence's
+    ends: list[int] = []  # how many messages the text of a sequence prints
     for i in reversed([i for i, message in enumerate(messages) if message["role"] == "assistant"]):
         cut = conversation.cut and i == len(messages) - 1
         answer = _served(template, messages[:i], messages[i], cut)
@@ -166,7 +192,9 @@ def _from_template(tokenizer: PreTrainedTokenizerBase, conversation: Conversatio
             holders[0].append(answer)
         else:
             sequences.append([answer])
-    return [_example(tokenizer, answers) for answers in reversed(sequences)]
+            ends.append(i)
+    pairs = reversed(list(zip(sequences, ends)))
+    return [_example(tokenizer, answers, messages[:end], images) for answers, end in pairs]
 
 
 def _served(template: _Template, history: list[Message], message: Message, cut: bool) -> _Served:
@@ -247,8 +275,10 @@ def _end_of_turn(template: _Template, tail: str) -> int:
     return 0
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, answers: list[_Served]) -> Example:
-    """The tokens of one sequence and of the answers in it."""
+def _example(
+    tokenizer: PreTrainedTokenizerBase, answers: list[_Served], history: list[Message], images: ImageReader | None
+) -> Example:
+    """The tokens of one sequence and of the answers in it; `history` is before the last answer."""
     encoded = tokenizer(answers[0].text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     drafted = [False] * len(ids)
@@ -259,4 +289,4 @@ def _example(tokenizer: PreTrainedTokenizerBase, answers: list[_Served]) -> Exam
         first = next(j for j in range(len(prompt), len(ids)) if offsets[j][1] > answer.start)
         last = max(j for j in range(first, len(ids)) if offsets[j][0] < answer.stop)
         drafted[first + 1 : last + 1] = [True] * (last - first)
-    return Example(Inputs(ids), drafted)
+    return Example(inputs_of(ids, history, images), drafted)

@@ -1,15 +1,18 @@
 """The messages of a row, in the form that chat templates take, from any of the row formats.
 
-A message is {"role", "content"} with a text as content, and where the row has them "tool_calls" (of an answer),
-"reasoning_content" (of an answer) and "tool_call_id" and "name" (of a tool's message). Two things are written as
+A message is {"role", "content"} with a text as content, or a list of texts and images (`vsd.data.pictures`), and where
+the row has them "tool_calls" (of an answer), "reasoning_content" (of an answer) and "tool_call_id" and "name" (of a
+tool's message). Two things are written as
 servers write them before they render a template: an answer of tool calls alone has the content "", and the arguments of
 a tool call are an object, not its JSON text.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from vsd.data.lines import BadLineError
+from vsd.data.pictures import Album
 
 Message = dict[str, Any]
 
@@ -19,25 +22,29 @@ _BEFORE = {"assistant": ("user", "tool"), "tool": ("assistant", "tool")}  # role
 _REASONING = ("reasoning_content", "reasoning")
 
 
-def messages_of(row: dict[str, Any], *, exact: bool, need_answer: bool) -> list[Message]:
+def messages_of(
+    row: dict[str, Any], *, exact: bool, need_answer: bool, folder: Path = Path(), download: bool = False
+) -> list[Message]:
     """The messages of a row; none for a row with token ids alone (`exact`).
 
     Args:
+        folder, download: as in `Album`.
         need_answer: the order of an engine, with an answer at the end; else at most one system message, then user and
             assistant alternately.
 
     Raises:
         BadLineError: a message that cannot be used, or a wrong order.
     """
+    album = Album(row, folder, download=download)
     for key in ("messages", "conversations"):
         if row.get(key) is not None:
-            messages = [*_system(row), *map(_message, _list(row, key))]
+            messages = [*_system(row), *(_message(message, album) for message in _list(row, key))]
             (_check_order if need_answer else _check_alternation)(messages)
-            return messages
+            return _placed(messages, album)
     if row.get("turns") is not None:
-        return [*_system(row), *map(_question, _list(row, "turns"))]
+        return _placed([*_system(row), *(_question(turn, album) for turn in _list(row, "turns"))], album)
     if row.get("prompt") is not None:
-        return [*_system(row), _question(row["prompt"])]
+        return _placed([*_system(row), _question(row["prompt"], album)], album)
     if exact:
         return []
     found = ", ".join(sorted(map(str, row))) or "nothing"
@@ -70,8 +77,22 @@ def _list(row: dict[str, Any], key: str) -> list[Any]:
     return items
 
 
-def _question(text: Any) -> Message:
-    return {"role": "user", "content": _filled(text)}
+def _placed(messages: list[Message], album: Album) -> list[Message]:
+    """Messages with listed images that have no place in a text before the first question."""
+    if rest := album.rest():
+        first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is None or not isinstance(messages[first]["content"], str):
+            raise BadLineError("images beside the messages that have no place in them")
+        text = {"type": "text", "text": messages[first]["content"]}
+        messages[first] = {**messages[first], "content": [*rest, text]}
+    return messages
+
+
+def _question(content: Any, album: Album, *, may_be_empty: bool = False) -> Message:
+    parts = album.parts(content)
+    for part in parts or ():
+        _check_unicode(part.get("text", ""))
+    return {"role": "user", "content": parts or (_content(content) if may_be_empty else _filled(content))}
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
@@ -79,7 +100,7 @@ def _system(row: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": _filled(row["system"])}] if row.get("system") else []
 
 
-def _message(message: Any) -> Message:
+def _message(message: Any, album: Album) -> Message:
     message = message if isinstance(message, dict) else {}
     role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
     calls = bool(message.get("tool_calls"))
@@ -90,6 +111,8 @@ def _message(message: Any) -> Message:
     if role not in ROLES:
         raise BadLineError(f"role {role!r} is not {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     content = message.get(content_key)
+    if role == "user":
+        return {**_question(content, album, may_be_empty=calls), **_extras(message, role)}
     may_be_empty = calls or role == "tool"
     text = _content(content) if may_be_empty else _filled(content)
     return {"role": role, "content": text, **_extras(message, role)}
@@ -156,7 +179,7 @@ def _only_part(parts: list[Any]) -> Any:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
-            raise BadLineError(f"a message has a part of type {kind!r}: only text can be trained on")
+            raise BadLineError(f"a message has a part of type {kind!r}: only text can be trained on, and users' images")
     if len(parts) > 1:
         raise BadLineError("a message has several text parts, which servers join in different ways: write one text")
     return parts[0].get("text")

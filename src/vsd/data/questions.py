@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vsd.data.chat import Conversation
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
-from vsd.data.template import prompt_inputs
+from vsd.data.template import inputs_of, prompt_inputs
 from vsd.errors import DataError
 from vsd.targets.info import TargetInfo
 from vsd.targets.inputs import Inputs
@@ -36,7 +36,7 @@ class Chat:
 
     Attributes:
         history: the system message, then the answered turns.
-        turns: all user turns.
+        turns: contents of all user turns.
         exact: the prompt's token ids, where the line has no text.
         asked: the number of answered turns.
     """
@@ -44,7 +44,7 @@ class Chat:
     id: str
     where: str
     history: list[Message]
-    turns: list[str]
+    turns: list[Any]
     exact: list[int] | None
     limits: Limits
     asked: int = 0
@@ -55,9 +55,9 @@ class Chat:
             return None
         name = f"{self.id}/{self.asked}"
         if self.exact is not None:
-            return Question(name, [], Inputs(self.exact))
+            return Question(name, [], inputs_of(self.exact, [], self.limits.info.images))
         messages = [*self.history, {"role": "user", "content": self.turns[self.asked]}]
-        return Question(name, messages, prompt_inputs(self.limits.info.tokenizer, messages))
+        return Question(name, messages, prompt_inputs(self.limits.info.tokenizer, messages, self.limits.info.images))
 
     def next_question(self) -> Question | None:
         """As `question`; a prompt that is too long, or that the template refuses, is reported and ends the chat."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from vsd.data.generate import Answer
+from vsd.data.pictures import as_json, text_of
 from vsd.data.questions import Question
 from vsd.data.template import answer_text
 from vsd.errors import ConfigurationError, DataError, MismatchError
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
     @classmethod
     def of(cls, record: Record) -> "Entry":
         """The entry of a record."""
-        question, answer = [m["content"] for m in record.get("messages") or [{"content": ""}] * 2][-2:]
+        question, answer = [text_of(m["content"]) for m in record.get("messages") or [{"content": ""}] * 2][-2:]
         return cls(record["id"], record["batch"], question, answer, len(record["response_ids"]))
 
 
@@ -124,7 +125,7 @@ def record_of(
     messages = [*question.messages, {"role": "assistant", "content": text}] if question.messages else None
     return {
         "id": question.id,
-        **({"messages": messages} if messages else {}),
+        **({"messages": as_json(messages)} if messages else {}),
         "prompt_ids": question.inputs.ids,
         "response_ids": answer.ids,
         "finish": answer.finish,

@@ -12,6 +12,7 @@ from pathlib import Path
 from vsd.data.chat import Conversation
 from vsd.data.generate import Answer
 from vsd.data.lines import LOG, BadLineError, OnBadLine, Report, handle_bad_line
+from vsd.data.pictures import as_json
 from vsd.data.progress import progress_bar
 from vsd.data.questions import Limits, Question, open_chats, room_for_prompts
 from vsd.data.records import Entry, GenerationSettings, RecordLog, Summary, record_of
@@ -49,7 +50,7 @@ def regenerate(
     limits = Limits(teacher.info, room_for_prompts(teacher.info, max_length, max_new_tokens), report or LOG.warning)
     chats, skipped = open_chats(limits, conversations, on_bad_line)
     settings = GenerationSettings(max_new_tokens, temperature, seed)
-    prompts = digest([[chat.id, chat.history, chat.turns, chat.exact] for chat in chats])
+    prompts = digest(as_json([[chat.id, chat.history, chat.turns, chat.exact] for chat in chats]))
     header = {**teacher.settings, "prompts": prompts, **settings._asdict(), "max_length": max_length}
     total = sum(len(chat.turns) for chat in chats)
     with RecordLog(Path(out), header) as log, progress_bar(enabled=progress) as bar:

@@ -86,6 +86,8 @@ class ServerTeacher:
             self.server.close()
 
     def _ask(self, question: Question, settings: GenerationSettings) -> Reply:
+        if question.inputs.extras:
+            raise BadLineError("a server is not asked about images: regenerate without --server")
         return self.server.ask(
             question.messages,
             question.inputs.ids,

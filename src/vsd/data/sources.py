@@ -33,12 +33,14 @@ class Row(NamedTuple):
         where: the row's place, "file.jsonl:12".
         name: an id for a row without one.
         raw, parse: `parse(raw)` is the row; it raises BadLineError.
+        folder: where relative paths in the row start.
     """
 
     where: str
     name: str
     raw: Any
     parse: Callable[[Any], Any]
+    folder: Path = Path()
 
 
 def read_rows(source: str | Path, report: Report, *, need_answer: bool) -> Iterator[Row]:
@@ -99,7 +101,7 @@ def _lines(path: Path, parse: Callable[[bytes], Any]) -> Iterator[Row]:
     number = 0
     try:
         for number, line in enumerate(_raw_lines(path), start=1):
-            yield Row(f"{path}:{number}", _name(path, number), line.removeprefix(_MARK), parse)
+            yield Row(f"{path}:{number}", _name(path, number), line.removeprefix(_MARK), parse, path.parent)
     except FileNotFoundError as error:
         raise DataError(f"no file at '{path}'") from error
     except DataError:
@@ -112,7 +114,7 @@ def _items(path: Path) -> Iterator[Row]:
     """The rows of a JSON list, by number."""
     rows = _list_of(b"".join(row.raw for row in _lines(path, _json)), path)
     for number, row in enumerate(rows, start=1):
-        yield Row(f"{path}:item {number}", _name(path, number), row, lambda raw: raw)
+        yield Row(f"{path}:item {number}", _name(path, number), row, lambda raw: raw, path.parent)
 
 
 def _list_of(text: bytes, path: Path) -> list[Any]:
@@ -182,7 +184,7 @@ def _tabular(path: Path, load: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
 
     try:
         for number, row in enumerate(load(datasets), start=1):
-            yield Row(f"{path}:{number}", _name(path, number), row, without_nulls)
+            yield Row(f"{path}:{number}", _name(path, number), row, without_nulls, path.parent)
     except Exception as error:  # of a parser: they have no common class
         raise DataError(f"{path}: {_reason(error)}") from error
 

@@ -7,26 +7,48 @@ from transformers import PreTrainedTokenizerBase
 
 from vsd.data.lines import BadLineError
 from vsd.data.messages import Message
-from vsd.errors import TargetError
+from vsd.data.pictures import pictures_of
+from vsd.errors import DataError, TargetError
+from vsd.targets.images import ImageReader, Picture
 from vsd.targets.inputs import Inputs
 
 _OTHER = "OTHERTEXT"
-_PRINTED_PART = "[{'type': 'text'"  # in the text of a template that expects plain text and prints the list of parts
+_PRINTED_PART = "[{'type': '"  # in the text of a template that expects plain text and prints the list of parts
 
 
 def prompt_inputs(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    images: ImageReader | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """The prompt that is served for these messages: everything up to the first token of the target's answer.
 
     Args:
+        images: reads the target's images; None for a target of text.
         arguments: of the chat template besides messages.
 
     Raises:
-        BadLineError: the chat template fails, or does not print the last user message.
+        BadLineError: the chat template fails, or does not print the last user message or an image; an image cannot be
+            decoded, or the target reads none.
         TargetError: there is no chat template.
     """
-    return Inputs(tokenize(tokenizer, render(tokenizer, messages, arguments, answer_next=True)))
+    ids = tokenize(tokenizer, render(tokenizer, messages, arguments, images=images, answer_next=True))
+    return inputs_of(ids, messages, images)
+
+
+def inputs_of(ids: list[int], messages: list[Message], images: ImageReader | None) -> Inputs:
+    """The inputs of tokens with the images of messages, whose placeholders they hold.
+
+    Raises:
+        BadLineError: they do not, or an image cannot be decoded.
+    """
+    if images is None:
+        return Inputs(ids)
+    try:
+        return images.inputs(ids, pictures_of(messages))
+    except DataError as error:
+        raise BadLineError(str(error)) from error
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -40,51 +62,70 @@ def render(
     messages: list[Message],
     arguments: Mapping[str, Any] | None = None,
     *,
+    images: ImageReader | None = None,
     answer_next: bool,
 ) -> str:
-    """The chat template's text, with or without the header of the next answer.
+    """The chat template's text, with or without the header of the next answer, with placeholders of the images.
 
     Args:
         arguments: what the template is given besides messages, such as tools.
+        images: as in `prompt_inputs`.
 
     Templates of multimodal targets may read a message as a list of parts and print nothing for plain text. So a
-    template that does not print the last user message is given parts instead.
+    template that does not print the last user message is given parts instead; where there are images, parts come first.
 
     Raises:
         BadLineError, TargetError: as `prompt_inputs`.
     """
     if not tokenizer.chat_template:
         raise TargetError("the target's tokenizer has no chat template: use the instruction-tuned version of the model")
-    question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "").strip()
+    pictures = pictures_of(messages)
+    if pictures and images is None:
+        raise BadLineError("there are images, and this target reads none")
+    question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    texts = [part["text"].strip() for part in _parts(question) if part["type"] == "text"]
     failure = BadLineError("the chat template does not print the text of the user's message")
-    for as_given, form in ((True, messages), (False, _in_parts(messages))):
+    forms = (True, [{**m, "content": _plain(m["content"])} for m in messages]), (False, _in_parts(messages))
+    for as_given, form in reversed(forms) if pictures else forms:
         try:
             text = _apply(tokenizer, form, arguments or {}, answer_next)
         except BadLineError as error:
             failure = error if as_given else failure
             continue
-        if question in text and (as_given or _PRINTED_PART not in text):
-            return text
+        if all(part in text for part in texts) and ((as_given and not pictures) or _PRINTED_PART not in text):
+            return text if images is None else _expanded(text, pictures, images)
     raise failure
 
 
-def check_printed(tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]) -> None:
+def _expanded(text: str, pictures: list[Picture], images: ImageReader) -> str:
+    try:
+        return images.expand(text, pictures)
+    except DataError as error:
+        raise BadLineError(str(error)) from error
+
+
+def check_printed(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    arguments: Mapping[str, Any],
+    images: ImageReader | None = None,
+) -> None:
     """Refuse what the template leaves out: the answer was written with it in view.
 
     Raises:
         BadLineError: the template does not print a system, developer or tool message, or the tools.
         TargetError: there is no chat template.
     """
-    text = render(tokenizer, messages, arguments, answer_next=False)
+    text = render(tokenizer, messages, arguments, images=images, answer_next=False)
     for i, message in enumerate(messages):
         if message["role"] in ("system", "developer", "tool"):
             other = {**message, "content": message["content"] + _OTHER}
             changed = [*messages[:i], other, *messages[i + 1 :]]
-            if render(tokenizer, changed, arguments, answer_next=False) == text:
+            if render(tokenizer, changed, arguments, images=images, answer_next=False) == text:
                 raise BadLineError(f"the chat template does not print the {message['role']} message (message {i + 1})")
     if "tools" in arguments:
         without = {name: value for name, value in arguments.items() if name != "tools"}
-        if render(tokenizer, messages, without, answer_next=False) == text:
+        if render(tokenizer, messages, without, images=images, answer_next=False) == text:
             raise BadLineError("the chat template does not print the tools")
 
 
@@ -102,7 +143,18 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return [{**message, "content": _parts(_plain(message["content"]))} for message in messages]
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _plain(content: Any) -> Any:
+    """A content whose images are places alone, as templates read them."""
+    if isinstance(content, str):
+        return content
+    return [{"type": "image"} if part["type"] == "image" else part for part in content]
 
 
 def _apply(

@@ -68,6 +68,8 @@ def speculative(
     ) -> Tensor:
         config = generation_config
         _refuse_unsupported(config, logits_processor, stopping_criteria, len(input_ids))
+        if bool((input_ids == getattr(model.config, "image_token_id", -1)).any()):
+            raise VSDError("speculative decoding inside `generate` reads text alone: give images to Engine.generate")
         mask = inputs.get("attention_mask")  # not a parameter: transformers would pass it twice
         mask = torch.ones_like(input_ids) if mask is None else mask
         results = [Result(Inputs(row[keep.bool()].tolist())) for row, keep in zip(input_ids, mask)]

@@ -147,7 +147,7 @@ class Replay:
         """Create the drafter's state and read the prompts."""
         padded, aux = batch.padded, self._aux(batch, drafter.needs.layers)
         entries, longest = Entries.of(padded, aux), int(batch.start.max())
-        prompt = Padded(padded.ids[:, :longest], batch.start, padded.positions[..., :longest], {})
+        prompt = Padded(padded.ids[:, :longest], batch.start, padded.positions[..., :longest], ())
         root = padded.ids.gather(1, batch.start[:, None])[:, 0]
         room = padded.ids.shape[1] + 1 + shape.depth * max(shape.top_k, 1)
         state = drafter.begin(prompt, aux[:, :longest], root, room)

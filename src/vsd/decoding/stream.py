@@ -1,7 +1,8 @@
 """`vsd generate`: print an answer while it is decoded, drafted tokens in green, then the acceptance statistics."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +14,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target
+from vsd.targets.images import Picture
 
 
 def answer(
@@ -23,13 +25,16 @@ def answer(
     sampling: Sampling,
     *,
     system: str | None = None,
+    pictures: Sequence[Picture] = (),
     verification: str = "auto",
     console: Console | None = None,
 ) -> Result:
-    """Stream the answer to one user message to the console."""
+    """Stream the answer to one user message, about pictures or not, to the console."""
     console = console or Console(highlight=False)
-    messages = [{"role": "system", "content": system}] if system else []
-    asked = prompt_inputs(target.tokenizer, [*messages, {"role": "user", "content": prompt}])
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    shown = [{"type": "image", "image": picture} for picture in pictures]
+    content = [*shown, {"type": "text", "text": prompt}] if shown else prompt
+    asked = prompt_inputs(target.tokenizer, [*messages, {"role": "user", "content": content}], target.images)
     engine = Engine(target, drafter, shape, verification)
     result, start = Result(asked), time.perf_counter()
     steps = (step.tokens.get(0, []) for step in engine.stream([result], sampling))

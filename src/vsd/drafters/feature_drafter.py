@@ -24,7 +24,9 @@ from vsd.targets.packed import pack_linears
 class FeatureDrafterConfig(PreTrainedConfig):
     """Sizes of a drafter, and which target it belongs to.
 
-    `aux_layers` are decoder-layer *input* indices of the target (vLLM's convention).
+    `aux_layers` are decoder-layer *input* indices of the target (vLLM's convention). `image_inputs` says what a drafter
+    of a target that reads images embeds at their positions: "placeholder", the placeholder token itself, as in vLLM.
+    The picture reaches the drafter by the target's features.
     """
 
     vocab_size: int = 32000
@@ -43,6 +45,7 @@ class FeatureDrafterConfig(PreTrainedConfig):
     aux_layers: tuple[int, ...] | list[int] = (2, 15, 27)
     target_hidden_size: int | None = None
     target_fingerprint: str | None = None
+    image_inputs: str | None = None
     tie_word_embeddings: bool = False
 
     @property
@@ -105,6 +108,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
             "rope_parameters": _full_rotary(config),
             "aux_layers": list(layers),
             "target_fingerprint": target.fingerprint(layers),
+            "image_inputs": None if target.images is None else "placeholder",
         }
 
     @classmethod
@@ -181,9 +185,13 @@ def _detached(ids: Tensor) -> Tensor:
 
 
 def _full_rotary(config: Any) -> dict[str, Any]:
-    """The target's rotary parameters, as one full-width rotation (mixed and partial ones have no drafter twin)."""
+    """The target's rotary parameters, as one full-width rotation of one row of positions.
+
+    Mixed, partial and multimodal ones (M-RoPE) have no twin in a drafter.
+    """
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     if "full_attention" in parameters:
         parameters = dict(parameters["full_attention"])
-    parameters.pop("partial_rotary_factor", None)
+    for name in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
+        parameters.pop(name, None)
     return {"rope_type": "default", "rope_theta": 10000.0} | parameters

@@ -25,7 +25,7 @@ from vsd.errors import VSDError
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.evaluation.prompts import Prompt
 from vsd.paths import TreeShape
-from vsd.targets import Inputs, Target
+from vsd.targets import Inputs, Padded, Target
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _measure(
         history = [{"role": "system", "content": prompt.system}] if prompt.system else []
         for turn in prompt.turns:
             history.append({"role": "user", "content": turn})
-            asked = prompt_inputs(target.tokenizer, history)
+            asked = prompt_inputs(target.tokenizer, history, target.images)
             for done in (*answers, reference):
                 done.prompts.append(n)
                 done.suites.append(prompt.suite)
@@ -172,7 +172,7 @@ def _rotated(n: int, by: int) -> list[int]:
 
 def _warm_up(engines: list[Engine], target: Target, prompts: Sequence[Prompt], sampling: Sampling) -> None:
     """Run every engine once without timing, to compile kernels and fill allocators."""
-    asked = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}])
+    asked = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[0].turns[0]}], target.images)
     short = Sampling(min(8, sampling.max_new_tokens), sampling.temperature)
     for engine in engines:
         _decode(engine, asked, short, Answers())
@@ -203,10 +203,11 @@ def _generate(target: Target, asked: Inputs, sampling: Sampling, answers: Answer
         eos_token_id=list(target.eos_ids) or None,
         pad_token_id=next(iter(target.eos_ids), 0),
     )
-    inputs = torch.tensor([asked.ids], device=target.device)
+    inputs = Padded.of([asked], target.device)
+    extras = {"attention_mask": torch.ones_like(inputs.ids), **target.decoder.extras(inputs)}
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
-    output = target.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+    output = target.model.generate(inputs.ids, generation_config=config, **extras)
     new = output[0, len(asked.ids) :].tolist()
     answers.seconds.append(time.perf_counter() - start)
     answers.results.append(Result(asked, new))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vsd.data import read_conversations
 
@@ -13,13 +13,13 @@ class Prompt(NamedTuple):
     Attributes:
         suite: name of the prompt file, without its suffixes.
         system: system message, if there is one.
-        turns: user messages, answered one after another.
+        turns: contents of user messages, answered one after another: a text, or texts and images.
     """
 
     id: str
     suite: str
     system: str | None
-    turns: list[str]
+    turns: list[Any]
 
 
 def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:

@@ -28,7 +28,7 @@ class Texts(NamedTuple):
     examples: Tensor
 
     def some(self, rows: list[int]) -> "Texts":
-        """Only these texts, which must be text alone."""
+        """Only these texts."""
         return Texts(self.inputs.only(rows), self.drafted[rows], self.real[rows], self.examples[rows])
 
 

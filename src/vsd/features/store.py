@@ -203,7 +203,7 @@ def _manifest(
 ) -> dict[str, str]:
     text = hashlib.sha256()
     for inputs, drafted in examples:
-        text.update(json.dumps([inputs.ids, [int(d) for d in drafted]]).encode())
+        text.update(json.dumps([inputs.ids, [int(d) for d in drafted]]).encode() + inputs.digest)
     template = str(getattr(target.tokenizer, "chat_template", None)).encode()
     return {
         "target": target.fingerprint(layers),

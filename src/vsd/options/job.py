@@ -47,6 +47,7 @@ class TextOptions:
         max_length: longest conversation in tokens; a longer one is an unusable line
         held_out: conversations that are not trained on: τ is measured on their prompts during training
         on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
+        download_images: fetch images from http URLs in the text; else such a line is unusable
         features: store (compute the target's features once and keep them in the output folder), online (compute them in
             every step), auto (store those of a target of up to a billion parameters, if the disk has room), or the path
             of a folder that several runs on the same text share
@@ -56,6 +57,7 @@ class TextOptions:
     max_length: int = 2048
     held_out: int = 32
     on_bad_line: Literal["fatal", "skip"] = "fatal"
+    download_images: bool = False
     features: str = "auto"
 
 

@@ -11,13 +11,14 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from vsd.errors import TargetError
+from vsd.targets.images import image_reader
 from vsd.targets.info import Ends, TargetInfo, end_ids, ends_of
-from vsd.targets.load import chosen_dtype, device_named, first_line, resolve
+from vsd.targets.load import auto_class, chosen_dtype, device_named, first_line, resolve
 
 # Before the base model's own name of a tensor: how checkpoints of whole, bare and multimodal models call it.
 _PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.", "transformer.")
@@ -45,6 +46,7 @@ def load_target_info(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
         config = AutoConfig.from_pretrained(path, **remote)
+        images = image_reader(path, config, tokenizer, **remote)
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot read the tokenizer of '{name}': {first_line(error)}") from error
     try:
@@ -52,7 +54,7 @@ def load_target_info(
     except OSError:  # many models have no generation_config.json
         generation = None
     read = partial(_read_ends, path, config, chosen_dtype(dtype, where), where, revision, trust_remote_code)
-    return TargetInfo(name, tokenizer, config.get_text_config(), end_ids(generation, tokenizer), read)
+    return TargetInfo(name, tokenizer, config.get_text_config(), end_ids(generation, tokenizer), read, images)
 
 
 def _read_ends(
@@ -64,23 +66,24 @@ def _read_ends(
     trust_remote_code: bool,
 ) -> Ends:
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
     ends, shards = ends_of(model), _Shards(path, revision)
     names = {id(module): name for name, module in model.named_modules()}
     tied = model.config.get_text_config().tie_word_embeddings and not any(shards.keys(names[id(ends.head)] + ".weight"))
-    for end in ends:
+    *whole, last_layer, vision = ends
+    for end in (*whole, last_layer, *vision):
         if tied and end is ends.head:
             continue
         for inner, module in end.named_modules(prefix=names[id(end)]):
             for own, parameter in list(module.named_parameters(recurse=False)):
-                if end is ends.last_layer and parameter.dim() != 1:
+                if end not in whole and parameter.dim() != 1:
                     module.register_parameter(own, None)
                     continue
                 read = shards.read(f"{inner}.{own}")
                 module.register_parameter(own, nn.Parameter(read.to(device, dtype), requires_grad=False))
     if tied:
         ends.head.weight = ends.embedding.weight
-    for end in ends:
+    for end in (*whole, last_layer, *vision):
         end.to(device)
     return ends
 

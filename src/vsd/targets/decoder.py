@@ -57,6 +57,7 @@ class Decoder:
         self.window, self._mixed = _attention_kind(model.config.get_text_config())
         accepted = inspect.signature(model.base_model.forward).parameters
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"
+        self._types = [name for name in ("token_type_ids", "mm_token_type_ids") if name in accepted]
         self._static = False
         self._compiled: Callable[..., Output] | None = None
 
@@ -79,7 +80,7 @@ class Decoder:
         """
         B, N = inputs.ids.shape
         cache.place(inputs.positions)
-        output = self._run(inputs.ids, inputs.positions, None, cache, layers, inputs.extras)
+        output = self._run(inputs.ids, inputs.positions, None, cache, layers, self.extras(inputs))
         cache.commit(torch.arange(N, device=inputs.ids.device).expand(B, N), inputs.lengths)
         return output
 
@@ -112,7 +113,7 @@ class Decoder:
 
     def sequences(self, inputs: Padded, layers: Sequence[int] = ()) -> Output:
         """One pass over whole sequences without a cache, by the model's own causal masks: padding is on the right."""
-        return self._run(inputs.ids, inputs.positions, None, None, layers, inputs.extras)
+        return self._run(inputs.ids, inputs.positions, None, None, layers, self.extras(inputs))
 
     def packed(self, ids: Tensor, positions: Tensor, seen: Tensor) -> Output:
         """One pass over nodes ids [B, N] without a cache; seen [B, N, N] bool: which of them each attends to."""
@@ -175,6 +176,14 @@ class Decoder:
             for hook in hooks:
                 hook.remove()
         return Output(hidden, _joined([taken[i] for i in layers], hidden))
+
+    def extras(self, inputs: Padded) -> dict[str, Tensor]:
+        """What only a pass over images reads; some models also ask which tokens are images', such as Gemma 3."""
+        extras = inputs.merged
+        if extras:
+            are_images = (inputs.ids == self.model.config.image_token_id).long()
+            extras |= dict.fromkeys(self._types, are_images)
+        return extras
 
     def _inputs(self, ids: Tensor, positions: Tensor, masks: Masks, cache: TreeCache | None) -> dict[str, Any]:
         """Arguments of the model's `forward`; transformers 5.24 has renamed the cache."""

@@ -17,17 +17,23 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vsd.errors import TargetError
+from vsd.targets.images import ImageReader
 
 _HEAD_ROWS = 256  # logits of so many tokens at once
 
 
 class Ends(NamedTuple):
-    """Modules of a causal LM; of `last_layer` only one-dimensional parameters are used, to tell fine-tunes apart."""
+    """Modules of a causal LM.
+
+    Of `last_layer`, and of the vision tower and what connects it, only one-dimensional parameters are used, to tell
+    fine-tunes apart.
+    """
 
     embedding: nn.Module
     norm: nn.Module
     head: nn.Module
     last_layer: nn.Module
+    vision: tuple[nn.Module, ...] = ()
 
 
 class TargetInfo:
@@ -37,6 +43,7 @@ class TargetInfo:
         name: hub id, folder or `.gguf` file it was loaded from.
         config: of its language model.
         read_ends: called at the first use of a weight.
+        images: reads its images; None for a target of text.
 
     Attributes:
         eos_ids: tokens that end an answer.
@@ -52,7 +59,9 @@ class TargetInfo:
         config: PreTrainedConfig,
         eos_ids: tuple[int, ...],
         read_ends: Callable[[], Ends],
+        images: ImageReader | None = None,
     ) -> None:
+        self.images = images
         self.name, self.tokenizer, self.config, self.eos_ids = name, tokenizer, config, eos_ids
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
@@ -133,9 +142,10 @@ class TargetInfo:
 
     @cached_property
     def _weights_sample(self) -> bytes:
-        """Rows of embedding and head and the last layer's norms and biases, which differ in every fine-tune."""
+        """Rows of embedding and head, the last layer's norms and biases, and those of the vision tower."""
         rows = slice(None, None, max(1, self.vocab_size // 64))
-        norms = [p for p in self.ends.last_layer.parameters() if p.dim() == 1]
+        sampled = self.ends.last_layer, *self.ends.vision
+        norms = [p for module in sampled for p in module.parameters() if p.dim() == 1]
         # Multiples of 2^-14 are the same whichever of bfloat16, float16 and float32 the weights are loaded in.
         return b"".join(
             (weight.detach().cpu().bfloat16().float() * 2**14).round().int().numpy().tobytes()
@@ -159,21 +169,30 @@ def ends_of(model: PreTrainedModel) -> Ends:
         if (weights := list(module.parameters())) and all(p.dim() == 1 for p in weights)
     ]
     norm = norms[-1] if norms else nn.Identity()
-    return Ends(model.get_input_embeddings(), norm, head, layers[-1])
+    text = language_model(model)
+    others = () if text is model.base_model else (part for part in model.base_model.children() if part is not text)
+    return Ends(model.get_input_embeddings(), norm, head, layers[-1], tuple(others))
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module of a causal LM that holds its decoder layers, and the layers.
+    """The module of a causal LM that holds its decoder layers, and the layers; never those of a vision tower.
 
     Raises:
         TargetError: they cannot be found.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for decoder in model.base_model.modules():
+    for decoder in language_model(model).modules():
         for module in decoder.children():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return decoder, module
     raise TargetError(f"cannot find the {count} decoder layers of {type(model).__name__}")
+
+
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that reads embeddings of tokens and images."""
+    if model.config.get_text_config() is model.config:
+        return model.base_model
+    return cast(nn.Module, model.get_decoder())
 
 
 def end_ids(generation: GenerationConfig | None, tokenizer: Any) -> tuple[int, ...]:

@@ -14,10 +14,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vsd.errors import ConfigurationError, TargetError
 from vsd.options.job import EMBEDDED as EMBEDDED
+from vsd.targets.images import image_reader, reads_images
 from vsd.targets.packed import pack_linears
 from vsd.targets.target import Target
 
@@ -55,18 +64,25 @@ def load_target(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, **options)
+        images = image_reader(path, config, tokenizer, **options)
+        model = auto_class(config).from_pretrained(
             path, dtype=chosen, use_safetensors=True, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
-    model.to(where)  # type: ignore[arg-type]
-    target = Target(model, tokenizer, name=name)
+    model.to(where)
+    target = Target(model, tokenizer, name=name, images=images)
     if compiled:
         target.compile()
     elif pack:
         pack_linears(target.model)
     return target
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads the model of a configuration."""
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def resolve(name: str) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vsd.errors import ConfigurationError, TargetError
 from vsd.targets.cache import TreeCache
 from vsd.targets.decoder import Decoder, Output
+from vsd.targets.images import ImageReader
 from vsd.targets.info import TargetInfo, end_ids, ends_of
 from vsd.targets.inputs import Inputs, Padded
 
@@ -24,8 +25,9 @@ class Target(TargetInfo):
     indices count *inputs* (vLLM's convention, equal to `hidden_states[i]`).
 
     Args:
-        model: any transformers causal LM with full or sliding-window attention.
+        model: any transformers causal LM with full or sliding-window attention; it may have a vision tower.
         tokenizer: its tokenizer.
+        images: reads its images; None for text alone.
 
     Attributes:
         parameters: number of the model's weights.
@@ -34,13 +36,20 @@ class Target(TargetInfo):
         TargetError: the attention or the LM head of the model is of a kind this class would get wrong.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = "") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        images: ImageReader | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder = Decoder(model)
         ends = ends_of(model)  # now: packing hides weights later
         self.parameters = sum(weight.numel() for weight in model.parameters())
         eos_ids = end_ids(model.generation_config, tokenizer)
-        super().__init__(name, tokenizer, model.config.get_text_config(), eos_ids, lambda: ends)
+        super().__init__(name, tokenizer, model.config.get_text_config(), eos_ids, lambda: ends, images)
         self.fingerprint()  # for the same reason
         self._check_head()
 

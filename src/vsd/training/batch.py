@@ -3,7 +3,7 @@
 Legend: B batch, T longest sequence, Q most drafted tokens of a sequence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ def in_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> 
     return torch.cat([batches[i] for i in order] + last).tolist()
 
 
+class Unread:
+    """Extras of a batch: the trainer moves what it knows to the device, and would read them for that."""
+
+    def __init__(self, extras: Sequence[Mapping[str, Tensor]]) -> None:
+        self.extras = extras
+
+
 class Collator:
     """Pads examples.
 
@@ -89,12 +96,18 @@ class Collator:
             labels[b, : len(mask)][mask] = inputs.ids[b, : len(mask)][mask]
         index = torch.tensor([item["index"] for item in items])
         fields = {"input_ids": inputs.ids, "lengths": inputs.lengths, "positions": inputs.positions}
-        return {"index": index, **fields, "extras": inputs.extras, "labels": labels, "drafted": _positions(labels)}
+        return {
+            "index": index,
+            **fields,
+            "extras": Unread(inputs.extras),
+            "labels": labels,
+            "drafted": _positions(labels),
+        }
 
 
 def texts_of(batch: dict[str, Any]) -> Texts:
     """The texts of a collated batch."""
-    inputs = Padded(batch["input_ids"], batch["lengths"], batch["positions"], batch["extras"])
+    inputs = Padded(batch["input_ids"], batch["lengths"], batch["positions"], batch["extras"].extras)
     return Texts(inputs, batch["drafted"], real(batch), batch["index"])
 
 

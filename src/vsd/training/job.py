@@ -47,7 +47,15 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     examples = [
         example
         for source in job.data
-        for example in load_examples(source, info.tokenizer, job.max_length, job.on_bad_line, report)
+        for example in load_examples(
+            source,
+            info.tokenizer,
+            job.max_length,
+            job.on_bad_line,
+            report,
+            images=info.images,
+            download_images=job.download_images,
+        )
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
@@ -174,9 +182,7 @@ def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
 
 def prompt_of(example: Example) -> Inputs:
     """The inputs before the first answer."""
-    inputs, end = example.inputs, example.drafted.index(True) - 1
-    positions = None if inputs.positions is None else inputs.positions[..., :end]
-    return inputs._replace(ids=inputs.ids[:end], positions=positions)
+    return example.inputs.upto(example.drafted.index(True) - 1)
 
 
 def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:

@@ -78,6 +78,11 @@ def export(layout: Layout, drafter: Any, target: TargetInfo, kind: str) -> Check
         raise MismatchError(f"engines take features of three layers, this drafter has {len(config.aux_layers)}")
     if min(config.aux_layers) < 1:
         raise MismatchError("a feature of layer 0's input is no layer's output: SGLang cannot name it")
+    if kind == "sglang" and config.image_inputs is not None:
+        raise MismatchError(
+            "SGLang gives a drafter the target's embeddings of images, and this one was trained on their placeholders, "
+            "as vLLM serves it: export it for vllm"
+        )
     tensors = dict(drafter.state_dict())
     if "lm_head.weight" not in tensors:
         raise MismatchError("this drafter's weights are packed for decoding: read it with `read_drafter`")
@@ -107,7 +112,8 @@ def import_checkpoint(layout: Layout, folder: Path, target: TargetInfo) -> Any:
     check_embeddings(folder, tensors, target)
     count = raw.get("transformer_layer_config", raw).get("num_hidden_layers", 1)
     layers = _aux_layers(folder, raw, target)
-    own = {"aux_layers": layers, "target_fingerprint": target.fingerprint(layers), **layout.read(raw, count)}
+    own = {"image_inputs": raw.get("image_inputs")}
+    own |= {"aux_layers": layers, "target_fingerprint": target.fingerprint(layers), **layout.read(raw, count)}
     fields = our_fields(folder, raw, tensors, target) | own
     if "lm_head.weight" in tensors:
         complete_vocabulary(folder, tensors, len(tensors["lm_head.weight"]), target.vocab_size)
@@ -147,6 +153,7 @@ def _native(layout: Layout, config: Any, dtype: torch.dtype) -> dict[str, Any]:
             "use_aux_hidden_state": True,
         },
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **({} if config.image_inputs is None else {"image_inputs": config.image_inputs}),
         **layout.write(config),
     }
 

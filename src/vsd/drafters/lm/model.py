@@ -181,7 +181,7 @@ class LMDrafter(Autoregressive, nn.Module):
         ids = torch.cat([entries.first_ids[:, None], entries.next_ids[:, :-1]], dim=1)  # [B, E], the text
         lengths = torch.full((B,), ids.shape[1], device=ids.device)
         state = LMState(self.decoder.new_cache(B, ids.shape[1] + room))
-        text = Padded(ids, lengths, entries.positions, {})
+        text = Padded(ids, lengths, entries.positions, ())
         hidden = self.decoder.prefill(text, state.cache).hidden
         state.cache.select(torch.arange(B, device=ids.device).repeat_interleave(P))
         at = roots.flatten() + 1  # the token that the root entry holds
@@ -192,7 +192,7 @@ class LMDrafter(Autoregressive, nn.Module):
     def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> LMState:
         """See `Drafter.begin`."""
         state = LMState(self.decoder.new_cache(len(root), capacity + 1))
-        self.decoder.prefill(prompt._replace(extras={}), state.cache)
+        self.decoder.prefill(prompt._replace(extras=()), state.cache)
         self.advance(state, aux, root[:, None], torch.ones_like(root))
         return state
 
@@ -247,7 +247,7 @@ class LMDrafter(Autoregressive, nn.Module):
         ids = torch.cat([entries.first_ids[:, None], entries.next_ids], dim=1)  # [B, 1 + E]
         if entries.seen is None:
             lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
-            return self.decoder.sequences(Padded(ids, lengths, positions, {})).hidden[:, 1:]
+            return self.decoder.sequences(Padded(ids, lengths, positions, ())).hidden[:, 1:]
         return self.decoder.packed(ids, positions, _with_first(entries.seen)).hidden[:, 1:]
 
     def _entries_and(self, entries: Entries, roots: Tensor, tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vsd.data import Conversation, prompt_inputs, read_conversations
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
+from vsd.data.pictures import pictures_of
 from vsd.errors import DataError
 from vsd.targets import Inputs
 
@@ -47,7 +48,9 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
             continue
         if i > 0 and messages[i - 1]["role"] == "user":
             return  # what was asked before has no recorded answer
-        yield prompt_inputs(tokenizer, messages[: i + 1], conversation.arguments)
+        if pictures_of(messages[: i + 1]):
+            raise BadLineError("online training answers prompts of text: this one has an image")
+        yield prompt_inputs(tokenizer, messages[: i + 1], arguments=conversation.arguments)
 
 
 def _fitting(prompts: list[Inputs], longest: int) -> list[Inputs]:
