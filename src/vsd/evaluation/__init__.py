@@ -2,7 +2,8 @@
 
 from vsd.evaluation.bench import Contender, Run, bench
 from vsd.evaluation.prompts import Prompt, load_prompts
-from vsd.evaluation.report import print_table, write_json
+from vsd.evaluation.report import print_details, print_table, write_json
+from vsd.evaluation.trained import trained_length
 from vsd.evaluation.tune import Tuned, best, print_trees, tune
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "bench",
     "best",
     "load_prompts",
+    "print_details",
     "print_table",
     "print_trees",
+    "trained_length",
     "tune",
     "write_json",
 ]

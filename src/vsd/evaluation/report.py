@@ -1,20 +1,26 @@
-"""Write a report as a table or as JSON."""
+"""Write a report as tables or as JSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from vsd.evaluation.breakdown import falls_beyond
 from vsd.paths import TreeShape
+
+Run = dict[str, Any]
 
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the report of `bench`, one row per run."""
     settings, machine = report["settings"], report["machine"]
+    first = settings["concurrency"][0]
+    together = "one request" if first == 1 else f"{first} requests"
     table = Table(
-        title=f"{len(settings['prompts'])} prompts, ≤ {settings['max_new_tokens']} new tokens, one request at a time",
+        title=f"{len(settings['prompts'])} prompts, ≤ {settings['max_new_tokens']} new tokens, {together} at a time",
         caption=(
             f"τ: new tokens per target pass, bonus token included. [ ]: 95 % paired bootstrap over prompts. "
             f"{machine['dtype']}, {machine['device']} {machine['cpu_capability']}, {machine['threads']} threads."
@@ -36,6 +42,23 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
+def print_details(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print where the drafters' τ comes from: a table for each kind of slice, one column per run."""
+    runs = [run for run in report["runs"] if run["drafter"]]
+    if not runs:
+        return
+    console = console or Console()
+    console.rule("details: where τ comes from")
+    for field in dict.fromkeys(field for run in runs for field in run["slices"]):
+        _print(console, f"τ by {field}", field, runs, [_by_slice(run, field) for run in runs])
+    _print(console, "accepted, of all passes", "drafted tokens", runs, [_by_position(run) for run in runs])
+    _print(console, "τ by tokens of prompt and answer", "context", runs, [_by_context(run) for run in runs])
+    if len(report["settings"]["concurrency"]) > 1:
+        found = [_by_concurrency(run) for run in report["runs"]]
+        title = "tokens/s, × plain at the same concurrency, ms a target pass"
+        _print(console, title, "requests at a time", report["runs"], found)
+
+
 def write_json(report: dict[str, Any], path: str | Path) -> None:
     """Write the report, creating the folder."""
     path = Path(path)
@@ -43,7 +66,7 @@ def write_json(report: dict[str, Any], path: str | Path) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _cells(run: dict[str, Any]) -> list[str]:
+def _cells(run: Run) -> list[str]:
     tree, latency = run["tree"], run["latency"]
     return [
         run["drafter"] or "plain",
@@ -57,5 +80,45 @@ def _cells(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _with_interval(value: float, interval: tuple[float, float]) -> str:
+def _print(console: Console, title: str, rows: str, runs: Sequence[Run], found: Sequence[dict[str, str]]) -> None:
+    """A table with one column per run, from the cells of every run by row."""
+    temperatures = {run["temperature"] for run in runs}
+    table = Table(rows, title=title, title_justify="left")
+    for run in runs:
+        temperature = f", T = {run['temperature']:g}" if len(temperatures) > 1 else ""
+        table.add_column((run["drafter"] or "plain") + temperature, justify="right", overflow="fold")
+    for row in dict.fromkeys(row for cells in found for row in cells):
+        table.add_row(row, *(cells.get(row, "") for cells in found))
+    console.print(table)
+
+
+def _by_slice(run: Run, field: str) -> dict[str, str]:
+    slices = run["slices"].get(field, {})
+    return {value: _with_interval(found["tau"], found["tau_ci"]) for value, found in slices.items()}
+
+
+def _by_position(run: Run) -> dict[str, str]:
+    shares = zip(run["acceptance_per_position"], run["acceptance_per_position_ci"])
+    return {f"{k} or more": _with_interval(*found) for k, found in enumerate(shares, start=1)}
+
+
+def _by_context(run: Run) -> dict[str, str]:
+    """With a note where the context is longer than the drafter's training texts."""
+    rows, trained = run["by_context"], run["trained_length"]
+    cells = {}
+    for row, falls in zip(rows, falls_beyond(rows, trained)):
+        beyond = trained is not None and row["from"] >= trained
+        note = f"\n{'falls ' * falls}beyond the {trained} trained" if beyond else ""
+        cells[f"{row['from']} to {row['to'] - 1}"] = _with_interval(row["tau"], row["tau_ci"]) + note
+    return cells
+
+
+def _by_concurrency(run: Run) -> dict[str, str]:
+    return {
+        str(at["concurrency"]): f"{at['tokens_per_second']:.1f}  × {at['speedup']:.2f}  {at['ms_per_pass']:.0f} ms"
+        for at in run["by_concurrency"]
+    }
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
