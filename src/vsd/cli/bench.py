@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import DecodingOptions, load
+from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
 EXAMPLES = """\
@@ -13,7 +14,12 @@ EXAMPLES = """\
   vsd bench --target T --drafter runs/a/drafter --prompts mt.jsonl --concurrency 1 4 16
 
 Prompt lines may have the fields category, source, language and thinking:
-τ is then reported for each of their values."""
+τ is then reported for each of their values.
+
+  vsd bench --target T --drafter D --prompts mt.jsonl --server http://localhost:8000 --model NAME
+
+compares a running vLLM or SGLang that serves T with D (key: $OPENAI_API_KEY): its acceptance, by its own counters, with
+the same chain here, and its answers with plain decoding here, at temperature 0. Nothing else may use the server."""
 
 
 @dataclass
@@ -41,15 +47,62 @@ class Bench:
     concurrency: list[int] = field(default_factory=lambda: [1], metadata={"metavar": "N"})
 
 
+@dataclass
+class ServerOptions:
+    """server
+
+    Attributes:
+        server: URL of a running vLLM or SGLang to compare with, such as http://localhost:8000
+        model: name under which the server has the target
+    """
+
+    server: str | None = field(default=None, metadata={"metavar": "URL"})
+    model: str | None = field(default=None, metadata={"metavar": "NAME"})
+
+
 def run(given: Given) -> None:
-    """Measure drafters."""
+    """Measure drafters, or compare a server."""
+    a, by, target = given.of(Bench), given.of(ServerOptions), given.of(TargetOptions)
+    if (by.server is None) != (by.model is None):
+        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
+    if by.server is not None and by.model is not None:
+        _beside(by.server, by.model, a, target)
+    else:
+        _measure(a, given.of(DecodingOptions), target)
+
+
+def _beside(url: str, model: str, a: Bench, options: TargetOptions) -> None:
+    """Compare a server with this engine."""
+    from vsd.data import Server
+    from vsd.drafters import load_drafter
+    from vsd.evaluation import compare, connect, load_prompts, print_server, write_json
+
+    if len(a.drafter) > 1 or any(a.temperature) or a.concurrency != [1]:
+        raise ConfigurationError(
+            "a server is compared with one drafter, at temperature 0 and one request at a time: "
+            "leave out --temperature, --concurrency and further drafters"
+        )
+    prompts, server = load_prompts(a.prompts, a.limit), Server(url, model)
+    try:
+        serving = connect(server)
+        target = load(options)
+        drafter = load_drafter(a.drafter[0], target) if a.drafter else None
+        report = compare(target, serving, prompts, drafter, max_new_tokens=a.max_new_tokens)
+    finally:
+        server.close()
+    print_server(report)
+    if a.json:
+        write_json(report, a.json)
+
+
+def _measure(a: Bench, d: DecodingOptions, options: TargetOptions) -> None:
+    """Measure drafters here."""
     from vsd.drafters import load_drafter
     from vsd.evaluation import Contender, bench, load_prompts, print_details, print_table, trained_length, write_json
     from vsd.paths import TreeShape
 
-    a, d = given.of(Bench), given.of(DecodingOptions)
     shape, prompts = TreeShape.parse(d.tree), load_prompts(a.prompts, a.limit)
-    target = load(given.of(TargetOptions), d.compile)
+    target = load(options, d.compile)
     contenders = [
         Contender(path, load_drafter(path, target), shape, d.verification, trained_length(path, target))
         for path in a.drafter
@@ -72,6 +125,6 @@ def run(given: Given) -> None:
 COMMAND = Command(
     "Measure acceptance length and speed of drafters, against plain decoding.",
     EXAMPLES,
-    (Bench, DecodingOptions, TargetOptions),
+    (Bench, DecodingOptions, ServerOptions, TargetOptions),
     run,
 )

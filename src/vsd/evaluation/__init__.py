@@ -2,7 +2,9 @@
 
 from vsd.evaluation.bench import Contender, Run, bench
 from vsd.evaluation.prompts import Prompt, load_prompts
-from vsd.evaluation.report import print_details, print_table, write_json
+from vsd.evaluation.report import print_details, print_server, print_table, write_json
+from vsd.evaluation.served import compare
+from vsd.evaluation.serving import connect
 from vsd.evaluation.trained import trained_length
 from vsd.evaluation.tune import Tuned, best, print_trees, tune
 
@@ -13,8 +15,11 @@ __all__ = [
     "Tuned",
     "bench",
     "best",
+    "compare",
+    "connect",
     "load_prompts",
     "print_details",
+    "print_server",
     "print_table",
     "print_trees",
     "trained_length",

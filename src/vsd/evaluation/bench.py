@@ -147,7 +147,7 @@ def measure(
     engines = [Engine(target, c.drafter, c.shape, c.verification) for c in everyone]
     found = {size: Measured([Answers() for _ in everyone], Answers()) for size in concurrency}
     _warm_up(engines, target, prompts, sampling, concurrency)
-    talks = [_Talk(target, prompt) for prompt in prompts]
+    talks = [Talk(target, prompt) for prompt in prompts]
     with Progress(disable=not progress) as bar:
         task = bar.add_task(f"bench, temperature {sampling.temperature:g}", total=len(prompts))
         for part in _parts(range(len(prompts)), max(concurrency)):
@@ -160,7 +160,7 @@ def measure(
     return found
 
 
-class _Talk:
+class Talk:
     """The conversation of one prompt; the answers of plain decoding are its history."""
 
     def __init__(self, target: Target, prompt: Prompt) -> None:
@@ -185,7 +185,7 @@ class _Talk:
 def _answer(
     target: Target,
     engines: Sequence[Engine],
-    talks: Sequence[_Talk],
+    talks: Sequence[Talk],
     group: Sequence[int],
     sampling: Sampling,
     measured: Measured,

@@ -13,6 +13,8 @@ from vsd.paths import TreeShape
 
 Run = dict[str, Any]
 
+_SHOWN = 10  # differing answers that are listed
+
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the report of `bench`, one row per run."""
@@ -59,6 +61,26 @@ def print_details(report: dict[str, Any], console: Console | None = None) -> Non
         _print(console, title, "requests at a time", report["runs"], found)
 
 
+def print_server(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the report of `compare`: the server's acceptance beside this engine's, and answers that differ."""
+    server, console = report["server"], console or Console()
+    sides = {server["engine"]: server["acceptance"], f"vsd, chain of {server['depth']}": server["here"]}
+    found = {name: side for name, side in sides.items() if side}
+    prompts, longest = len(report["settings"]["prompts"]), report["settings"]["max_new_tokens"]
+    table = Table("", title=f"{prompts} prompts, ≤ {longest} new tokens, T = 0, one request at a time")
+    for name in found:
+        table.add_column(name, justify="right")
+    for row in dict.fromkeys(row for side in found.values() for row in _acceptance(side)):
+        table.add_row(row, *(_acceptance(side)[row] for side in found.values()))
+    console.print(table)
+    if server["here"]:
+        console.print(_verdict(server))
+    equal = server["answers"] - len(server["differences"])
+    console.print(f"answers: {equal} of {server['answers']} equal those of plain decoding here")
+    if server["differences"]:
+        console.print(_differences(server["differences"]))
+
+
 def write_json(report: dict[str, Any], path: str | Path) -> None:
     """Write the report, creating the folder."""
     path = Path(path)
@@ -78,6 +100,48 @@ def _cells(run: Run) -> list[str]:
         _with_interval(run["speedup_generate"], run["speedup_generate_ci"]),
         " / ".join(f"{latency[part]:.0f}" for part in ("draft", "verify", "commit")),
     ]
+
+
+def _acceptance(side: dict[str, Any]) -> dict[str, str]:
+    """The cells of one engine."""
+    shares = zip(side["per_position"], side["per_position_ci"])
+    return {
+        "target passes": str(side["passes"]),
+        "1 + accepted a pass": _with_interval(side["length"], side["length_ci"]),
+        **{f"accepted {k} or more": _with_interval(*share) for k, share in enumerate(shares, start=1)},
+        "tokens/s": f"{side['tokens_per_second']:.1f}",
+    }
+
+
+def _verdict(server: dict[str, Any]) -> str:
+    """Whether acceptance differs by more than chance, and from which position on."""
+    if (parts := server["parts"]) is not None:
+        low, high = parts["ci"]
+        return (
+            f"acceptance parts at drafted token {parts['position']}: "
+            f"{parts['difference']:+.3f} [{low:+.3f}, {high:+.3f}] on the server"
+        )
+    if not server["enough"]:
+        return "acceptance: too few prompts to tell a difference from chance"
+    return "acceptance: no difference beyond chance at any position"
+
+
+def _differences(differences: Sequence[dict[str, Any]]) -> Table:
+    """The first token at which each answer differs; long lists are cut."""
+    table = Table(
+        *("prompt", "turn", "token", "here", "server", "margin of the best two logits"),
+        title="answers that differ, where they first do",
+        caption="A margin near 0, with the second best token on the server, is a floating-point tie.",
+    )
+    for d in differences[:_SHOWN]:
+        here, there = ("end" if d[side] is None else str(d[side]) for side in ("here", "there"))
+        second = ", second best" if d["second"] else ""
+        table.add_row(
+            d["prompt"], str(d["turn"] + 1), str(d["position"] + 1), here, there, f"{d['margin']:.3g}{second}"
+        )
+    if len(differences) > _SHOWN:
+        table.add_row(f"{len(differences) - _SHOWN} more")
+    return table
 
 
 def _print(console: Console, title: str, rows: str, runs: Sequence[Run], found: Sequence[dict[str, str]]) -> None:
