@@ -8,6 +8,7 @@ from vsd.options import TargetOptions
 
 EXAMPLES = """\
   vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
+  vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl --concurrency 8
 
 The last line is the --tree of vsd generate and vsd bench."""
 
@@ -21,12 +22,14 @@ class Tune:
         prompts: prompt files (JSONL); the first turn of every prompt is used
         limit: prompts of each file
         max_new_tokens: longest answer in tokens
+        concurrency: requests decoded together
     """
 
     drafter: str = field(metadata={"metavar": "FOLDER"})
     prompts: list[str] = field(metadata={"metavar": "FILE"})
     limit: int = 16
     max_new_tokens: int = 96
+    concurrency: int = 1
 
 
 def run(given: Given) -> None:
@@ -42,7 +45,8 @@ def run(given: Given) -> None:
     drafter = load_drafter(a.drafter, target)
     asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]) for p in prompts]
     results = Engine(target).generate(asked, Sampling(a.max_new_tokens))
-    print_trees(tune(target, drafter, [(result.prompt, result.tokens) for result in results]))
+    texts = [(result.prompt, result.tokens) for result in results]
+    print_trees(tune(target, drafter, texts, concurrency=a.concurrency), concurrency=a.concurrency)
 
 
 COMMAND = Command("Find the draft tree that is fastest on this machine.", EXAMPLES, (Tune, TargetOptions), run)
