@@ -126,7 +126,7 @@ def test_a_bad_prompt_line_is_named(tmp_path: Path) -> None:
 
 SHAPE = TreeShape(depth=3, top_k=2, nodes=6)
 PROMPTS = [
-    Prompt("0", "mt", None, ["hi", "and then?"], {"category": "talk"}),
+    Prompt("0", "mt", None, ["hi", "and then?"], {"category": "[talk]"}),
     Prompt("1", "mt", "be brief", ["why 1"]),
     Prompt("2", "qa", None, ["who 2"]),
 ]
@@ -163,7 +163,7 @@ def test_every_run_says_all_there_is(report: dict[str, Any]) -> None:
         assert run["temperature"] == 0.0
         assert set(run["latency"]) == {"draft", "verify", "commit", "prefill"}
         assert set(run["slices"]) == {"file", "category"} and set(run["slices"]["file"]) == {"mt", "qa"}
-        assert set(run["slices"]["category"]) == {"talk"}
+        assert set(run["slices"]["category"]) == {"[talk]"}
         assert sum(found["tokens"] for found in run["slices"]["file"].values()) == run["new_tokens"]
         assert sum(row["passes"] for row in run["by_context"]) > 0 and len(run["samples"]) == 3
         assert len(run["acceptance_per_position_ci"]) == len(run["acceptance_per_position"])
@@ -249,7 +249,7 @@ def test_details_stand_behind_their_heading(report: dict[str, Any], together: di
     run = report["runs"][1]
     for number in (run["slices"]["file"]["qa"]["tau"], run["acceptance_per_position"][0], run["by_context"][0]["tau"]):
         assert f"{number:.2f} [" in text
-    assert "requests at a time" not in text and "beyond" not in text
+    assert "[talk]" in text and "requests at a time" not in text and "beyond" not in text
     text = printed(together)
     assert "requests at a time" in text and "plain" in text
     assert (

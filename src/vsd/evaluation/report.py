@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vsd.evaluation.breakdown import falls_beyond
@@ -137,7 +138,7 @@ def _differences(differences: Sequence[dict[str, Any]]) -> Table:
         here, there = ("end" if d[side] is None else str(d[side]) for side in ("here", "there"))
         second = ", second best" if d["second"] else ""
         table.add_row(
-            d["prompt"], str(d["turn"] + 1), str(d["position"] + 1), here, there, f"{d['margin']:.3g}{second}"
+            escape(d["prompt"]), str(d["turn"] + 1), str(d["position"] + 1), here, there, f"{d['margin']:.3g}{second}"
         )
     if len(differences) > _SHOWN:
         table.add_row(f"{len(differences) - _SHOWN} more")
@@ -152,7 +153,7 @@ def _print(console: Console, title: str, rows: str, runs: Sequence[Run], found: 
         temperature = f", T = {run['temperature']:g}" if len(temperatures) > 1 else ""
         table.add_column((run["drafter"] or "plain") + temperature, justify="right", overflow="fold")
     for row in dict.fromkeys(row for cells in found for row in cells):
-        table.add_row(row, *(cells.get(row, "") for cells in found))
+        table.add_row(escape(row), *(cells.get(row, "") for cells in found))
     console.print(table)
 
 

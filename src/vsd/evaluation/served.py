@@ -53,7 +53,7 @@ class Acceptance:
 
 @dataclass
 class Difference:
-    """An answer that differs: the first position that does, and the tokens there (None: the answer has ended).
+    """An answer that differs: the first position that does, from 0, and the tokens there (None: it has ended).
 
     Attributes:
         margin: by how much the target's best logit there exceeds the second.
