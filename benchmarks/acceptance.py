@@ -29,8 +29,9 @@ from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length, acceptance_per_position
 from vsd.drafters import Drafter, load_drafter
 from vsd.evaluation import Prompt, load_prompts, write_json
-from vsd.evaluation.bench import Answers
+from vsd.evaluation.answers import Answers
 from vsd.evaluation.bootstrap import Counts, rate_interval
+from vsd.evaluation.breakdown import Passes, by_slice
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target, load_target
 
@@ -96,16 +97,13 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     results = replay(drafter, shape)
-    suites = dict.fromkeys(prompt.suite for prompt in prompts)
+    answers = Answers(prompts=[turn[0] for turn in turns], results=results)
     return {
         "tree": asdict(shape),
         "tau": acceptance_length(results),
-        "tau_ci": rate_interval(*per_prompt(turns, results)),
+        "tau_ci": rate_interval(*answers.per_pass()),
         "acceptance_per_position": acceptance_per_position(results, shape.depth),
-        "tau_by_suite": {
-            suite: acceptance_length([r for r, t in zip(results, turns) if prompts[t[0]].suite == suite])
-            for suite in suites
-        },
+        "slices": by_slice(Passes.of(answers), answers, prompts),
     }
 
 
@@ -141,7 +139,7 @@ def main() -> None:
                 path,
                 str(shape) + (f", logits × {sharpness:g}" if sharpness != 1 else ""),
                 f"{row['tau']:.3f} [{low:.3f}, {high:.3f}]",
-                ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau_by_suite"].items()),
+                ", ".join(f"{name} {found['tau']:.2f}" for name, found in row["slices"]["file"].items()),
                 ", ".join(f"{share:.2f}" for share in row["acceptance_per_position"]),
             )
     Console().print(table)

@@ -87,9 +87,9 @@ def answered(text: str, folder: Path, prompts: Path, seed: int, a: argparse.Name
         while not files or (text == "sampled" and time.perf_counter() - start < 60 * a.minutes / 3):
             path = folder / f"answers-{len(files)}.jsonl"
             path.unlink(missing_ok=True)  # from an interrupted run: its time is unknown
-            choice = {"temperature": float(text == "sampled"), "seed": 1000 * seed + len(files)}
-            length = {"max_new_tokens": a.answer_tokens, "max_length": LONGEST}
-            regenerate(TargetTeacher(target), asked, path, on_bad_line="skip", **choice, **length)
+            choice: dict[str, Any] = {"temperature": float(text == "sampled"), "seed": 1000 * seed + len(files)}
+            choice |= {"max_new_tokens": a.answer_tokens, "max_length": LONGEST}
+            regenerate(TargetTeacher(target), asked, path, on_bad_line="skip", **choice)
             files.append(str(path))
     examples = [e for file in files for e in load_examples(file, target.tokenizer, LONGEST, "skip")]
     FeatureStore.build(folder / "features", target, examples, load_drafter(a.start, target).needs.layers)

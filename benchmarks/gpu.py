@@ -265,7 +265,7 @@ def loss_differences() -> dict[str, float]:
         for family in (name for name in FAMILIES if name != "lm"):
             target = random_target(SMALL, torch.float32, torch.device("cpu"))
             drafter = random_drafter(target, SMALL.draft_vocabulary, family)
-            target.model.to(where)  # type: ignore[arg-type]
+            target.model.to(where)
             moved = Target(target.model, target.tokenizer, name="random")
             trainer = trainer_of(moved, drafter.to(where), texts, random=False, bf16=False, draft_steps=3)
             losses.setdefault(family, []).append(one_step(trainer, collated(trainer)))
@@ -307,7 +307,7 @@ def e_step(size: Size) -> dict[str, Any]:
     target, batch = random_target(size, torch.bfloat16), 2
     drafter = random_drafter(target, size.draft_vocabulary)
     options = {"anchors": 4, "length": 4} if size == SMALL else {}
-    choice = {"objective": "vsd", "objective_options": options, "bf16": DEVICE.type == "cuda"}
+    choice: dict[str, Any] = {"objective": "vsd", "objective_options": options, "bf16": DEVICE.type == "cuda"}
     trainer = trainer_of(target, drafter, random_texts(size, batch), **choice)
     texts = trainer.batch(collated(trainer))
 
@@ -330,7 +330,8 @@ def decoding(size: Size, compiled: bool = False) -> dict[str, Any]:
     """Milliseconds of a pass by part, behind a prompt of 512 tokens."""
     target = random_target(size, torch.bfloat16)
     if compiled:
-        target.compile(**({"mode": "reduce-overhead"} if DEVICE.type == "cuda" else {}))
+        modes: dict[str, Any] = {"mode": "reduce-overhead"} if DEVICE.type == "cuda" else {}
+        target.compile(**modes)
     drafter = random_drafter(target, size.draft_vocabulary).to(target.dtype)
     drafter.freeze()
     prompt = Inputs(torch.arange(2, 2 + min(512, size.tokens)).remainder(size.vocabulary).tolist())

@@ -13,7 +13,7 @@ from rich.console import Console
 import tiny_run
 from vsd.decoding import Engine, Sampling
 from vsd.errors import VSDError
-from vsd.evaluation import Contender, Prompt, bench, load_prompts, print_table, write_json
+from vsd.evaluation import Contender, Prompt, bench, load_prompts, print_details, print_table, write_json
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.paths import TreeShape
 from vsd.targets import Target
@@ -126,7 +126,7 @@ def test_a_bad_prompt_line_is_named(tmp_path: Path) -> None:
 
 SHAPE = TreeShape(depth=3, top_k=2, nodes=6)
 PROMPTS = [
-    Prompt("0", "mt", None, ["hi", "and then?"]),
+    Prompt("0", "mt", None, ["hi", "and then?"], {"category": "[talk]"}),
     Prompt("1", "mt", "be brief", ["why 1"]),
     Prompt("2", "qa", None, ["who 2"]),
 ]
@@ -162,12 +162,17 @@ def test_every_run_says_all_there_is(report: dict[str, Any]) -> None:
         assert set(run) >= FIELDS
         assert run["temperature"] == 0.0
         assert set(run["latency"]) == {"draft", "verify", "commit", "prefill"}
-        assert set(run["tau_by_suite"]) == {"mt", "qa"}
+        assert set(run["slices"]) == {"file", "category"} and set(run["slices"]["file"]) == {"mt", "qa"}
+        assert set(run["slices"]["category"]) == {"[talk]"}
+        assert sum(found["tokens"] for found in run["slices"]["file"].values()) == run["new_tokens"]
+        assert sum(row["passes"] for row in run["by_context"]) > 0 and len(run["samples"]) == 3
+        assert len(run["acceptance_per_position_ci"]) == len(run["acceptance_per_position"])
         assert run["speedup"] == pytest.approx(run["tokens_per_second"] / plain["tokens_per_second"])
         assert run["speedup_generate"] / plain["speedup_generate"] == pytest.approx(run["speedup"])
         assert run["tau_ci"][0] <= run["tau"] <= run["tau_ci"][1]
         assert run["speedup_ci"][0] <= run["speedup"] <= run["speedup_ci"][1]
-    assert report["settings"] == {"max_new_tokens": 20, "seed": 0, "prompts": ["0", "1", "2"]}
+    settings = {"max_new_tokens": 20, "seed": 0, "concurrency": [1], "prompts": ["0", "1", "2"]}
+    assert report["settings"] == settings
 
 
 def test_drafting_changes_speed_and_not_one_token(report: dict[str, Any]) -> None:
@@ -189,7 +194,7 @@ def test_tau_is_pooled_over_all_passes(tiny_target: Target, drafter: Any, report
     ids = prompt_inputs(tiny_target.tokenizer, [{"role": "user", "content": "who 2"}]).ids
     (result,) = Engine(tiny_target, drafter, SHAPE).generate([ids], Sampling(20))
     wanted = (len(result.tokens) - 1) / len(result.delivered)  # the first token is the prefill's
-    assert report["runs"][1]["tau_by_suite"]["qa"] == pytest.approx(wanted)
+    assert report["runs"][1]["slices"]["file"]["qa"]["tau"] == pytest.approx(wanted)
 
 
 def test_the_report_is_json_and_a_table(report: dict[str, Any], tmp_path: Path) -> None:
@@ -204,6 +209,53 @@ def test_the_report_is_json_and_a_table(report: dict[str, Any], tmp_path: Path) 
     text = buffer.getvalue()
     assert all(word in text for word in ("plain", "tree", "chain", "3x2x6", f"{report['runs'][1]['tau']:.2f}"))
     assert "bonus token included" in text
+
+
+@pytest.fixture(scope="module")
+def together(tiny_target: Target, drafter: Any) -> dict[str, Any]:
+    contenders = [Contender("tree", drafter, SHAPE, trained=16)]
+    return bench(tiny_target, contenders, PROMPTS, concurrency=(2, 1), max_new_tokens=20, progress=False)
+
+
+def test_prompts_decoded_together_are_accepted_alike(report: dict[str, Any], together: dict[str, Any]) -> None:
+    """Two at a time, then one: the same answers to the same turns, and a pass for both prompts."""
+    plain, tree = together["runs"]
+    assert together["settings"]["concurrency"] == [2, 1]
+    assert tree["tau"] == pytest.approx(report["runs"][1]["tau"]) and tree["identical"] == 1.0
+    assert tree["slices"] == report["runs"][1]["slices"] and tree["samples"] == report["runs"][1]["samples"]
+    for run in (plain, tree):
+        assert [at["concurrency"] for at in run["by_concurrency"]] == [2, 1]
+        first, second = run["by_concurrency"]
+        assert first["tau"] == pytest.approx(second["tau"]) == pytest.approx(run["tau"])
+        assert first["tokens_per_second"] == run["tokens_per_second"] and first["speedup"] == run["speedup"]
+        assert first["ms_per_pass"] == pytest.approx(sum(run["latency"][k] for k in ("draft", "verify", "commit")))
+        assert all(at["speedup_ci"][0] <= at["speedup"] <= at["speedup_ci"][1] for at in run["by_concurrency"])
+
+
+@pytest.mark.parametrize("sizes", [[0], [2, -1], []])
+def test_a_concurrency_is_a_number_of_prompts(tiny_target: Target, sizes: list[int]) -> None:
+    with pytest.raises(VSDError, match="1 or more"):
+        bench(tiny_target, [], PROMPTS, concurrency=sizes, max_new_tokens=4, progress=False)
+
+
+def test_details_stand_behind_their_heading(report: dict[str, Any], together: dict[str, Any]) -> None:
+    def printed(report: dict[str, Any]) -> str:
+        buffer = io.StringIO()
+        print_details(report, Console(file=buffer, width=120))
+        return buffer.getvalue()
+
+    text = printed(report)
+    assert text.index("details") < min(text.index(f"τ by {name}") for name in ("file", "category"))
+    run = report["runs"][1]
+    for number in (run["slices"]["file"]["qa"]["tau"], run["acceptance_per_position"][0], run["by_context"][0]["tau"]):
+        assert f"{number:.2f} [" in text
+    assert "[talk]" in text and "requests at a time" not in text and "beyond" not in text
+    text = printed(together)
+    assert "requests at a time" in text and "plain" in text
+    assert (
+        text.count("beyond the 16 trained") == sum(row["from"] >= 16 for row in together["runs"][1]["by_context"]) > 0
+    )
+    assert printed({**report, "runs": report["runs"][:1]}) == ""
 
 
 def test_sampling_is_measured_without_a_claim_of_identity(tiny_target: Target, drafter: Any) -> None:

@@ -1,13 +1,21 @@
 """The tree is chosen by what a step costs and what it delivers."""
 
+import io
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
 from overfit import PROMPTS, fluent_pair
-from vsd.decoding import Engine, Sampling
+from vsd.decoding import Engine, Result, Sampling
+from vsd.decoding.engine import Step
 from vsd.decoding.statistics import acceptance_length
 from vsd.errors import VSDError
-from vsd.evaluation import Tuned, best, tune
-from vsd.evaluation.tune import Costs
+from vsd.evaluation import Tuned, best, print_trees, tune
+from vsd.evaluation.tune import Costs, shared_steps
 from vsd.paths import TreeShape
 from vsd.targets import Inputs
 
@@ -37,6 +45,49 @@ def test_a_step_costs_its_levels_and_its_nodes() -> None:
     assert COSTS.step(TreeShape(4, 2, 9), 9, 4) == pytest.approx(0.08 + 0.2 + 0.01)
     assert COSTS.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.04 + 0.12 + 0.01)
     assert COSTS.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=5), min_size=1, max_size=6),
+    st.integers(1, 4),
+)
+def test_a_shared_step_is_as_large_as_its_largest_tree(trees: list[list[tuple[int, int]]], concurrency: int) -> None:
+    """A loop over steps: request i answers texts i, i + n, … one after another."""
+    shape = TreeShape(4, 2, 9, 0.1)
+    slots: list[list[tuple[int, int]]] = [[] for _ in range(concurrency)]
+    for i, text in enumerate(trees):
+        slots[i % concurrency].extend(text)
+    wanted = []
+    while active := [slot.pop(0) for slot in slots if slot]:
+        nodes, levels = max(n for n, _ in active), max(k for _, k in active)
+        wanted.append((COSTS.step(shape, nodes, levels), len(active) / concurrency))
+    assert shared_steps(COSTS, shape, trees, concurrency) == wanted
+    alone = shared_steps(COSTS, shape, trees, 1)
+    assert alone == [(COSTS.step(shape, *size), 1.0) for text in trees for size in text]
+
+
+def test_a_pass_is_timed_with_as_many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = fluent_pair("llama")
+    batches: list[int] = []
+
+    stream = Engine.stream
+
+    def watched(engine: Engine, results: list[Result], sampling: Any) -> Iterator[Step]:
+        batches.append(len(results))
+        return stream(engine, results, sampling)
+
+    results = [Engine(target).generate([prompt], Sampling(8, eos_ids=()))[0] for prompt in PROMPTS]
+    texts = [(r.prompt, r.tokens) for r in results]
+    monkeypatch.setattr(Engine, "stream", watched)
+    found = tune(target, drafter, texts, SHAPES[:2], progress=False, concurrency=3)
+    assert batches == [3, 3, 3]  # plain decoding and two trees
+    assert len(found) == 2 and all(tuned.speedup > 0 and tuned.tau > 1 for tuned in found)
+    buffer = io.StringIO()
+    print_trees(found, Console(file=buffer), concurrency=3)
+    assert "3 requests at a time" in buffer.getvalue()
+    with pytest.raises(VSDError, match="1 or more"):
+        tune(target, drafter, texts, SHAPES, progress=False, concurrency=0)
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:

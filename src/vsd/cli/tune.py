@@ -9,6 +9,7 @@ from vsd.options import TargetOptions
 
 EXAMPLES = """\
   vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl
+  vsd tune --target T --drafter runs/mine/drafter --prompts prompts.jsonl --concurrency 8
 
 The last line is the --tree of vsd generate and vsd bench."""
 
@@ -23,6 +24,7 @@ class Tune:
         limit: prompts of each file
         max_new_tokens: longest answer in tokens
         json: JSON file for all trees, which vsd report shows
+        concurrency: requests decoded together
     """
 
     drafter: str = field(metadata={"metavar": "FOLDER"})
@@ -30,6 +32,7 @@ class Tune:
     limit: int = 16
     max_new_tokens: int = 96
     json: Path | None = None
+    concurrency: int = 1
 
 
 def run(given: Given) -> None:
@@ -45,8 +48,9 @@ def run(given: Given) -> None:
     drafter = load_drafter(a.drafter, target)
     asked = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}], target.images) for p in prompts]
     results = Engine(target).generate(asked, Sampling(a.max_new_tokens))
-    found = tune(target, drafter, [(result.prompt, result.tokens) for result in results])
-    print_trees(found)
+    texts = [(result.prompt, result.tokens) for result in results]
+    found = tune(target, drafter, texts, concurrency=a.concurrency)
+    print_trees(found, concurrency=a.concurrency)
     if a.json:
         write_json({"trees": [asdict(tuned) for tuned in found], "command": command_line(given)}, a.json)
 

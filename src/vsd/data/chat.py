@@ -9,9 +9,10 @@ A line of a file, or a row of a table, is one of
     {"prompt_ids": […], "response_ids": […]}                  the target's own tokens, by `vsd data`
 
 with optional fields: "id"; "system", a system message; "tools" and "chat_template_kwargs", as in a request to a server;
-"image" or "images" (`vsd.data.pictures`); "finish", which is "length" if the last answer was cut off. Prompts without
-answers (`turns`, `prompt`, a `.txt` file) are for regeneration, not for training. A line that cannot be used is an
-error, or is reported and skipped; it is never changed to fit.
+"image" or "images" (`vsd.data.pictures`); "finish", which is "length" if the last answer was cut off; the labels
+"category", "source", "language" and "thinking", by which `vsd bench` splits its numbers. Prompts without answers
+(`turns`, `prompt`, a `.txt` file) are for regeneration, not for training. A line that cannot be used is an error, or is
+reported and skipped; it is never changed to fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from vsd.data.lines import LOG, BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message, messages_of, template_arguments
 from vsd.data.sources import Row, read_rows
 from vsd.errors import DataError
+
+LABELS = ("category", "source", "language", "thinking")
 
 
 class Conversation(NamedTuple):
@@ -34,6 +37,7 @@ class Conversation(NamedTuple):
         prompt_ids, response_ids: the target's own tokens of the last turn, where the line has them.
         arguments: what the chat template is given besides messages, such as tools.
         cut: the last answer ended at a limit of tokens, not by itself.
+        labels: the line's own fields of `LABELS`, as text.
     """
 
     id: str
@@ -43,6 +47,7 @@ class Conversation(NamedTuple):
     response_ids: list[int] | None = None
     arguments: Mapping[str, Any] = {}
     cut: bool = False
+    labels: Mapping[str, str] = {}
 
 
 def read_conversations(
@@ -92,7 +97,13 @@ def _conversation(row: Any, place: Row, need_answer: bool, download: bool) -> Co
         )
     own_id, cut = row.get("id"), row.get("finish") == "length"
     own_id = place.name if own_id in (None, "") else str(own_id)
-    return Conversation(own_id, place.where, messages, prompt_ids, response_ids, arguments, cut)
+    return Conversation(own_id, place.where, messages, prompt_ids, response_ids, arguments, cut, _labels(row))
+
+
+def _labels(row: dict[str, Any]) -> dict[str, str]:
+    """The labels of a row: texts and numbers as they are, true and false as in JSON."""
+    found = {name: row[name] for name in LABELS if isinstance(row.get(name), str | int)}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in found.items()}
 
 
 def _check_answer(roles: list[str]) -> None:

@@ -47,6 +47,10 @@ class Reply(NamedTuple):
     ids: list[int] | None
 
 
+class _NoSuchPathError(ConfigurationError):
+    """The server has nothing at a path."""
+
+
 class Server:
     """One model at one address; threads may share it.
 
@@ -104,6 +108,22 @@ class Server:
                 self._gives_ids = False
         return self._call("POST", path, body, _reply)
 
+    def outside(self, path: str, read: Callable[[bytes], T], body: Any = None) -> T | None:
+        """What the server has at a path outside OpenAI's API, such as /metrics; None if it has no such path.
+
+        Args:
+            read: parses the response; a ValueError, KeyError, TypeError or IndexError is a malformed one.
+            body: what is posted as JSON; None: the path is only read.
+
+        Raises:
+            ConfigurationError, TargetError: as in `ask`.
+        """
+        method, retry_seconds = ("GET", _FIRST_RETRY_SECONDS) if body is None else ("POST", None)
+        try:
+            return self._call(method, path, body, read, retry_seconds, api=False)
+        except _NoSuchPathError:
+            return None
+
     def interrupt(self) -> None:
         """Send no more requests; threads that wait for a response stop waiting."""
         self._closed.set()
@@ -119,9 +139,19 @@ class Server:
         self._open.clear()
 
     def _call(
-        self, method: str, path: str, body: Any, read: Callable[[Any], T], retry_seconds: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        read: Callable[[Any], T],
+        retry_seconds: float | None = None,
+        *,
+        api: bool = True,
     ) -> T:
-        """The response's JSON as parsed by `read`, after as many attempts as it takes."""
+        """The response's JSON as parsed by `read`, after as many attempts as it takes.
+
+        Outside OpenAI's API (`api` False), `read` parses the response's bytes.
+        """
         pause = _FIRST_PAUSE
         deadline = time.monotonic() + (_RETRY_SECONDS if retry_seconds is None else retry_seconds)
         while True:
@@ -130,9 +160,9 @@ class Server:
                 raise TargetError("interrupted")
             retry_after: float | None = None
             try:
-                status, headers, text = self._send(method, path, body)
+                status, headers, text = self._send(method, path, body, api)
                 if status == 200:
-                    return read(json.loads(text))
+                    return read(json.loads(text) if api else text)
                 self._raise_if_permanent(status, path, text)
                 failure, retry_after = f"status {status}: {_excerpt(text)}", _retry_after(headers)
             except (OSError, http.client.HTTPException) as error:
@@ -147,12 +177,13 @@ class Server:
             self._closed.wait(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _send(self, method: str, path: str, body: Any) -> tuple[int, Message, bytes]:
+    def _send(self, method: str, path: str, body: Any, api: bool) -> tuple[int, Message, bytes]:
+        root = self._root if api else self._root.removesuffix("/v1")
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         connection = self._connection()
-        connection.request(method, self._root + path, None if body is None else json.dumps(body), headers)
+        connection.request(method, root + path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
         return response.status, response.headers, response.read()
 
@@ -168,7 +199,8 @@ class Server:
             raise BadLineError(f"the server refuses it: {_excerpt(text)}")
         if status not in _TEMPORARY and status < 500:
             hint = " (is $OPENAI_API_KEY right?)" if status in (401, 403) else ""
-            raise ConfigurationError(f"{self.url} answers {path} with status {status}{hint}: {_excerpt(text)}")
+            kind = _NoSuchPathError if status in (404, 405) else ConfigurationError
+            raise kind(f"{self.url} answers {path} with status {status}{hint}: {_excerpt(text)}")
 
     def _connection(self) -> http.client.HTTPConnection:
         found: http.client.HTTPConnection | None = getattr(self._thread, "connection", None)

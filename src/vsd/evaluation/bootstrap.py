@@ -35,6 +35,19 @@ def ratio_interval(
     return _percentiles(_rates(tokens, cost, picks) / _rates(base_tokens, base_cost, picks), level)
 
 
+def difference_interval(
+    tokens: Counts,
+    cost: Counts,
+    base_tokens: Counts,
+    base_cost: Counts,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the difference of two pooled rates over the same prompts."""
+    picks = _resamples(len(tokens), seed)
+    return _percentiles(_rates(tokens, cost, picks) - _rates(base_tokens, base_cost, picks), level)
+
+
 def _rates(tokens: Counts, cost: Counts, picks: npt.NDArray[np.int64]) -> Counts:
     """The pooled rate of every resample, [R]; NaN if all prompts of a resample have cost 0 (answers of one token)."""
     with np.errstate(invalid="ignore"):

@@ -1,6 +1,6 @@
 """Prompt files for evaluation: single- and multi-turn, in every format that `vsd.data` reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,14 @@ class Prompt(NamedTuple):
         suite: name of the prompt file, without its suffixes.
         system: system message, if there is one.
         turns: contents of user messages, answered one after another: a text, or texts and images.
+        labels: the line's own category, source, language and thinking, where it has them.
     """
 
     id: str
     suite: str
     system: str | None
     turns: list[Any]
+    labels: Mapping[str, str] = {}
 
 
 def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
@@ -30,11 +32,11 @@ def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[
     """
     prompts = []
     for file in files:
-        found = []
-        for conversation in read_conversations(file, need_answer=False):
-            turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-            systems = [m["content"] for m in conversation.messages if m["role"] == "system"]
-            found.append(Prompt(conversation.id, Path(file).name.split(".")[0], systems[0] if systems else None, turns))
+        suite, found = Path(file).name.split(".")[0], []
+        for c in read_conversations(file, need_answer=False):
+            turns = [m["content"] for m in c.messages if m["role"] == "user"]
+            systems = [m["content"] for m in c.messages if m["role"] == "system"]
+            found.append(Prompt(c.id, suite, systems[0] if systems else None, turns, c.labels))
         count = min(limit or len(found), len(found))
         prompts += [found[i * len(found) // count] for i in range(count)]
     return prompts

@@ -1,8 +1,11 @@
-"""`vsd tune`: find the fastest draft tree for a machine, a drafter and a set of prompts.
+"""`vsd tune`: find the fastest draft tree for a machine, a drafter, a set of prompts and a number of requests.
 
 A tree's speed is τ / (seconds of a step). τ comes from batched replay of the drafter on greedy answers. The seconds are
-measured on real steps of one request, with all trees in alternation, so that a slower phase of the machine affects all
-trees. The quotient is a prediction; `vsd bench` measures the actual speed.
+measured on real steps of that many requests decoded together, with all trees in alternation, so that a slower phase of
+the machine affects all trees. The quotient is a prediction; `vsd bench` measures the actual speed.
+
+Requests decoded together share a step: it drafts as many levels and verifies as many nodes as the largest of their
+trees. A request that ends is replaced by another one, so that every request bears an equal part of each step.
 """
 
 import statistics
@@ -10,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ from rich.table import Table
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Drafter
-from vsd.errors import VSDError
+from vsd.errors import ConfigurationError, VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
 
@@ -59,7 +63,7 @@ class Tuned:
     """Predicted performance of a tree.
 
     Attributes:
-        seconds: mean seconds of a step (draft, verify, commit) with one request at a time.
+        seconds: mean seconds of a step (draft, verify, commit) of all requests decoded together.
         speedup: predicted speedup over plain decoding in this engine, over all texts, prefill included.
     """
 
@@ -75,28 +79,50 @@ def tune(
     texts: Sequence[tuple[Inputs, list[int]]],
     shapes: Sequence[TreeShape] = SHAPES,
     progress: bool = True,
+    concurrency: int = 1,
 ) -> list[Tuned]:
     """All trees, the fastest first.
 
     Args:
         texts: prompts and token ids of greedy answers.
+        concurrency: requests decoded together.
 
     Raises:
+        ConfigurationError: a concurrency below 1.
         VSDError: every answer is too short to draft a token.
     """
+    if concurrency < 1:
+        raise ConfigurationError(f"concurrency is a number of requests, 1 or more, not {concurrency}")
     if not any(len(answer) > 1 for _, answer in texts):
         raise VSDError("every answer ended with its first token: there was nothing to draft")
     shapes = [shape for shape in shapes if shape.top_k <= drafter.vocabulary.size]
-    costs = Costs.measure(target, drafter, _typical_context(texts), shapes)
+    costs = Costs.measure(target, drafter, _typical_context(texts), shapes, concurrency)
     read = sum(len(prompt.ids) for prompt, _ in texts)
-    plain = costs.reading[0] * read + costs.plain * sum(len(answer) - 1 for _, answer in texts)
+    plain = costs.reading[0] * read + costs.plain / concurrency * sum(len(answer) - 1 for _, answer in texts)
     found, replay = [], Replay(target, texts)
     for shape in track(shapes, "trying trees", disable=not progress):
         results = replay(drafter, shape)
-        steps = [costs.step(shape, *size) for result in results for size in result.trees]
-        speedup = plain / (costs.reading[1] * read + sum(steps))
-        found.append(Tuned(shape, acceptance_length(results), statistics.mean(steps), speedup))
+        seconds, shares = zip(*shared_steps(costs, shape, [result.trees for result in results], concurrency))
+        speedup = plain / (costs.reading[1] * read + float(np.dot(seconds, shares)))
+        found.append(Tuned(shape, acceptance_length(results), statistics.mean(seconds), speedup))
     return sorted(found, key=lambda tuned: tuned.speedup, reverse=True)
+
+
+def shared_steps(
+    costs: "Costs", shape: TreeShape, trees: Sequence[Sequence[tuple[int, int]]], concurrency: int
+) -> list[tuple[float, float]]:
+    """(seconds, share of the requests that the texts fill) of every step of texts decoded together.
+
+    Args:
+        trees: for every text, the size (nodes, levels) of each of its trees.
+    """
+    rows = [[size for text in trees[i::concurrency] for size in text] for i in range(concurrency)]
+    steps = []
+    for sizes in zip_longest(*rows):
+        active = [size for size in sizes if size is not None]
+        nodes, levels = map(max, zip(*active))
+        steps.append((costs.step(shape, nodes, levels), len(active) / concurrency))
+    return steps
 
 
 def _typical_context(texts: Sequence[tuple[Inputs, list[int]]]) -> Inputs:
@@ -107,10 +133,10 @@ def _typical_context(texts: Sequence[tuple[Inputs, list[int]]]) -> Inputs:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, medians of real steps at one context.
+    """Seconds, medians of real steps of some requests decoded together, at one context.
 
     Attributes:
-        reading: prefill of one prompt token, without and with a drafter.
+        reading: prefill of one prompt token of one request, without and with a drafter.
         plain: a step of plain decoding.
         draft: drafting of a tree to its full depth, by depth and top_k.
         verify: a verification pass, by number of nodes.
@@ -130,13 +156,15 @@ class Costs:
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, target: Target, drafter: Drafter, context: Inputs, shapes: Sequence[TreeShape]) -> "Costs":
+    def measure(
+        cls, target: Target, drafter: Drafter, context: Inputs, shapes: Sequence[TreeShape], concurrency: int = 1
+    ) -> "Costs":
         """Time every full tree and plain decoding in alternation."""
         full = list(dict.fromkeys(replace(shape, p_min=0.0, lookup=0) for shape in shapes))
         engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
         room = (target.context or sys.maxsize) - len(context.ids)
         sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
-        streams = [engine.stream([Result(context)], sampling) for engine in engines]
+        streams = [engine.stream([Result(context) for _ in range(concurrency)], sampling) for engine in engines]
         read: list[float] = []
         taken: list[list[tuple[float, float, float]]] = [[] for _ in streams]
         for number in range(_STEPS + 2):
@@ -145,7 +173,7 @@ class Costs:
                 step = next(stream, None)
                 whole = time.perf_counter() - start
                 if step is not None and number == 0:
-                    read.append(whole / len(context.ids))
+                    read.append(whole / len(context.ids) / concurrency)
                 elif step is not None and number >= 2:  # the first steps are warm-up
                     seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
         if not all(taken):
@@ -169,9 +197,11 @@ def best(found: Sequence[Tuned]) -> Tuned:
     return max((tuned for tuned in found if tuned.speedup > 0.98 * fastest), key=lambda tuned: tuned.tau)
 
 
-def print_trees(found: Sequence[Tuned], console: Console | None = None) -> None:
+def print_trees(found: Sequence[Tuned], console: Console | None = None, concurrency: int = 1) -> None:
     """Print a table of the eight fastest trees, and the `--tree` of the best one."""
-    table = Table("tree", "τ", "ms a step", "expected × plain", title="draft trees, the fastest first")
+    together = f" for {concurrency} requests at a time" if concurrency > 1 else ""
+    title = f"draft trees{together}, the fastest first"
+    table = Table("tree", "τ", "ms a step", "expected × plain", title=title)
     for tuned in found[:8]:
         table.add_row(str(tuned.shape), f"{tuned.tau:.2f}", f"{1e3 * tuned.seconds:.1f}", f"{tuned.speedup:.2f}")
     console = console or Console()

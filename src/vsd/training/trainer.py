@@ -203,7 +203,7 @@ class VSDTrainer(Trainer):
     @property
     def measured_at(self) -> int | None:
         """Step of the last measurement of τ."""
-        steps = [entry["step"] for entry in self.state.log_history if "eval_tau" in entry]
+        steps = [int(entry["step"]) for entry in self.state.log_history if "eval_tau" in entry]
         return steps[-1] if steps else None
 
     def _tau(self, drafter: Any) -> float:
@@ -269,7 +269,7 @@ def default_learning_rate(parameters: int) -> float:
 
     The drafters of 8B targets, which have about 430 million, are trained with 1e-4 by other trainers.
     """
-    return 1e-3 * min(1.0, (2e7 / parameters) ** 0.75)
+    return 1e-3 * float(min(1.0, (2e7 / parameters) ** 0.75))
 
 
 class _Counts:
