@@ -19,6 +19,7 @@ from vsd.cli import (
     import_,
     objectives,
     regenerate,
+    server,
     synthesize,
     train,
     tune,
@@ -44,7 +45,12 @@ DATA_EXAMPLES = """\
 DATA = Group(
     "Write training text with the target: a drafter learns to predict the target, so the target must have written it.",
     DATA_EXAMPLES,
-    {"regenerate": regenerate.COMMAND, "synthesize": synthesize.COMMAND, "check": check.COMMAND},
+    {
+        "regenerate": regenerate.COMMAND,
+        "server": server.COMMAND,
+        "synthesize": synthesize.COMMAND,
+        "check": check.COMMAND,
+    },
 )
 VSD = Group(
     "Train, measure and run draft models of speculative decoding.",

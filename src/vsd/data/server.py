@@ -39,12 +39,16 @@ class Reply(NamedTuple):
     Attributes:
         finish: "stop" if the model ended its answer, "length" if the limit cut it.
         prompt_ids, ids: tokens of the prompt and of the answer, if the server gives them.
+        log_probs: of the answer's tokens, if they were asked for.
+        transfer: what a KV connector of the server says about the request.
     """
 
     text: str
     finish: Literal["stop", "length"]
     prompt_ids: list[int] | None
     ids: list[int] | None
+    log_probs: list[float] | None = None
+    transfer: dict[str, Any] | None = None
 
 
 class Server:
@@ -78,15 +82,19 @@ class Server:
             MismatchError: the server has other models.
             ConfigurationError, TargetError: as in `ask`.
         """
-        served = self._call("GET", "/models", None, _model_names, _FIRST_RETRY_SECONDS)
+        served = self.models()
         if self.model not in served:
             raise MismatchError(f"{self.url} does not serve '{self.model}': it has {', '.join(served) or 'no model'}")
+
+    def models(self) -> list[str]:
+        """Names of the served models. Raises: as `check`."""
+        return self._call("GET", "/models", None, _model_names, _FIRST_RETRY_SECONDS)
 
     def ask(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> Reply:
         """The answer to `messages`, or to the prompt `ids` if `messages` is empty.
 
         Args:
-            sampling: `max_tokens`, `temperature`, `seed`.
+            sampling: `max_tokens`, `temperature`, `seed` and other fields of the request.
 
         Raises:
             BadLineError: the server refuses this conversation.
@@ -227,7 +235,9 @@ def _reply(answer: dict[str, Any]) -> Reply:
     # `prompt_token_ids` is in the answer of a chat, in the choice of a completion
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
-    return Reply(text or "", finish, prompt or None, choice.get("token_ids") or None)
+    ids = choice.get("token_ids") or None
+    log_probs = dict(choice.get("logprobs") or {}).get("token_logprobs")
+    return Reply(text or "", finish, prompt or None, ids, log_probs, answer.get("kv_transfer_params"))
 
 
 def _retry_after(headers: Message) -> float | None:
