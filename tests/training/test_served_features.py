@@ -39,12 +39,13 @@ NAME = "0123456789abcdef" * 2
 def connector(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module that runs in vLLM, on an imitation of what it imports."""
     base = "vllm.distributed.kv_transfer.kv_connector.v1"
-    for name, content in {
+    imitated: dict[str, dict[str, Any]] = {
         "vllm.logger": {"init_logger": lambda name: SimpleNamespace(error=print)},
         "vllm.v1.request": {"RequestStatus": Status},
         f"{base}.base": {"KVConnectorMetadata": object},
         f"{base}.example_hidden_states_connector": {"ExampleHiddenStatesConnector": Base},
-    }.items():
+    }
+    for name, content in imitated.items():
         parts = name.split(".")
         for i in range(1, len(parts)):
             monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
@@ -365,7 +366,11 @@ class Late:
         self.replaced += 1
         other = type(one)(one.request, one.path, [t + 1 for t in one.ids], one.read, one.blocks, one.rows)
         write(other, *rest)
-        return self.executor.submit(lambda: (time.sleep(0.1), write(one, *rest))[1])
+        return self.executor.submit(self.late, write, one, *rest)
+
+    def late(self, write: Any, *rest: Any) -> None:
+        time.sleep(0.1)
+        write(*rest)
 
 
 @pytest.mark.parametrize("short", [1, 5])
@@ -576,7 +581,8 @@ def request(transfer: Any, status: int = Status.FINISHED_STOPPED) -> Any:
 def test_the_connector_writes_what_is_asked_for(connector: ModuleType, shared: Path) -> None:
     ours = connector.VSDConnector(settings(shared), "", "")
     asked = {"vsd": {"name": NAME}}
-    for transfer in (None, {}, {"vsd": {}}, {"vsd": {"name": "../" + NAME[3:]}}, {"vsd": {"name": f"{NAME}/a"}}):
+    nothing: list[Any] = [None, {}, {"vsd": {}}, {"vsd": {"name": "../" + NAME[3:]}}, {"vsd": {"name": f"{NAME}/a"}}]
+    for transfer in nothing:
         assert ours.request_finished(request(transfer), [0]) == (False, None)
     for status in (Status.FINISHED_ABORTED, Status.FINISHED_IGNORED, Status.FINISHED_ERROR):
         assert ours.request_finished(request(asked, status), [0]) == (False, None)
