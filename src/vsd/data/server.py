@@ -29,6 +29,7 @@ _FIRST_RETRY_SECONDS = 5.0  # the same for the first request, which finds out wh
 _WARNING_SECONDS = 60.0  # between two warnings
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 _TIMEOUT = 600.0  # seconds for one response
+_IDLE = 3.0  # seconds after which a connection is not used again: servers close idle ones
 _REFUSED = (400, 413, 422)  # status of a request that the server refuses for its content
 _TEMPORARY = (408, 425, 429)  # status, besides 5xx, of a request that may succeed later
 
@@ -162,7 +163,9 @@ class Server:
         connection = self._connection()
         connection.request(method, self._root + path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
-        return response.status, response.headers, response.read()
+        content = response.read()
+        self._thread.used = time.monotonic()
+        return response.status, response.headers, content
 
     def _warn(self, failure: str) -> None:
         """Log a warning that the request is retried, at most one a minute."""
@@ -180,6 +183,9 @@ class Server:
 
     def _connection(self) -> http.client.HTTPConnection:
         found: http.client.HTTPConnection | None = getattr(self._thread, "connection", None)
+        if found is not None and time.monotonic() - self._thread.used > _IDLE:
+            self._drop_connection()
+            found = None
         if found is None:
             make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
             found = self._thread.connection = make(self._host, self._port, timeout=_TIMEOUT)
@@ -188,9 +194,8 @@ class Server:
 
     def _drop_connection(self) -> None:
         """Close this thread's connection; the next request opens another."""
-        connection = self._connection()
-        connection.close()
-        self._open.discard(connection)
+        self._thread.connection.close()
+        self._open.discard(self._thread.connection)
         self._thread.connection = None
 
 
