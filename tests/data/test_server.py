@@ -159,8 +159,13 @@ def test_the_rate_and_the_concurrency_are_limited(fake: Any, tmp_path: Path) -> 
 def test_an_idle_connection_is_not_used_again(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers close those; a request on a closed one would fail."""
     server = fake()
-    opened, accept = [], server.get_request
-    monkeypatch.setattr(server, "get_request", lambda: opened.append(1) or accept())
+    opened, accept = list[int](), server.get_request
+
+    def accepted() -> Any:
+        opened.append(1)
+        return accept()
+
+    monkeypatch.setattr(server, "get_request", accepted)
     ours = Server(server.url, "tiny")
     for idle, connections in ((60.0, 1), (60.0, 1), (-1.0, 2), (-1.0, 3), (60.0, 3)):
         monkeypatch.setattr(client, "_IDLE", idle)
