@@ -23,6 +23,7 @@ class FakeServer(ThreadingHTTPServer):
     """Answers "answer to " and the question. The first requests meet `faults`, one each."""
 
     daemon_threads = True
+    models = ("tiny", "other")
 
     def __init__(self, *faults: Callable[["Handler"], None], gives_ids: bool = True, delay: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -38,6 +39,9 @@ class FakeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def completion(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return completion(path, body)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that disconnect are expected."""
 
@@ -47,10 +51,10 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def do_GET(self) -> None:
-        self.json(200, {"data": [{"id": "tiny"}, {"id": "other"}]})
+        self.json(200, {"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         with server.lock:
             server.times.append(time.monotonic())
@@ -66,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.asked.append(body)
                 server.keys.append(self.headers.get("Authorization"))
-            self.json(200, completion(self.path, body))
+            self.json(200, server.completion(self.path, body))
         finally:
             with server.lock:
                 server.now -= 1

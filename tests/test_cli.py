@@ -25,6 +25,7 @@ COMMANDS = [
     [],
     ["data"],
     ["data", "regenerate"],
+    ["data", "server"],
     ["data", "synthesize"],
     ["data", "check"],
     ["train"],

@@ -156,6 +156,24 @@ def test_the_rate_and_the_concurrency_are_limited(fake: Any, tmp_path: Path) -> 
     assert 4 < server.most <= 8
 
 
+def test_an_idle_connection_is_not_used_again(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers close those; a request on a closed one would fail."""
+    server = fake()
+    opened, accept = list[int](), server.get_request
+
+    def accepted() -> Any:
+        opened.append(1)
+        return accept()
+
+    monkeypatch.setattr(server, "get_request", accepted)
+    ours = Server(server.url, "tiny")
+    for idle, connections in ((60.0, 1), (60.0, 1), (-1.0, 2), (-1.0, 3), (60.0, 3)):
+        monkeypatch.setattr(client, "_IDLE", idle)
+        ours.ask([], [5, 6], max_tokens=3)
+        assert len(opened) == connections
+    ours.close()
+
+
 def test_the_key_is_sent_and_not_stored(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = fake()
     run(server, tmp_path / "a.jsonl", chats(1))

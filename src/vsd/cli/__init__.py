@@ -20,6 +20,7 @@ from vsd.cli import (
     objectives,
     regenerate,
     report,
+    server,
     synthesize,
     train,
     tune,
@@ -45,7 +46,12 @@ DATA_EXAMPLES = """\
 DATA = Group(
     "Write training text with the target: a drafter learns to predict the target, so the target must have written it.",
     DATA_EXAMPLES,
-    {"regenerate": regenerate.COMMAND, "synthesize": synthesize.COMMAND, "check": check.COMMAND},
+    {
+        "regenerate": regenerate.COMMAND,
+        "server": server.COMMAND,
+        "synthesize": synthesize.COMMAND,
+        "check": check.COMMAND,
+    },
 )
 VSD = Group(
     "Train, measure and run draft models of speculative decoding.",

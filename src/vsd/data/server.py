@@ -29,6 +29,7 @@ _FIRST_RETRY_SECONDS = 5.0  # the same for the first request, which finds out wh
 _WARNING_SECONDS = 60.0  # between two warnings
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 _TIMEOUT = 600.0  # seconds for one response
+_IDLE = 3.0  # seconds after which a connection is not used again: servers close idle ones
 _REFUSED = (400, 413, 422)  # status of a request that the server refuses for its content
 _TEMPORARY = (408, 425, 429)  # status, besides 5xx, of a request that may succeed later
 
@@ -39,12 +40,16 @@ class Reply(NamedTuple):
     Attributes:
         finish: "stop" if the model ended its answer, "length" if the limit cut it.
         prompt_ids, ids: tokens of the prompt and of the answer, if the server gives them.
+        log_probs: of the answer's tokens, if they were asked for.
+        transfer: what a KV connector of the server says about the request.
     """
 
     text: str
     finish: Literal["stop", "length"]
     prompt_ids: list[int] | None
     ids: list[int] | None
+    log_probs: list[float] | None = None
+    transfer: dict[str, Any] | None = None
 
 
 class _NoSuchPathError(ConfigurationError):
@@ -82,15 +87,19 @@ class Server:
             MismatchError: the server has other models.
             ConfigurationError, TargetError: as in `ask`.
         """
-        served = self._call("GET", "/models", None, _model_names, _FIRST_RETRY_SECONDS)
+        served = self.models()
         if self.model not in served:
             raise MismatchError(f"{self.url} does not serve '{self.model}': it has {', '.join(served) or 'no model'}")
+
+    def models(self) -> list[str]:
+        """Names of the served models. Raises: as `check`."""
+        return self._call("GET", "/models", None, _model_names, _FIRST_RETRY_SECONDS)
 
     def ask(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> Reply:
         """The answer to `messages`, or to the prompt `ids` if `messages` is empty.
 
         Args:
-            sampling: `max_tokens`, `temperature`, `seed`.
+            sampling: `max_tokens`, `temperature`, `seed` and other fields of the request.
 
         Raises:
             BadLineError: the server refuses this conversation.
@@ -185,7 +194,9 @@ class Server:
         connection = self._connection()
         connection.request(method, root + path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
-        return response.status, response.headers, response.read()
+        content = response.read()
+        self._thread.used = time.monotonic()
+        return response.status, response.headers, content
 
     def _warn(self, failure: str) -> None:
         """Log a warning that the request is retried, at most one a minute."""
@@ -204,6 +215,9 @@ class Server:
 
     def _connection(self) -> http.client.HTTPConnection:
         found: http.client.HTTPConnection | None = getattr(self._thread, "connection", None)
+        if found is not None and time.monotonic() - self._thread.used > _IDLE:
+            self._drop_connection()
+            found = None
         if found is None:
             make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
             found = self._thread.connection = make(self._host, self._port, timeout=_TIMEOUT)
@@ -212,9 +226,8 @@ class Server:
 
     def _drop_connection(self) -> None:
         """Close this thread's connection; the next request opens another."""
-        connection = self._connection()
-        connection.close()
-        self._open.discard(connection)
+        self._thread.connection.close()
+        self._open.discard(self._thread.connection)
         self._thread.connection = None
 
 
@@ -259,7 +272,9 @@ def _reply(answer: dict[str, Any]) -> Reply:
     # `prompt_token_ids` is in the answer of a chat, in the choice of a completion
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
-    return Reply(text or "", finish, prompt or None, choice.get("token_ids") or None)
+    ids = choice.get("token_ids") or None
+    log_probs = dict(choice.get("logprobs") or {}).get("token_logprobs")
+    return Reply(text or "", finish, prompt or None, ids, log_probs, answer.get("kv_transfer_params"))
 
 
 def _retry_after(headers: Message) -> float | None:

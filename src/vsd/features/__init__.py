@@ -1,13 +1,20 @@
-"""Target features for training: computed in process, or read from a store on disk."""
+"""Target features for training: computed in process, read from a store on disk, or given by a server."""
 
 from vsd.features.base import Features, FeatureSource, InProcess, Texts, compute_features, stacked
+from vsd.features.served import KeepingServer, KeptFeatures, Served, TextStore
+from vsd.features.server import FeatureServer
 from vsd.features.store import FeatureStore, affordable
 
 __all__ = [
+    "FeatureServer",
     "FeatureSource",
     "FeatureStore",
     "Features",
     "InProcess",
+    "KeepingServer",
+    "KeptFeatures",
+    "Served",
+    "TextStore",
     "Texts",
     "affordable",
     "compute_features",

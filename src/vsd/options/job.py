@@ -49,8 +49,9 @@ class TextOptions:
         on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
         download_images: fetch images from http URLs in the text; else such a line is unusable
         features: store (compute the target's features once and keep them in the output folder), online (compute them in
-            every step), auto (store those of a target of up to a billion parameters, if the disk has room), or the path
-            of a folder that several runs on the same text share
+            every step), auto (store those of a target of up to a billion parameters, if the disk has room), the path of
+            a folder that several runs on the same text share, or the URL of a vLLM server started as vsd data server
+            says: with --held-out 0 and an objective on recorded text only the ends of the target are loaded here
     """
 
     data: list[str] = field(default_factory=list)
@@ -101,12 +102,18 @@ class TrainJob(TargetOptions, TextOptions, DrafterOptions, OnlineOptions):
             setattr(self, f.name, checked(f.name, f.type, getattr(self, f.name)))
         if self.features not in ("auto", "store", "online") and os.sep not in self.features:
             raise ConfigurationError(
-                f"features must be auto, store, online or a folder such as ./{self.features}, not '{self.features}'"
+                f"features must be auto, store, online, a server's URL or a folder such as ./{self.features}, not "
+                f"'{self.features}'"
             )
+
+    @property
+    def server(self) -> str | None:
+        """Address of the server that gives the features, if there is one."""
+        return self.features if self.features.startswith(("http://", "https://")) else None
 
     @property
     def store(self) -> Path | None:
         """Folder of the feature store, if there is to be one; None if features are computed in every step."""
-        if self.features == "online":
+        if self.features == "online" or self.server is not None:
             return None
         return Path(self.output_dir) / "features" if self.features in ("auto", "store") else Path(self.features)

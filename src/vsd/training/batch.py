@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vsd.data import Example
 from vsd.errors import DataError
@@ -103,6 +103,18 @@ class Collator:
             "labels": labels,
             "drafted": _positions(labels),
         }
+
+
+def announced(expect: Callable[[Texts], None]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """A collator that announces texts when their batch is made: a batch ahead, in the trainer's own process."""
+
+    def collated(items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = Collator()(items)
+        if get_worker_info() is None:
+            expect(texts_of(batch))
+        return batch
+
+    return collated
 
 
 def texts_of(batch: dict[str, Any]) -> Texts:

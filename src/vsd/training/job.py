@@ -16,11 +16,11 @@ from vsd.data import Example, load_examples
 from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.drafters.load import family_named, family_of, start_drafter
 from vsd.errors import ConfigurationError, VSDError
-from vsd.features import FeatureSource, FeatureStore
+from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
 from vsd.objective import objective
 from vsd.options import TrainJob, draft_vocabulary_size
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
-from vsd.training.batch import DraftDataset
+from vsd.training.batch import DraftDataset, announced
 from vsd.training.config import VSDConfig
 from vsd.training.online import OnlineText, load_prompts
 from vsd.training.recipe import check_resumable, write_recipe
@@ -59,22 +59,30 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     ]
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
-    stored = job.store is not None and FeatureStore.complete(job.store, kept)
+    served = job.server is not None or (job.store is not None and TextStore.is_at(job.store))
+    stored = served or (job.store is not None and FeatureStore.complete(job.store, kept))
     PartialState().wait_for_everyone()  # all processes list the shards before any process adds one
     whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
     _begin(job, config)
+    features = _features(job, target, kept, drafter.needs.layers, config.temperature)
     trainer = VSDTrainer(
         target,
         drafter,
         config,
         dataset,
-        features=_features(job, target, kept, drafter.needs.layers, config.temperature),
+        features=features,
         eval_prompts=[prompt_of(example) for example in held_out],
     )
-    return _finish(trainer, job, checkpoint)
+    if not isinstance(features, Served):
+        return _finish(trainer, job, checkpoint)
+    trainer.data_collator = announced(features.expect)
+    try:
+        return _finish(trainer, job, checkpoint)
+    finally:
+        features.close()
 
 
 def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:
@@ -135,9 +143,15 @@ def _finish(trainer: VSDTrainer, job: TrainJob, checkpoint: str | None) -> Path:
 def _features(
     job: TrainJob, target: TargetInfo, examples: list[Example], layers: tuple[int, ...], temperature: float
 ) -> FeatureSource | None:
-    """The store of a job, its missing shards computed by all processes; None if every step computes its features."""
+    """The server or the store of a job, a store's missing shards computed by all processes; None: the target itself."""
+    if job.server is not None:
+        server = FeatureServer(job.server, None, None, target)
+        server.check()
+        return Served(server, layers, temperature)
     if job.store is None:
         return None
+    if TextStore.is_at(job.store):
+        return KeptFeatures(TextStore(job.store, target), target, examples, layers, temperature)
     if not isinstance(target, Target):
         return FeatureStore(job.store, target, examples, layers, temperature)
     processes = PartialState()
