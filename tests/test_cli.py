@@ -158,7 +158,7 @@ def test_a_mistake_is_one_line_and_exit_code_one(folder: Path, name: str, capsys
 
 USAGE = {
     "no command": ([], "missing command: choose data, train"),
-    "no data command": (["data"], "missing command: choose regenerate, synthesize"),
+    "no data command": (["data"], "missing command: choose regenerate, server, synthesize"),
     "unknown command": (["trian"], "invalid choice: 'trian'"),
     "missing": (["data", "regenerate"], "missing source, --out (see vsd data regenerate --help)"),
     "missing list": (["bench"], "missing --prompts"),

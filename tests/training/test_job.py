@@ -146,7 +146,7 @@ def test_a_torn_checkpoint_is_passed_over(workshop: Path, tmp_path: Path, capsys
 def test_a_finished_run_is_not_overwritten(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert cli.main(arguments(workshop, out, "max_steps=4")) == 0
-    assert capsys.readouterr().out.strip().endswith(f"drafter: {out / 'drafter'}")
+    assert f"drafter: {out / 'drafter'}\nreport: {out / 'report.html'}" in capsys.readouterr().out
     before = (out / "drafter" / "model.safetensors").read_bytes()
     assert cli.main(arguments(workshop, out, "max_steps=4")) == 1
     assert "--resume" in capsys.readouterr().err
