@@ -34,15 +34,18 @@ class Export:
 def run(given: Given) -> None:
     """Write the checkpoint and its model card."""
     from vsd.drafters.load import family_for, read_drafter
-    from vsd.export import export_drafter, model_card, serve_line
+    from vsd.export import check_new, export_drafter, model_card, serve_line
+    from vsd.files import new_folder
 
     a = given.of(Export)
     if a.bench is not None and not a.bench.exists():
         raise DataError(f"no file at '{a.bench}'")
+    check_new(a.out)
     target = load_info(given.of(TargetOptions))
     drafter = read_drafter(a.drafter, target)
-    export_drafter(drafter, target, a.out, a.format)
-    (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
+    with new_folder(a.out) as half:
+        export_drafter(drafter, target, half, a.format)
+        (half / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
     print(f"{a.out}: to serve it,\n  {serve_line(family_for(drafter), a.format, target.name, a.out)}")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vsd.files import write_text
 from vsd.paths import TreeShape
 
 
@@ -38,9 +39,7 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
 
 def write_json(report: dict[str, Any], path: str | Path) -> None:
     """Write the report, creating the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(Path(path), json.dumps(report, indent=1) + "\n")
 
 
 def _cells(run: dict[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -15,8 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from vsd.data import Example, load_examples
 from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.drafters.load import family_named, family_of, start_drafter
-from vsd.errors import ConfigurationError, VSDError
+from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureSource, FeatureStore
+from vsd.files import alone, writing
 from vsd.objective import objective
 from vsd.options import TrainJob
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
@@ -36,6 +39,14 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     Raises:
         VSDError: bad data or target, or an output folder that holds another run while `resume` is False.
     """
+    with ExitStack() as held:
+        return _train(job, config, resume, report, held)
+
+
+def _train(
+    job: TrainJob, config: VSDConfig, resume: bool, report: Callable[[str], None] | None, held: ExitStack
+) -> Path:
+    """As `train`; `held` ends with the run."""
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
@@ -55,7 +66,9 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
     folder = Path(job.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        held.enter_context(alone(folder))
+    checkpoint = _checkpoint(job, resume)  # once more: another run may have ended since
     write_recipe(folder, job, config)
     trainer = VSDTrainer(
         target,
@@ -65,10 +78,24 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         features=_features(job, target, kept, drafter.needs.layers, config.temperature),
         eval_prompts=[prompt_of(example) for example in held_out],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder / "drafter"))
-    trainer.save_state()  # includes the log history
+    with writing(folder), _sound(checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder / "drafter"))
+        trainer.save_state()  # includes the log history
     return folder / "drafter"
+
+
+@contextmanager
+def _sound(checkpoint: str | None) -> Iterator[None]:
+    """Errors of a checkpoint whose pickles hold something else than tensors, or are damaged; no code in them is run."""
+    try:
+        yield
+    except (UnpicklingError, EOFError) as error:
+        raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
 
 
 def _features(
