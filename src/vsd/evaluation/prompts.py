@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vsd.data import read_conversations
+from vsd.errors import DataError
 
 
 class Prompt(NamedTuple):
@@ -33,6 +34,8 @@ def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[
         found = []
         for conversation in read_conversations(file, need_answer=False):
             turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+            if not turns:
+                raise DataError(f"{conversation.where}: it holds tokens alone: prompts need text (messages or prompt)")
             systems = [m["content"] for m in conversation.messages if m["role"] == "system"]
             found.append(Prompt(conversation.id, Path(file).name.split(".")[0], systems[0] if systems else None, turns))
         count = min(limit or len(found), len(found))
