@@ -39,6 +39,7 @@ FOUND = [  # rules that once found a traceback, a silent loss or an unnamed mist
     "server for ever: deep JSON",
     "server for ever: ids that are no integers",
     "server for ever: drops",
+    "server for ever: not HTTP",
     "server for ever: more tokens than allowed",
     "server for ever: the prompt of another question",
 ]

@@ -135,7 +135,7 @@ class Server:
                 failure, retry_after = f"status {status}: {_excerpt(text)}", _retry_after(headers)
             except (OSError, http.client.HTTPException) as error:
                 self._drop_connection()
-                failure = str(error) or type(error).__name__
+                failure = " ".join(str(error).split()) or type(error).__name__
             except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
                 failure = f"not a response of OpenAI's API ({type(error).__name__}: {error})"
             wait = pause * random.uniform(0.75, 1.25) if retry_after is None else retry_after
