@@ -7,13 +7,16 @@ a chain, one request at a time and in batches. Answers must be equal, token for 
 of different shapes round the same logit differently, most of all in bfloat16, so near-ties can have either outcome. The
 rounding is measured: the gap between the two best logits at every step of the plain run is compared with the same gap
 in one plain pass over the whole text. The largest deviation is the resolution of the precision. An answer that differs
-from the plain answer at a step with a larger gap is wrong, and the command fails. Finished prompts are stored in --out;
-an interrupted command can be repeated.
+from the plain answer at a step with a larger gap is wrong, and the command fails. Finished prompts are stored in --out:
+an interrupted or killed command, or one that --minutes ended, goes on when it is repeated. So thousands of prompts can
+be compared in pieces.
 """
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,24 +110,41 @@ def compare(target: Target, drafter: Drafter, prompts: list[list[int]], max_new_
 
 
 def measure(
-    target: Target, drafter: Drafter, prompts: Sequence[Prompt], request: dict[str, Any], out: Path
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    request: dict[str, Any],
+    out: Path,
+    minutes: float = math.inf,
 ) -> list[Record]:
-    """All records; those in `out` are not computed again."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if lines and lines[0] != request:
-        raise ConfigurationError(f"{out} holds a run with other settings: give another --out, or delete the file")
-    if not lines:
-        out.write_text(json.dumps(request) + "\n")
-    records = lines[1:]
+    """Records of all prompts, or of those that `minutes` suffice for; those in `out` are not computed again."""
+    records, end = finished(out, request, len(prompts)), time.monotonic() + 60 * minutes
     ids = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids for p in prompts]
-    for start in track(range(0, len(ids), request["batch"]), "prompts"):
-        if start >= len(records):
-            done = compare(target, drafter, ids[start : start + request["batch"]], request["max_new_tokens"])
-            with out.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in done))
-            records += done
+    for start in track(range(len(records), len(ids), request["batch"]), "prompts"):
+        if time.monotonic() > end:
+            break
+        done = compare(target, drafter, ids[start : start + request["batch"]], request["max_new_tokens"])
+        with out.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in done))
+        records += done
     return records
+
+
+def finished(out: Path, request: dict[str, Any], prompts: int) -> list[Record]:
+    """The records in `out`, which is begun if it is not there; a batch that a kill has left incomplete is cut off."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    whole = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+    if not whole:
+        out.write_text(json.dumps(request) + "\n")
+        return []
+    if json.loads(whole[0]) != request:
+        raise ConfigurationError(f"{out} holds a run with other settings: give another --out, or delete the file")
+    count = len(whole) - 1
+    kept = whole[: 1 + (count if count == prompts else count // request["batch"] * request["batch"])]
+    if kept != lines:
+        out.write_text("".join(kept))
+    return [json.loads(line) for line in kept[1:]]
 
 
 def report(records: Sequence[Record]) -> dict[str, Any]:
@@ -156,6 +176,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file; resumed if it exists")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end after so many; repeat the command to go on"
+    )
     parser.add_argument("--json", type=Path, help="file for the summary")
     a = parser.parse_args()
     keep_freed_memory()
@@ -163,10 +186,13 @@ def main() -> None:
     drafter = load_drafter(a.drafter, target)
     request = {"target": target.fingerprint(), "drafter": a.drafter, "dtype": a.dtype, "batch": a.batch}
     request |= {"max_new_tokens": a.max_new_tokens, "prompts": [f"{p.suite} {p.id}" for p in prompts]}
-    found = report(measure(target, drafter, prompts, request, a.out))
+    records = measure(target, drafter, prompts, request, a.out, a.minutes)
+    if not records:
+        sys.exit("no prompt was finished: give more --minutes")
+    found = report(records)
     if a.json:
         write_json({**found, "dtype": a.dtype, "max_new_tokens": a.max_new_tokens}, a.json)
-    title = f"{found['prompts']} prompts, {found['tokens']} tokens, {a.dtype}"
+    title = f"{found['prompts']} of {len(prompts)} prompts, {found['tokens']} tokens, {a.dtype}"
     caption = (
         f"Plain passes of different shapes deviate by up to {found['unresolved']:.2g} on the gap between the two best "
         f"logits; {found['share_of_steps_unresolved']:.2%} of all steps have a smaller gap and count as ties."

@@ -21,6 +21,7 @@ from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, best, print_table, print_trees, tune, write_json
 from vsd.evaluation.tune import SHAPES
 from vsd.features import FeatureStore, affordable
+from vsd.files import alone
 from vsd.report import write_report
 from vsd.targets import Inputs, Target, load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
@@ -66,6 +67,12 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     """
     if minutes < 1:
         raise VSDError("the demo needs a minute at least: --minutes 1")
+    with alone(out):
+        return _demo(minutes, out, seed)
+
+
+def _demo(minutes: float, out: Path, seed: int) -> dict[str, Any]:
+    """As `demo`, in a folder that no other run writes to."""
     console = Console()
     console.print(f"[bold]vsd demo[/bold]: {minutes:g} minutes of training, then about four of measuring\n")
     target = load_target()

@@ -19,3 +19,12 @@ class TargetError(VSDError):
 
 class MismatchError(VSDError):
     """Things that do not belong together: a drafter or a feature store of another target, a resumed run of another."""
+
+
+class FileError(VSDError):
+    """A file or a folder that cannot be written: a full disk, missing permissions."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """The class and the message of an error of another package, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")

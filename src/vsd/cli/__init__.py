@@ -27,6 +27,7 @@ from vsd.cli import (
 )
 from vsd.cli.parser import CHOSEN, Command, Given, Group, Parser
 from vsd.errors import VSDError
+from vsd.files import file_error
 
 EXAMPLES = """\
   vsd demo                                                 train a drafter in ten minutes and measure it
@@ -77,19 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 and one line on stderr for a mistake in the flags; with 0 after --help and --version.
     """
-    command, given = _parse(argv)
-    keep_freed_memory()
-    _quiet()
     try:
+        command, given = _parse(argv)
+        keep_freed_memory()
+        _quiet()
         command.run(given)
     except VSDError as error:
-        print(f"vsd: {error}", file=sys.stderr)
+        print(f"vsd: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"vsd: {file_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vsd: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -34,18 +34,23 @@ class Export:
 def run(given: Given) -> None:
     """Write the checkpoint, its model card, and the report that the card links."""
     from vsd.drafters.load import family_for, read_drafter
-    from vsd.export import REPORT, export_drafter, model_card, serve_line
+    from vsd.export import REPORT, check_new, export_drafter, model_card, serve_line
+    from vsd.files import new_folder
     from vsd.report import runs_of, write_report
 
     a = given.of(Export)
     if a.bench is not None and not a.bench.exists():
         raise DataError(f"no file at '{a.bench}'")
+    check_new(a.out)
     target = load_info(given.of(TargetOptions))
     drafter = read_drafter(a.drafter, target)
-    export_drafter(drafter, target, a.out, a.format)
-    if sources := [*([a.bench] if a.bench else []), *runs_of([a.drafter])]:
-        write_report(sources, a.out / REPORT)
-    (a.out / "README.md").write_text(model_card(drafter, target, a.format, a.out, a.drafter, a.bench))
+    sources = [*([a.bench] if a.bench else []), *runs_of([a.drafter])]
+    with new_folder(a.out) as half:
+        export_drafter(drafter, target, half, a.format)
+        if sources:
+            write_report(sources, half / REPORT)
+        card = model_card(drafter, target, a.format, a.out, a.drafter, a.bench, report=bool(sources))
+        (half / "README.md").write_text(card)
     print(f"{a.out}: to serve it,\n  {serve_line(family_for(drafter), a.format, target.name, a.out)}")
 
 

@@ -30,10 +30,13 @@ def run(given: Given) -> None:
     """Convert the checkpoint."""
     from vsd.drafters.load import read_drafter
     from vsd.export import check_new
+    from vsd.files import new_folder
 
     a = given.of(Import)
     check_new(a.out)
-    read_drafter(a.checkpoint, load_info(given.of(TargetOptions))).save_pretrained(a.out)
+    drafter = read_drafter(a.checkpoint, load_info(given.of(TargetOptions)))
+    with new_folder(a.out) as half:
+        drafter.save_pretrained(half)
     print(f"drafter: {a.out}")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args,
 
 import jsonargparse
 
+from vsd.options.bounds import check_bounds
 from vsd.options.values import described, documented
 
 Options = TypeVar("Options")
@@ -113,11 +114,16 @@ class Given(NamedTuple):
     values: dict[str, Any]
 
     def of(self, options: type[Options]) -> Options:
-        """A dataclass of options with the given values; a missing one without a default is a mistake."""
+        """A dataclass of options with the given values; a missing one without a default is a mistake.
+
+        Raises:
+            ConfigurationError: a number out of bounds.
+        """
         mine = self.of_fields(options)
         missing = [f for f in dataclasses.fields(options) if f.name not in mine and _required(f)]  # type: ignore[arg-type]
         if missing:
             self.parser.error(f"missing {', '.join(_names(f)[0] for f in missing)}")
+        check_bounds(mine)
         return options(**mine)
 
     def of_fields(self, *options: type) -> dict[str, Any]:

@@ -19,6 +19,11 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _BEFORE = {"assistant": ("user", "tool"), "tool": ("assistant", "tool")}  # roles of the message before
+_OWN = {  # arguments of `apply_chat_template` itself
+    *("conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    "tokenizer_kwargs",
+}
 _REASONING = ("reasoning_content", "reasoning")
 
 
@@ -62,8 +67,7 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
         raise BadLineError("tools must be a list of objects")
     if not isinstance(arguments, dict):
         raise BadLineError('chat_template_kwargs must be an object, such as {"enable_thinking": false}')
-    own = {"conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
-    if taken := own & set(arguments):
+    if taken := _OWN & set(arguments):
         raise BadLineError(f"chat_template_kwargs cannot set {min(taken)}")
     given = {**({"tools": tools} if tools else {}), **arguments}
     _check_unicode(json.dumps(given, ensure_ascii=False))

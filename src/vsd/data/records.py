@@ -16,7 +16,8 @@ from vsd.data.generate import Answer
 from vsd.data.pictures import as_json, text_of
 from vsd.data.questions import Question
 from vsd.data.template import answer_text
-from vsd.errors import ConfigurationError, DataError, MismatchError
+from vsd.errors import DataError, MismatchError
+from vsd.files import lock, write_text, writing
 from vsd.targets.info import TargetInfo
 
 Record = dict[str, Any]
@@ -65,15 +66,17 @@ class RecordLog:
     Raises:
         ConfigurationError: another process writes to the file.
         DataError: the file is damaged.
+        FileError: it cannot be written.
         MismatchError: the file was not made by this class, or with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path = out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = out.open("a+b")
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = out.open("a+b")
         try:
-            _lock(self._file, out)
+            lock(self._file, f"another run is writing to {out}: wait for it or use another --out")
             _check_settings(out, settings, empty=out.stat().st_size == 0)
             self.entries = {entry.id: entry for entry in self._read()}
         except BaseException:
@@ -86,7 +89,8 @@ class RecordLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with writing(self.path):  # what a full disk refused before is tried once more
+            self._file.close()
 
     def holds(self, batch: int, questions: Sequence[Question]) -> bool:
         """Whether the file has the batch whole: all its answers, or all but the empty ones."""
@@ -95,9 +99,10 @@ class RecordLog:
     def append(self, records: Sequence[Record]) -> None:
         """Write the records of one batch; they are on disk when this returns."""
         if records:
-            self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with writing(self.path):
+                self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+                self._file.flush()
+                os.fsync(self._file.fileno())
         for record in records:
             self.entries[record["id"]] = entry = Entry.of(record)
             self.tokens += entry.tokens
@@ -140,24 +145,11 @@ def _parse(line: bytes) -> Entry:
     return Entry.of(json.loads(line))
 
 
-def _lock(file: IO[bytes], out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes that write one file are not noticed there
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigurationError(f"another run is writing to {out}: wait for it or use another --out") from error
-
-
 def _check_settings(out: Path, settings: dict[str, Any], *, empty: bool) -> None:
     """Compare `settings` with those that `out` was begun with; store them if `out` is empty."""
     meta = out.with_name(out.name + ".meta.json")
     if empty:
-        half = meta.with_name(meta.name + ".tmp")
-        half.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(half, meta)
+        write_text(meta, json.dumps(settings, indent=1) + "\n")
         return
     before = _read_settings(out, meta)
     changed = [

@@ -137,9 +137,7 @@ class Server:
         """Send no more requests; threads that wait for a response stop waiting."""
         self._closed.set()
         for connection in list(self._open):
-            if connection.sock is not None:
-                with suppress(OSError):  # closed already
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            _shut_down(connection)
 
     def close(self) -> None:
         """Close all connections. No thread may use them any more."""
@@ -176,8 +174,8 @@ class Server:
                 failure, retry_after = f"status {status}: {_excerpt(text)}", _retry_after(headers)
             except (OSError, http.client.HTTPException) as error:
                 self._drop_connection()
-                failure = str(error) or type(error).__name__
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                failure = " ".join(str(error).split()) or type(error).__name__
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
                 failure = f"not a response of OpenAI's API ({type(error).__name__}: {error})"
             wait = pause * random.uniform(0.75, 1.25) if retry_after is None else retry_after
             if time.monotonic() + wait > deadline:
@@ -193,8 +191,14 @@ class Server:
             headers["Authorization"] = f"Bearer {key}"
         connection = self._connection()
         connection.request(method, root + path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        content = response.read()
+        late = threading.Timer(_TIMEOUT, _shut_down, [connection])  # a response that drips meets no socket's timeout
+        late.daemon = True
+        late.start()
+        try:
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            late.cancel()
         self._thread.used = time.monotonic()
         return response.status, response.headers, content
 
@@ -247,6 +251,13 @@ def _address(url: str) -> tuple[bool, str, int | None, str]:
     raise ConfigurationError(f"'{url}' is no server's address: give one like http://localhost:8000")
 
 
+def _shut_down(connection: http.client.HTTPConnection) -> None:
+    """End what a thread waits for."""
+    if connection.sock is not None:
+        with suppress(OSError):  # closed already
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
 class _Pace:
     """Spaces the requests of all threads evenly, so many a second."""
 
@@ -272,9 +283,19 @@ def _reply(answer: dict[str, Any]) -> Reply:
     # `prompt_token_ids` is in the answer of a chat, in the choice of a completion
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
-    ids = choice.get("token_ids") or None
-    log_probs = dict(choice.get("logprobs") or {}).get("token_logprobs")
-    return Reply(text or "", finish, prompt or None, ids, log_probs, answer.get("kv_transfer_params"))
+    ids, log_probs = _token_ids(choice.get("token_ids")), dict(choice.get("logprobs") or {}).get("token_logprobs")
+    return Reply(text or "", finish, _token_ids(prompt), ids, log_probs, answer.get("kv_transfer_params"))
+
+
+def _token_ids(value: Any) -> list[int] | None:
+    """Token ids, if the server gives them.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if value is not None and not (isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)):
+        raise TypeError("token ids are not a list of integers")
+    return value or None
 
 
 def _retry_after(headers: Message) -> float | None:

@@ -88,13 +88,19 @@ class ServerTeacher:
     def _ask(self, question: Question, settings: GenerationSettings) -> Reply:
         if question.inputs.extras:
             raise BadLineError("a server is not asked about images: regenerate without --server")
-        return self.server.ask(
+        longest = settings.max_new_tokens
+        reply = self.server.ask(
             question.messages,
             question.inputs.ids,
-            max_tokens=settings.max_new_tokens,
+            max_tokens=longest,
             temperature=settings.temperature,
             seed=derive_seed(settings.seed, question.id) % 2**31,
         )
+        if reply.ids and len(reply.ids) > longest:
+            raise MismatchError(
+                f"the server's answer has {len(reply.ids)} tokens, and {longest} were allowed: is it an OpenAI server?"
+            )
+        return reply
 
     def _answered(self, chat: Chat, question: Question, reply: Future[Reply]) -> Answered:
         try:
@@ -117,6 +123,10 @@ def exact_answer(info: TargetInfo, question: Question, reply: Reply) -> tuple[Qu
         raise MismatchError(
             f"the server's token ids do not spell its answer with the tokenizer of '{info.name}': give its own target"
         )
+    if question.messages and prompt != question.inputs.ids:
+        asked = answer_text(info.tokenizer, tokenize(info.tokenizer, question.messages[-1]["content"]))
+        if asked.strip() not in answer_text(info.tokenizer, prompt):
+            raise MismatchError(f"the server's prompt tokens do not spell the question '{question.id}': mixed up?")
     if reply.finish == "stop" and info.eos_ids and (not ids or ids[-1] not in info.eos_ids):
         ids = [*ids, _end_token(info)]
     return question._replace(inputs=Inputs(prompt)), Answer(ids, reply.finish)

@@ -182,6 +182,7 @@ def _table(datasets: Any, path: Path) -> Iterable[Any]:
 def _tabular(path: Path, load: Callable[[Any], Iterable[Any]]) -> Iterator[Row]:
     import datasets  # slow to import
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised, too
     try:
         for number, row in enumerate(load(datasets), start=1):
             yield Row(f"{path}:{number}", _name(path, number), row, without_nulls, path.parent)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vsd.drafters.feature_drafter import FeatureDrafter
+from vsd.drafters.vocabulary import draft_ids, looks_absolute
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
 from vsd.targets.load import resolve
@@ -44,7 +45,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     except SafetensorError as error:
-        raise MismatchError(f"cannot read the weights in '{folder}': {error}") from error
+        raise MismatchError(f"cannot read the weights in '{folder}': {error}; copy them again") from error
     return config, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
@@ -159,13 +160,17 @@ def complete_vocabulary(folder: Path, tensors: dict[str, Tensor], rows: int, voc
                 f"'{folder}' drafts {rows} of {vocab_size} tokens and does not say which: d2t is missing"
             )
         tensors["d2t"] = torch.zeros(rows, dtype=torch.long)
-    ids = torch.arange(rows) + tensors["d2t"].long()
-    if ids.min() < 0 or ids.max() >= vocab_size or (ids.diff() <= 0).any():
-        raise MismatchError(f"d2t of '{folder}' is no ascending map into {vocab_size} tokens: another target's?")
-    t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
-    if "t2d" in tensors and not torch.equal(tensors["t2d"].bool(), t2d):
-        raise MismatchError(f"t2d and d2t of '{folder}' do not agree")
-    tensors["t2d"], tensors["d2t"] = t2d, tensors["d2t"].long()
+    offsets = tensors["d2t"].long()
+    if offsets.shape != (rows,):
+        raise MismatchError(f"d2t is {list(offsets.shape)}, the config says {[rows]}")
+    if "t2d" not in tensors:
+        if looks_absolute(offsets, None):
+            raise MismatchError(f"d2t of '{folder}' holds token ids, not offsets: subtract 0, 1, 2, … from its entries")
+        ids = torch.arange(rows) + offsets
+        inside = ids[(ids >= 0) & (ids < vocab_size)]
+        tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, inside, True)
+    draft_ids(folder, offsets, tensors["t2d"].bool())
+    tensors["t2d"], tensors["d2t"] = tensors["t2d"].bool(), offsets
 
 
 def without_map(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

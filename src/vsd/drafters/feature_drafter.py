@@ -15,10 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from vsd.drafters.base import FeatureSpec
 from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.proposals import Proposals
-from vsd.drafters.vocabulary import DraftVocabulary
+from vsd.drafters.vocabulary import DraftVocabulary, draft_ids
 from vsd.errors import MismatchError
 from vsd.targets import TargetInfo
 from vsd.targets.packed import pack_linears
+
+_SIZES = ("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings")
 
 
 class FeatureDrafterConfig(PreTrainedConfig):
@@ -70,6 +72,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
     t2d: Tensor
 
     def __init__(self, config: FeatureDrafterConfig) -> None:
+        check_sizes(config)
         super().__init__(config)
         self.register_buffer("d2t", torch.full((config.draft_vocab_size,), -1))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
@@ -128,6 +131,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         wrong = {kind: sorted(keys) for kind, keys in found.items() if keys}
         if wrong:
             raise MismatchError(f"'{path}' is not the {cls.title} that its config describes: {wrong}")
+        draft_ids(path, drafter.d2t, drafter.t2d)
         own: Self = drafter
         return own
 
@@ -169,8 +173,30 @@ class FeatureDrafter(Proposals, PreTrainedModel):
                 raise MismatchError(f"this drafter was trained for another target: {name} {mine}, not {theirs}")
         count = target.config.num_hidden_layers
         if not all(0 <= layer < count for layer in config.aux_layers):
-            raise MismatchError(f"features of layers {list(config.aux_layers)} of a target that has {count}")
+            raise MismatchError(f"aux_layers are {list(config.aux_layers)}, and the target has {count} layers")
         self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes that no drafter has, before torch fails on them or computes something else.
+
+    Raises:
+        MismatchError: the message holds the size's name.
+    """
+    for name in (*_SIZES, "num_attention_heads", "num_key_value_heads"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise MismatchError(f"{name} of a drafter must be a positive integer, not {value!r}")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    layers, epsilon = config.aux_layers, config.rms_norm_eps
+    for right, what in (
+        (heads % groups == 0, f"num_attention_heads must be a multiple of num_key_value_heads: {heads}, {groups}"),
+        (config.head_dim % 2 == 0, f"head_dim must be even, not {config.head_dim}"),
+        (isinstance(epsilon, int | float) and epsilon >= 0, f"rms_norm_eps must be a number, not {epsilon!r}"),
+        (bool(layers) and all(type(i) is int for i in layers), f"aux_layers must be layer numbers, not {layers!r}"),
+    ):
+        if not right:
+            raise MismatchError(what)
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:

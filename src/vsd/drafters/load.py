@@ -10,7 +10,7 @@ import torch
 from vsd.drafters import dflash, dspark, eagle3, lm, peagle
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
-from vsd.errors import ConfigurationError, MismatchError
+from vsd.errors import ConfigurationError, MismatchError, VSDError, in_a_line
 from vsd.targets import TargetInfo
 
 FAMILIES: dict[str, Family] = {
@@ -70,8 +70,10 @@ def family_named(name: str) -> Family:
 def _made(family: str, options: dict[str, Any], make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigurationError(f"drafter options {options} do not fit family {family}: {error}") from error
+    except VSDError:
+        raise
+    except Exception as error:  # options may be any fields of any values
+        raise ConfigurationError(f"drafter options {options} do not fit family {family}: {in_a_line(error)}") from error
 
 
 def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = False) -> Any:
@@ -84,9 +86,7 @@ def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = Fals
     Raises:
         MismatchError: there is no drafter at `path`, or it belongs to another target.
     """
-    family = family_of(path)
-    drafter: Any = family.load(Path(path), target, torch.float32 if trainable else target.dtype)
-    drafter.attach(target)
+    drafter = _loaded(path, target, torch.float32 if trainable else target.dtype)
     if not trainable:
         drafter.freeze()
     return drafter
@@ -98,7 +98,25 @@ def read_drafter(path: str | Path, target: TargetInfo) -> Any:
     Raises:
         MismatchError: as `load_drafter`.
     """
-    drafter: Any = family_of(path).load(Path(path), target, None)
+    return _loaded(path, target, None)
+
+
+def _loaded(path: str | Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
+    """A drafter in a dtype (None: its own), attached.
+
+    Raises:
+        MismatchError: as `load_drafter`; weights that hold NaN or infinity.
+    """
+    family = family_of(path)
+    try:
+        drafter: Any = family.load(Path(path), target, dtype)
+    except VSDError:
+        raise
+    except Exception as error:  # config.json of other hands may hold anything
+        raise MismatchError(f"'{path}' holds no {family.title} that can be read: {in_a_line(error)}") from error
+    broken = [name for name, x in drafter.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        raise MismatchError(f"{broken[0]} in '{path}' holds NaN or infinity: the training failed, or the file broke")
     drafter.attach(target)
     return drafter
 
@@ -116,6 +134,11 @@ def family_of(path: str | Path) -> Family:
         raise MismatchError(f"cannot load a drafter from '{folder}': it has no config.json") from None
     except ValueError as error:
         raise MismatchError(f"'{folder / 'config.json'}' is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise MismatchError(f"'{folder / 'config.json'}' must hold a JSON object, not {type(config).__name__}")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise MismatchError(f"'{folder / 'config.json'}': architectures must be a list of names, not {classes!r}")
     for family in FAMILIES.values():
         if family.reads(config):
             return family

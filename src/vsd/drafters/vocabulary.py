@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vsd.errors import ConfigurationError, DataError
+from vsd.errors import ConfigurationError, DataError, MismatchError
 
 
 class DraftVocabulary(NamedTuple):
@@ -46,6 +46,33 @@ class DraftVocabulary(NamedTuple):
     def t2d(self) -> Tensor:
         """Which target tokens can be drafted, [V] bool."""
         return torch.zeros(self.target_size, dtype=torch.bool, device=self.ids.device).index_fill_(0, self.ids, True)
+
+
+def draft_ids(place: object, d2t: Tensor, t2d: Tensor) -> Tensor:
+    """The target ids [Vd] of a checkpoint's offsets d2t [Vd], checked with its mask t2d [V].
+
+    Raises:
+        MismatchError: d2t holds ids instead of offsets, is no ascending map into V tokens, or t2d names others.
+    """
+    V, offsets = len(t2d), d2t.long()
+    ids = torch.arange(len(offsets), device=d2t.device) + offsets
+    if looks_absolute(offsets, t2d):
+        raise MismatchError(f"d2t of '{place}' holds token ids, not offsets: subtract 0, 1, 2, … from its entries")
+    if not 0 <= ids.min() <= ids.max() < V or (ids.diff() <= 0).any():
+        raise MismatchError(f"d2t of '{place}' is no ascending map into {V} tokens: another target's?")
+    if not torch.equal(t2d.nonzero()[:, 0], ids):
+        raise MismatchError(f"t2d and d2t of '{place}' do not agree")
+    return ids
+
+
+def looks_absolute(d2t: Tensor, t2d: Tensor | None) -> bool:
+    """Whether d2t [Vd] holds the target ids themselves: those of the mask t2d [V], or, without one, no two neighbours.
+
+    Offsets stay equal where two tokens that can be drafted are neighbours, and no draft vocabulary is without such.
+    """
+    if t2d is not None:
+        return torch.equal(t2d.nonzero()[:, 0], d2t) and bool(d2t.any())
+    return len(d2t) > 1 and bool((d2t.diff() > 0).all())
 
 
 def of_label(values: Tensor, labels: Tensor, missing: float) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vsd.data import read_conversations
+from vsd.errors import DataError
 
 
 class Prompt(NamedTuple):
@@ -35,6 +36,8 @@ def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[
         suite, found = Path(file).name.split(".")[0], []
         for c in read_conversations(file, need_answer=False):
             turns = [m["content"] for m in c.messages if m["role"] == "user"]
+            if not turns:
+                raise DataError(f"{c.where}: it holds tokens alone: prompts need text (messages or prompt)")
             systems = [m["content"] for m in c.messages if m["role"] == "system"]
             found.append(Prompt(c.id, suite, systems[0] if systems else None, turns, c.labels))
         count = min(limit or len(found), len(found))

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vsd.evaluation.breakdown import falls_beyond
+from vsd.files import write_text
 from vsd.paths import TreeShape
 
 Run = dict[str, Any]
@@ -84,9 +85,7 @@ def print_server(report: dict[str, Any], console: Console | None = None) -> None
 
 def write_json(report: dict[str, Any], path: str | Path) -> None:
     """Write the report, creating the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(Path(path), json.dumps(report, indent=1) + "\n")
 
 
 def _cells(run: Run) -> list[str]:

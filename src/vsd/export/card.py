@@ -6,6 +6,7 @@ from typing import Any
 
 from vsd import __version__
 from vsd.drafters.load import family_for
+from vsd.errors import DataError, in_a_line
 from vsd.export.checkpoint import serve_line
 from vsd.paths import TreeShape
 from vsd.targets import TargetInfo
@@ -13,8 +14,16 @@ from vsd.targets import TargetInfo
 REPORT = "report.html"  # of `vsd report`, in the folder of an export
 
 
-def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: Path, bench: Path | None) -> str:
-    """README.md of an export; it links the report in the folder `out`.
+def model_card(
+    drafter: Any,
+    target: TargetInfo,
+    kind: str,
+    out: Path,
+    source: Path,
+    bench: Path | None,
+    report: bool = False,
+) -> str:
+    """README.md of an export.
 
     Args:
         source: the drafter's folder; the parent folder may hold the recipe of the training.
@@ -38,14 +47,26 @@ def model_card(drafter: Any, target: TargetInfo, kind: str, out: Path, source: P
         "",
         "## Measured",
         "",
-        *(_measured(json.loads(bench.read_text())) if bench else ["Nothing: export with `--bench RESULTS.json`."]),
-        *(["", f"Curves, intervals and settings: [{REPORT}]({REPORT})."] if (out / REPORT).exists() else []),
+        *(_quoted(bench) if bench else ["Nothing: export with `--bench RESULTS.json`."]),
+        *(["", f"Curves, intervals and settings: [{REPORT}]({REPORT})."] if report else []),
         "",
         "## Trained",
         "",
         *([f"    {line}" for line in recipe.read_text().splitlines()] if recipe.exists() else ["No recipe was found."]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(path: Path) -> list[str]:
+    """The measurements in a JSON file of `vsd bench`.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        return _measured(json.loads(path.read_text()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"'{path}' is no file of `vsd bench --json` ({in_a_line(error)}): measure again") from error
 
 
 def _measured(report: dict[str, Any]) -> list[str]:

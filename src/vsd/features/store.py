@@ -14,19 +14,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vsd.data import Example
-from vsd.errors import ConfigurationError, MismatchError
+from vsd.errors import ConfigurationError, MismatchError, TargetError
 from vsd.features.base import Features, Texts, compute_features, stacked
+from vsd.files import lock, write_text, writing
 from vsd.targets import Padded, Target, TargetInfo
 
 _SHARD_TOKENS = 32768
@@ -56,6 +58,8 @@ class FeatureStore:
         if not self.complete(folder, examples):
             raise MismatchError(f"no complete feature store at '{folder}'")
         _compare(self.folder, _read_manifest(self.folder), _manifest(target, examples, layers, temperature))
+        for s, indices in enumerate(_shards(examples)):
+            _check_shard(self.folder / _name(s), [examples[i] for i in indices], target.hidden_size, len(layers))
         self._places = dict(_places(examples))
         self._shards: dict[int, Any] = {}
 
@@ -81,21 +85,19 @@ class FeatureStore:
             MismatchError: see the class.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         manifest, path = _manifest(target, examples, layers, temperature), folder / "manifest.json"
         if path.exists():
             _compare(folder, _read_manifest(folder), manifest)
         _check_room(folder, cls.missing_bytes(folder, target, examples, layers))
         if not path.exists():
-            half = folder / f"{path.name}.{os.getpid()}"
-            half.write_text(json.dumps(manifest, indent=1))
-            os.replace(half, path)
+            write_text(path, json.dumps(manifest, indent=1))
         shards, (index, workers) = _shards(examples), worker
         missing = [s for s in range(index, len(shards), workers) if not (folder / _name(s)).exists()]
         for s in track(missing, "target features", disable=not missing or index > 0):
-            half = folder / f"{_name(s)}.part"
-            save_file(_shard(target, [examples[i] for i in shards[s]], layers, temperature), half)
-            os.replace(half, folder / _name(s))
+            chosen = [examples[i] for i in shards[s]]
+            _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()
         return cls(folder, target, examples, layers, temperature)
 
@@ -144,6 +146,23 @@ def affordable(target: Target, examples: Sequence[Example], seconds: float) -> i
     return max(len(probe), sum(length * cost <= seconds for length in lengths))
 
 
+def _write_shard(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
+    """Write a shard whole, unless another run that shares the store writes it meanwhile.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    half = path.with_name(f"{path.name}.part")
+    with writing(path), half.open("ab") as file:
+        lock(file)  # a process that was killed holds it no more
+        try:
+            if not path.exists():
+                save_file(compute(), half)
+                os.replace(half, path)
+        finally:
+            half.unlink(missing_ok=True)
+
+
 def _shard(target: Target, examples: list[Example], layers: tuple[int, ...], temperature: float) -> dict[str, Tensor]:
     """Features of some examples, concatenated in their order."""
     done: dict[int, tuple[Tensor, ...]] = {}
@@ -155,6 +174,8 @@ def _shard(target: Target, examples: list[Example], layers: tuple[int, ...], tem
         features = compute_features(target, inputs, drafted, layers, temperature)
         for b, i in enumerate(group):
             aux, hidden, normaliser = (f[b].cpu() for f in features)
+            if not normaliser[: len(places[b])].isfinite().all():
+                raise TargetError("the target computes NaN or infinity: give --dtype float32, or other weights")
             T, Q = len(examples[i].inputs.ids), len(places[b])
             done[i] = (aux[:T].bfloat16(), hidden[:Q].bfloat16(), normaliser[:Q].float())
     columns = zip(*(done[i] for i in range(len(examples))))
@@ -213,9 +234,29 @@ def _manifest(
     }
 
 
+def _check_shard(path: Path, examples: list[Example], width: int, layers: int) -> None:
+    """Refuse a file that does not hold the features of these examples; only its header is read.
+
+    Raises:
+        MismatchError: it is truncated, or tensors have another shape.
+    """
+    tokens, rows = sum(len(e.inputs.ids) for e in examples), sum(sum(e.drafted) for e in examples)
+    wanted = {"aux": [tokens, layers * width], "hidden": [rows, width], "log_normaliser": [rows]}
+    try:
+        with safe_open(path, "pt") as shard:
+            found = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MismatchError(f"'{path}' is damaged ({error}): delete it, and it is computed again") from error
+    if found != wanted:
+        raise MismatchError(f"'{path}' holds {found}, not {wanted}: delete it, and it is computed again")
+
+
 def _read_manifest(folder: Path) -> dict[str, str]:
     """Stores of version 0.1 that name no temperature were made for 1."""
-    return {"temperature": "1", **json.loads((folder / "manifest.json").read_text())}
+    try:
+        return {"temperature": "1", **json.loads((folder / "manifest.json").read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise MismatchError(f"manifest.json of the feature store at '{folder}' is damaged: delete the store") from error
 
 
 def _compare(folder: Path, found: dict[str, str], wanted: dict[str, str]) -> None:

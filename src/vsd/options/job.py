@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vsd.errors import ConfigurationError
+from vsd.options.bounds import check_bounds
 from vsd.options.online import OnlineOptions
 from vsd.options.values import checked
 
@@ -100,6 +101,7 @@ class TrainJob(TargetOptions, TextOptions, DrafterOptions, OnlineOptions):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f.name, f.type, getattr(self, f.name)))
+        check_bounds(vars(self))
         if self.features not in ("auto", "store", "online") and os.sep not in self.features:
             raise ConfigurationError(
                 f"features must be auto, store, online, a server's URL or a folder such as ./{self.features}, not "

@@ -5,6 +5,7 @@ Types are checked by jsonargparse; docstrings are read by docstring_parser.
 
 import dataclasses
 import re
+import reprlib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
         raise ConfigurationError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -63,11 +64,17 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
-        if value is None and type(None) not in wanted and Any not in wanted:
+        if (value is None and type(None) not in wanted and Any not in wanted) or _names_a_class(value):
             raise TypeError
         return parser.parse_object({"value": value})["value"]
-    except (jsonargparse.ArgumentError, TypeError):
-        raise ConfigurationError(f"{name} must be {described(kind)}, not {value!r}") from None
+    except (jsonargparse.ArgumentError, TypeError, RecursionError):
+        raise ConfigurationError(f"{name} must be {described(kind)}, not {reprlib.repr(value)}") from None
+
+
+def _names_a_class(value: Any) -> bool:
+    """Whether jsonargparse would import a class that is named in a value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (isinstance(value, dict) and "class_path" in value) or any(map(_names_a_class, inner))
 
 
 def described(kind: Any) -> str:

@@ -5,11 +5,13 @@ gives them; then only the tensors of the ends are read.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -47,7 +49,7 @@ def load_target_info(
         tokenizer = AutoTokenizer.from_pretrained(path, **remote)
         config = AutoConfig.from_pretrained(path, **remote)
         images = image_reader(path, config, tokenizer, **remote)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files may hold anything, and tokenizers raises Exception itself
         raise TargetError(f"cannot read the tokenizer of '{name}': {first_line(error)}") from error
     try:
         generation = GenerationConfig.from_pretrained(path, revision=revision or "main")
@@ -101,11 +103,11 @@ class _Shards:
                 self.files = {name: f"{folder}/{file}" for name, file in metadata["weight_map"].items()}
                 return
             whole = cached_file(path, SAFE_WEIGHTS_NAME, **options)
-        except OSError as error:
+        except (OSError, ValueError, KeyError) as error:
             raise TargetError(f"cannot read the weights of '{path}': {first_line(error)}") from error
         if whole is None:
             raise TargetError(f"'{path}' has no safetensors: weights in pickles are not read, convert them first")
-        with safe_open(whole, "pt") as file:
+        with _opened(whole) as file:
             self.files = dict.fromkeys(file.keys(), whole)
 
     def keys(self, name: str) -> Iterator[str]:
@@ -128,6 +130,20 @@ class _Shards:
         key = next(self.keys(name), None)
         if key is None:
             raise TargetError(f"the checkpoint has no tensor '{name}': its names are not understood")
-        with safe_open(self.files[key], "pt") as file:
+        with _opened(self.files[key]) as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A file of weights.
+
+    Raises:
+        TargetError: it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise TargetError(f"cannot read the weights in '{path}': {first_line(error)}; copy them again") from error

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from vsd.errors import ConfigurationError, TargetError
+from vsd.files import writing
 from vsd.options.job import EMBEDDED as EMBEDDED
 from vsd.targets.images import image_reader, reads_images
 from vsd.targets.packed import pack_linears
@@ -66,11 +67,19 @@ def load_target(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options)
         images = image_reader(path, config, tokenizer, **options)
-        model = auto_class(config).from_pretrained(
-            path, dtype=chosen, use_safetensors=True, attn_implementation="sdpa", **options
+        model, found = auto_class(config).from_pretrained(
+            path,
+            dtype=chosen,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files may hold anything, and tokenizers raises Exception itself
         raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
+    if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise TargetError(f"the weights of '{name}' lack {wrong[0]}, or have it in another shape: copy them again")
     model.to(where)
     target = Target(model, tokenizer, name=name, images=images)
     if compiled:
@@ -154,15 +163,16 @@ def _converted(gguf: Path) -> Path:
     folder = cache_directory() / "gguf" / f"{gguf.stem}-{_file_digest(gguf)}"
     if (folder / "config.json").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantise()
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file may hold anything
         raise TargetError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
-    with tempfile.TemporaryDirectory(dir=folder.parent) as half:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as half:
         _save_dequantised(model, tokenizer, half)
         try:
             os.rename(half, folder)

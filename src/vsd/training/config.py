@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from vsd.errors import ConfigurationError
 from vsd.objective import objective
 from vsd.options import MeasurementOptions, ObjectiveOptions, OptimisationOptions
+from vsd.options.bounds import check_bounds
 from vsd.paths import TreeShape
 from vsd.targets.load import fastest_dtype
 from vsd.training.budget import UNLIMITED_STEPS
@@ -47,13 +48,10 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
 
     def _check(self) -> None:
         """Refuse invalid settings before the target is loaded and features are computed."""
-        if self.draft_steps < 1:
-            raise ConfigurationError(f"draft_steps must be at least 1, not {self.draft_steps}")
+        check_bounds(self.given)
         if self.temperature <= 0:
             raise ConfigurationError(
                 f"temperature must be positive, not {self.temperature:g}: for greedy serving it is 1"
             )
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ConfigurationError(f"max_minutes must be positive, not {self.max_minutes:g}")
         objective(self.objective, self.objective_options)
         TreeShape.parse(self.tree)

@@ -3,8 +3,10 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -15,8 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from vsd.data import Example, load_examples
 from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
 from vsd.drafters.load import family_named, family_of, start_drafter
-from vsd.errors import ConfigurationError, VSDError
+from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
+from vsd.files import alone, writing
 from vsd.objective import objective
 from vsd.options import TrainJob, draft_vocabulary_size
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
@@ -37,10 +40,20 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     Raises:
         VSDError: bad data or target, or an output folder that holds another run while `resume` is False.
     """
+    with ExitStack() as held:
+        return _train(job, config, resume, report, held)
+
+
+def _train(
+    job: TrainJob, config: VSDConfig, resume: bool, report: Callable[[str], None] | None, held: ExitStack
+) -> Path:
+    """As `train`; `held` ends with the run."""
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
     if job.online:
+        _check_online(job, config)
+        checkpoint = _begin(job, config, resume, held)
         return _finish(_online(job, config, report), job, checkpoint)
     where = _where(job, config)
     info = load_target_info(job.target, **where)
@@ -66,7 +79,7 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
-    _begin(job, config)
+    checkpoint = _begin(job, config, resume, held)
     features = _features(job, target, kept, drafter.needs.layers, config.temperature)
     trainer = VSDTrainer(
         target,
@@ -85,11 +98,11 @@ def train(job: TrainJob, config: VSDConfig, *, resume: bool, report: Callable[[s
         features.close()
 
 
-def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:
-    """The trainer of a job that answers its prompts itself.
+def _check_online(job: TrainJob, config: VSDConfig) -> None:
+    """Refuse a job without a drafter, with stored features, or of several processes.
 
     Raises:
-        ConfigurationError: no drafter, stored features, or several processes.
+        ConfigurationError: saying which.
     """
     if job.drafter is None:
         raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
@@ -97,6 +110,11 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
         raise ConfigurationError("--online takes the features from decoding: leave out --features")
     if PartialState().num_processes > 1 or config.dataloader_num_workers:
         raise ConfigurationError("--online answers in the training process: use one process and no loader workers")
+
+
+def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:
+    """The trainer of a job that answers its prompts itself."""
+    assert job.drafter is not None
     target = load_target(job.target, **_where(job, config))
     room = job.max_length - job.answer_tokens
     prompts = [
@@ -107,7 +125,6 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
     kept, held_out = hold_out(prompts, job.held_out)
     set_seed(config.seed)
     drafter = load_drafter(job.drafter, target, trainable=True)
-    _begin(job, config)
     folder = Path(job.output_dir) / "online"
     texts = OnlineText(folder, target, drafter, kept, job, temperature=config.temperature, seed=config.seed)
     return VSDTrainer(target, drafter, config, texts, features=texts, eval_prompts=held_out)
@@ -118,26 +135,44 @@ def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
     return {**job.loading, "device": str(config.device)}
 
 
-def _begin(job: TrainJob, config: VSDConfig) -> None:
+def _begin(job: TrainJob, config: VSDConfig, resume: bool, held: ExitStack) -> str | None:
+    """Hold the output folder for this run and write the recipe; returns the checkpoint from which the run goes on."""
     folder = Path(job.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if PartialState().is_main_process:
+        held.enter_context(alone(folder))
+    checkpoint = _checkpoint(job, resume)  # once more: another run may have ended since
     write_recipe(folder, job, config)
+    return checkpoint
 
 
 def _finish(trainer: VSDTrainer, job: TrainJob, checkpoint: str | None) -> Path:
     """Train, and write the drafter with the highest τ; where none was measured, the last one."""
-    trainer.train(resume_from_checkpoint=checkpoint)
-    folder = Path(job.output_dir) / "drafter"
-    if job.held_out and trainer.measured_at != trainer.state.global_step:
-        trainer.evaluate()
-    if job.held_out:
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero():
-            shutil.copytree(trainer.best, folder, dirs_exist_ok=True)
-    else:
-        trainer.save_model(str(folder))
-    trainer.save_state()  # includes the log history
-    return folder
+    folder = Path(job.output_dir)
+    with writing(folder), _sound(checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if job.held_out and trainer.measured_at != trainer.state.global_step:
+            trainer.evaluate()
+        if job.held_out:
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_world_process_zero():
+                shutil.copytree(trainer.best, folder / "drafter", dirs_exist_ok=True)
+        else:
+            trainer.save_model(str(folder / "drafter"))
+        trainer.save_state()  # includes the log history
+    return folder / "drafter"
+
+
+@contextmanager
+def _sound(checkpoint: str | None) -> Iterator[None]:
+    """Errors of a checkpoint whose pickles hold something else than tensors, or are damaged; no code in them is run."""
+    try:
+        yield
+    except (UnpicklingError, EOFError) as error:
+        raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
 
 
 def _features(

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from vsd import __version__
 from vsd.errors import ConfigurationError, MismatchError
+from vsd.files import write_text
 from vsd.options import MeasurementOptions, ObjectiveOptions, OptimisationOptions, TrainJob
 from vsd.options.values import checked, read_yaml
 from vsd.training.config import VSDConfig
@@ -65,7 +67,7 @@ def write_recipe(folder: Path, job: TrainJob, config: VSDConfig) -> None:
     """Write the whole configuration, the measured defaults and the versions of the packages to `folder`/recipe.json."""
     versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     values = {**_settings(job, config), MEASURED: {"bf16": config.bf16}, VERSIONS: versions}
-    (folder / FILE).write_text(json.dumps(values, indent=1, default=str) + "\n")
+    write_text(folder / FILE, json.dumps(values, indent=1, default=str) + "\n")
 
 
 def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
@@ -106,8 +108,9 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
         own |= {name: value for name, value in measured.items() if given[name] is None}
         config = VSDConfig(**{**own, "output_dir": job.output_dir})
         config.given |= given
+        get_reporting_integration_callbacks(config.report_to)  # refuses unknown trackers
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"bad training option: {str(error).splitlines()[0]}") from error
+        raise ConfigurationError(f"bad training option: {' '.join(str(error).split())}") from error
     if job.device not in ("auto", str(config.device), config.device.type):
         raise ConfigurationError(
             f"device '{job.device}': this process would train on {config.device}; "
@@ -155,7 +158,9 @@ def _read(path: Path) -> dict[str, Any]:
         values = read_yaml(path.read_text(), f"'{path}'")
     except FileNotFoundError:
         raise ConfigurationError(f"no recipe at '{path}'") from None
-    if not isinstance(values, dict):
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"'{path}' cannot be read as a recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigurationError(f"'{path}' must hold KEY: VALUE lines")
     return {name: value for name, value in values.items() if name not in (VERSIONS, MEASURED)}
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.errors import ConfigurationError
+from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, InProcess
 from vsd.objective import FusedLoss, PathTarget, fused_loss
 from vsd.objective import objective as objective_named
@@ -259,8 +259,10 @@ class VSDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The drafter's own checkpoint, whatever its family."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        folder, drafter = Path(output_dir or str(self.args.output_dir)), self.accelerator.unwrap_model(self.model)
+        if not all(weight.isfinite().all() for weight in drafter.parameters()):
+            raise VSDError("training diverged, the drafter's weights hold NaN or infinity: lower --learning-rate")
+        drafter.save_pretrained(folder, state_dict=state_dict)
         torch.save(self.args, folder / "training_args.bin")
 
 

@@ -90,11 +90,18 @@ class LMDrafter(Autoregressive, nn.Module):
             MismatchError: it cannot be read.
         """
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", use_safetensors=True, attn_implementation="sdpa"
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise MismatchError(f"cannot load a drafter from '{path}': {first_line(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise MismatchError(f"'{path}' lacks {', '.join(missing[:3])}: copy it again")
         drafter = cls(model.to(target.device))  # type: ignore[arg-type]
         drafter._check_head(path)
         return drafter

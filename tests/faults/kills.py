@@ -1,0 +1,147 @@
+"""Commands that are killed at random moments and started again: they end with the very files of an unkilled run.
+
+A moment is a time, or the n-th time that the command touches the file system (a file opened for writing, a rename, a
+removal), so that the moments within a write, which are short, are met as well. A command is added to `COMMANDS`.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from case import Workshop
+
+PRELOADED = ["vsd.cli", "vsd.training.job", "vsd.data", "vsd.export", "tiny_run"]
+_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+class Killed(NamedTuple):
+    """One trial: kills that met the command while it ran, kills planned, and what is wrong, or nothing."""
+
+    met: int
+    planned: int
+    wrong: str
+
+
+def train(shop: Workshop, out: Path) -> list[str]:
+    """Twelve steps, a checkpoint every two, τ every six."""
+    words = ["train", *shop.named, "--data", str(shop / "text.jsonl"), "--output-dir", str(out), "--held-out", "2"]
+    words += ["--draft-vocab-size", "64", "--set", "max_steps=12", "save_steps=2", "eval_steps=6", "logging_steps=2"]
+    words += ["eval_max_new_tokens=4", "draft_steps=2", "per_device_train_batch_size=4", "bf16=no", "use_cpu=true"]
+    return [*words, "report_to=none", "disable_tqdm=true", "--resume"]
+
+
+def regenerate(shop: Workshop, out: Path) -> list[str]:
+    """Sampled answers to turns of conversations, four at a time."""
+    source = shop.root / "asked.jsonl"
+    if not source.exists():
+        turns = [[f"question {i}.{t}" for t in range(i % 3 + 1)] for i in range(24)]
+        source.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    words = ["data", "regenerate", str(source), "--out", str(out / "text.jsonl"), *shop.named]
+    return [*words, "--max-new-tokens", "8", "--batch-size", "4", "--temperature", "1"]
+
+
+def synthesize(shop: Workshop, out: Path) -> list[str]:
+    """Twenty conversations, eight at a time."""
+    words = ["data", "synthesize", "--out", str(out / "text.jsonl"), *shop.named, "--conversations", "20"]
+    return [*words, "--max-new-tokens", "8", "--batch-size", "8", "--temperature", "1"]
+
+
+COMMANDS = {"train": train, "regenerate": regenerate, "synthesize": synthesize}
+
+
+def straight(shop: Workshop, command: str, out: Path) -> tuple[float, int]:
+    """An unkilled run; its seconds, and how often it touches the file system."""
+    out.mkdir(parents=True)
+    counted = out.with_name(f"{out.name}.count")
+    _start(["--version"], out).join()  # the process that others are forked from is ready
+    start = time.monotonic()
+    process = _start(COMMANDS[command](shop, out), out, count=counted)
+    process.join()
+    assert process.exitcode == 0, f"{command} fails: {(out.parent / f'{out.name}.log').read_text()}"
+    return time.monotonic() - start, int(counted.read_text())
+
+
+def trial(shop: Workshop, command: str, reference: Path, cost: tuple[float, int], out: Path, random: Random) -> Killed:
+    """Kill a run once, twice or thrice, then let it end; its files against those of the unkilled run."""
+    out.mkdir(parents=True)
+    (seconds, touches), met, planned = cost, 0, random.randint(1, 3)
+    for attempt in range(planned):
+        at = random.randint(1, touches) if attempt % 2 == 0 else None
+        process = _start(COMMANDS[command](shop, out), out, kill_at=at)
+        process.join(None if at else random.uniform(0, seconds))
+        if process.is_alive():
+            process.kill()
+            process.join()
+        met += process.exitcode == -signal.SIGKILL
+        if process.exitcode not in (0, -signal.SIGKILL):
+            return Killed(met, planned, f"status {process.exitcode}: {_log(out)}")
+    process = _start(COMMANDS[command](shop, out), out)
+    process.join()
+    wrong = f"status {process.exitcode}: {_log(out)}" if process.exitcode else difference(reference, out)
+    if not wrong:
+        shutil.rmtree(out)
+    return Killed(met, planned, wrong)
+
+
+def difference(reference: Path, out: Path) -> str:
+    """The first file that is not that of the unkilled run; nothing if there is none."""
+    mine, theirs = ({str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in (out, reference))
+    if mine != theirs:
+        return f"left {sorted(mine - theirs)}, lacks {sorted(theirs - mine)}"
+    for name in sorted(mine):
+        if _content(out / name) != _content(reference / name):
+            return f"{name} differs"
+    return ""
+
+
+def _content(path: Path) -> Any:
+    """What must be equal: all of a file but paths and pickles; of a log all but the entry of a run's own end."""
+    if path.name in ("recipe.json", "training_args.bin", "rng_state.pth"):
+        return None
+    if path.name == "trainer_state.json":
+        return [entry for entry in json.loads(path.read_text())["log_history"] if "train_runtime" not in entry]
+    return path.read_bytes()
+
+
+def _log(out: Path) -> str:
+    return out.with_name(f"{out.name}.log").read_text()[-500:]
+
+
+def _start(words: list[str], out: Path, *, kill_at: int | None = None, count: Path | None = None) -> Any:
+    """The command in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run, args=(words, out.with_name(f"{out.name}.log"), kill_at, count))
+    process.start()
+    return process
+
+
+def _run(words: list[str], log: Path, kill_at: int | None, count: Path | None) -> None:
+    """The command, with its output in a file; killed at the n-th touch of the file system, or counting them."""
+    from vsd import cli
+
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    touches = 0
+
+    def touched(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal touches
+        if event in _EVENTS or (event == "open" and isinstance(arguments[2], int) and arguments[2] & 3):
+            touches += 1
+            if touches == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(touched)
+    code = cli.main(words)
+    sys.stdout.flush()
+    if count is not None:
+        count.write_text(str(touches))
+    os._exit(code)

@@ -1,0 +1,44 @@
+"""`benchmarks/lossless.py` goes on where a killed run stopped, and compares every prompt once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import lossless
+
+
+def test_prompts_that_a_kill_left_half_are_compared_again(tmp_path: Path) -> None:
+    out, request = tmp_path / "out.jsonl", {"batch": 3, "dtype": "float32"}
+    lines = [json.dumps(request), *(json.dumps({"tokens": i}) for i in range(7))]
+    assert lossless.finished(out, request, 10) == []
+    assert out.read_text() == lines[0] + "\n"
+    for text in ("\n".join(lines) + "\n", "\n".join(lines) + '\n{"tok', "\n".join(lines)):
+        out.write_text(text)
+        assert [r["tokens"] for r in lossless.finished(out, request, 10)] == [0, 1, 2, 3, 4, 5]
+        assert out.read_text() == "\n".join(lines[:7]) + "\n"
+    out.write_text("\n".join(lines) + "\n")
+    assert len(lossless.finished(out, request, 7)) == 7  # the last batch is a short one
+    with pytest.raises(lossless.ConfigurationError, match="other settings"):
+        lossless.finished(out, {**request, "dtype": "bfloat16"}, 7)
+
+
+def test_pieces_equal_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: Any) -> None:
+    compared: list[list[int]] = []
+
+    def compare(target: Any, drafter: Any, ids: list[list[int]], length: int) -> list[dict[str, Any]]:
+        compared.append([len(each) for each in ids])
+        return [{"tokens": len(each)} for each in ids]
+
+    monkeypatch.setattr(lossless, "compare", compare)
+    prompts = [lossless.Prompt(str(i), "s", None, ["x" * (i + 1)]) for i in range(8)]
+    request, out = {"batch": 3, "max_new_tokens": 4}, tmp_path / "out.jsonl"
+    assert lossless.measure(tiny_target, None, prompts, request, out, minutes=-1) == []
+    out.write_text(json.dumps(request) + "\n" + "".join(json.dumps({"tokens": i}) + "\n" for i in range(4)))
+    found = lossless.measure(tiny_target, None, prompts, request, out)
+    assert len(found) == 8 and [len(batch) for batch in compared] == [3, 2]
+    assert len(out.read_text().splitlines()) == 9
