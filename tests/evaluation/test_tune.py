@@ -1,10 +1,15 @@
 """The tree is chosen by what a step costs and what it delivers."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from architectures import llama
 from overfit import PROMPTS, fluent_pair
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
+from vsd.drafters import FAMILIES, draft_vocabulary, new_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Tuned, best, tune
 from vsd.evaluation.tune import Costs
@@ -30,6 +35,7 @@ def test_expected_speedup_is_what_the_texts_take() -> None:
     assert 1 < pruned.tau <= by_shape[SHAPES[2]].tau and pruned.seconds > 0
 
 
+EVERY = draft_vocabulary(torch.arange(128), 128, 128)
 COSTS = Costs(reading=(1e-3, 2e-3), plain=0.1, draft={(4, 2): 0.08}, verify={1: 0.1, 5: 0.14, 9: 0.2}, rest=0.01)
 
 
@@ -37,6 +43,14 @@ def test_a_step_costs_its_levels_and_its_nodes() -> None:
     assert COSTS.step(TreeShape(4, 2, 9), 9, 4) == pytest.approx(0.08 + 0.2 + 0.01)
     assert COSTS.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.04 + 0.12 + 0.01)
     assert COSTS.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
+
+
+def test_a_block_costs_one_pass_however_deep_the_tree_gets() -> None:
+    block = replace(COSTS, one_pass=True)
+    assert block.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.08 + 0.12 + 0.01)
+    assert block.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
+    found = {family: new_drafter(llama(), EVERY, family).one_pass for family in FAMILIES}
+    assert found == {family: family not in ("eagle3", "lm") for family in FAMILIES}
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:
