@@ -20,6 +20,7 @@ from acceptance import plain_answers
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
 from vsd.drafters import Drafter, load_drafter
+from vsd.drafters.lattice import logits
 from vsd.evaluation import load_prompts
 from vsd.features import compute_features
 from vsd.paths import Entries, recorded
@@ -49,7 +50,7 @@ def accuracy(target: Target, drafter: Drafter, examples: list[Example], steps: i
         for k in range(steps):
             valid = paths.valid[..., k]
             label = draft_of[paths.tokens[..., k][valid]]
-            right = (hidden[k][valid] @ head.T).topk(4).indices == label[:, None]
+            right = logits(hidden[k][valid], head).topk(4).indices == label[:, None]
             found[:, k] += torch.stack([right[:, 0].sum(), right.sum()])
             count[k] += valid.sum()
     return found / count

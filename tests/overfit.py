@@ -10,6 +10,7 @@ import along
 import tiny
 from architectures import ARCHITECTURES
 from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters.lattice import logits
 from vsd.targets import Target
 
 PROMPTS = [[40, 41, 42, 43, 60], [70], [99, 20, 33, 57, 80, 81, 26, 64, 90]]
@@ -45,9 +46,14 @@ def fluent_pair(name: str, family: str = "eagle3", length: int = 24, steps: int 
     trained = [weight for weight in drafter.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=5e-3)
     for _ in range(steps):
-        logits = drafter(entries, paths, lambda states, head: states @ head.T)
-        loss = F.cross_entropy(logits.flatten(0, -2), path[1:].flatten())
+        found = drafter(entries, paths, _every_logit)
+        loss = F.cross_entropy(found.flatten(0, -2), path[1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return target, drafter.eval().requires_grad_(False)
+
+
+def _every_logit(states: torch.Tensor, head: Any) -> torch.Tensor:
+    """Logits [..., Vd]; on a lattice of all tokens, so that every token has a gradient."""
+    return logits(states, head if isinstance(head, torch.Tensor) else head._replace(top_k=len(head.unary)))

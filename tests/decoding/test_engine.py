@@ -11,7 +11,7 @@ import along
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
 from vsd.decoding import Engine, Replay, Result, Sampling
-from vsd.drafters import FAMILIES
+from vsd.drafters import FAMILIES, lattice
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
@@ -83,7 +83,7 @@ def test_every_pass_drafts_what_the_training_pass_would(pair_of: tuple[str, str]
             path = [int(text[root])]
             for k in range(K):
                 paths = along.paths(torch.tensor([[root - 1]]), torch.tensor([[[*path[1:], *[0] * (K - k)]]]))
-                best = drafter(entries, paths, lambda states, head, k=k: (states[k, 0, 0] @ head.T).argmax())
+                best = drafter(entries, paths, lambda states, head, k=k: lattice.logits(states[k, 0, 0], head).argmax())
                 path.append(int(ids[best]))
             rest = text[root + 1 : root + 1 + K].tolist()
             agree = next((k for k, (a, b) in enumerate(zip(path[1:], rest)) if a != b), len(rest))

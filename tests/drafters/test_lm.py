@@ -56,7 +56,9 @@ def test_a_new_drafter_has_the_targets_ends(tiny_target: Target) -> None:
     assert drafter.needs.layers == () and drafter.vocabulary.size == tiny_target.vocab_size
     with pytest.raises(VSDError, match="no field number_of_layers"):
         drafter_of(tiny_target, number_of_layers=1)
-    with pytest.raises(VSDError, match="unknown drafter family 'ngram': choose eagle3, peagle, dflash, dspark, lm"):
+    with pytest.raises(
+        VSDError, match="unknown drafter family 'ngram': choose eagle3, peagle, dflash, dflash2, dspark, lm"
+    ):
         new_drafter(tiny_target, drafter.vocabulary, "ngram")
 
 

@@ -2,17 +2,21 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from architectures import llama
 from overfit import PROMPTS, fluent_pair
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.engine import Step
 from vsd.decoding.statistics import acceptance_length
+from vsd.drafters import FAMILIES, draft_vocabulary, new_drafter
 from vsd.errors import VSDError
 from vsd.evaluation import Tuned, best, print_trees, tune
 from vsd.evaluation.tune import Costs, shared_steps
@@ -38,6 +42,7 @@ def test_expected_speedup_is_what_the_texts_take() -> None:
     assert 1 < pruned.tau <= by_shape[SHAPES[2]].tau and pruned.seconds > 0
 
 
+EVERY = draft_vocabulary(torch.arange(128), 128, 128)
 COSTS = Costs(reading=(1e-3, 2e-3), plain=0.1, draft={(4, 2): 0.08}, verify={1: 0.1, 5: 0.14, 9: 0.2}, rest=0.01)
 
 
@@ -88,6 +93,14 @@ def test_a_pass_is_timed_with_as_many_requests(monkeypatch: pytest.MonkeyPatch) 
     assert "3 requests at a time" in buffer.getvalue()
     with pytest.raises(VSDError, match="1 or more"):
         tune(target, drafter, texts, SHAPES, progress=False, concurrency=0)
+
+
+def test_a_block_costs_one_pass_however_deep_the_tree_gets() -> None:
+    block = replace(COSTS, one_pass=True)
+    assert block.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.08 + 0.12 + 0.01)
+    assert block.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
+    found = {family: new_drafter(llama(), EVERY, family).one_pass for family in FAMILIES}
+    assert found == {family: family not in ("eagle3", "lm") for family in FAMILIES}
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:

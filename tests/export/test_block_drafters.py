@@ -17,6 +17,7 @@ from vsd.targets import Target
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "peagle": {"num_hidden_layers": 2, "aux_layers": [1, 2, 3]},
     "dflash": {"num_hidden_layers": 2},
+    "dflash2": {"num_hidden_layers": 2, "selector_rank": 6, "selector_top_k": 5, "conv_group_size": 8},
     "dspark": {"num_hidden_layers": 2, "markov_rank": 8},
 }
 
@@ -64,6 +65,7 @@ def test_what_vllm_reads_of_peagle(tiny_target: Target, tmp_path: Path) -> None:
     assert tensors["mask_hidden"].shape == (1, 96) and "layers.1.self_attn.q_proj.weight" in tensors
     config = config_of(export_drafter(drafter, tiny_target, tmp_path / "speculators", "speculators"))
     assert config["speculators_model_type"] == "peagle" and config["mask_token_id"] == drafter.config.mask_token_id
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
     options = FAMILIES["peagle"].serve("vllm", "out", 5)
     assert '"method": "eagle3"' in options and '"parallel_drafting": true' in options
     with pytest.raises(VSDError, match="has no format 'sglang'"):
@@ -85,9 +87,70 @@ def test_what_vllm_reads_of_dflash(tiny_target: Target, tmp_path: Path) -> None:
     assert not load_file(tmp_path / "whole" / "model.safetensors").keys() & {"lm_head.weight", "d2t", "t2d"}
 
 
+@pytest.mark.parametrize("options", [{}, {"confidence_head_with_markov": False}, {"enable_confidence_head": False}])
+@pytest.mark.parametrize("kind", ["vllm", "speculators"])
+def test_what_vllm_reads_of_dspark(tiny_target: Target, tmp_path: Path, kind: str, options: dict[str, bool]) -> None:
+    """The confidence head and the flags that say what it reads; a config without flags has no head."""
+    folder = export_drafter(drafter_of(tiny_target, "dspark", **options), tiny_target, tmp_path / "out", kind)
+    config, tensors = config_of(folder), load_file(folder / "model.safetensors")
+    names = ("enable_confidence_head", "confidence_head_with_markov")
+    assert [config[name] for name in names] == [options.get(name, True) for name in names]
+    width = 32 + 8 * config["confidence_head_with_markov"]
+    if config["enable_confidence_head"]:
+        assert tensors.pop("confidence_head.proj.weight").shape == (1, width)
+        assert tensors.pop("confidence_head.proj.bias").shape == (1,)
+    assert not any("confidence" in name for name in tensors)
+    again = read_drafter(folder, tiny_target)
+    assert [getattr(again.config, name) for name in names] == [config[name] for name in names]
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+    assert read_drafter(folder, tiny_target).confidence_head is None
+
+
+def test_what_vllm_reads_of_dflash2(tiny_target: Target, tmp_path: Path) -> None:
+    """Sizes in `dflash_config`, in speculators' format at the top; shapes of the tensors that vLLM allocates."""
+    drafter = drafter_of(tiny_target, "dflash2")
+    sizes = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 5}
+    config = config_of(export_drafter(drafter, tiny_target, tmp_path / "vllm", "vllm"))
+    assert config["architectures"] == ["DFlash2DraftModel"] and config["model_type"] == "qwen3"
+    assert config["dflash_config"].items() >= sizes.items() and config["dflash_config"]["target_layer_ids"] == [0, 1, 2]
+    tensors = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert tensors["layers.1.mlp_conv.base_kernel"].shape == (2, 2, 32)
+    assert tensors["layers.0.attention_conv.kernel_projection.weight"].shape == (2 * 2 * 32 // 8, 32)
+    assert tensors["candidate_selector.predecessor_codebook"].shape == (128, 6)
+    assert tensors["candidate_selector.hidden_projection.weight"].shape == (6, 32)
+    assert not tensors.keys() & {"lm_head.weight", "d2t", "t2d"}
+    config = config_of(export_drafter(drafter, tiny_target, tmp_path / "speculators", "speculators"))
+    assert config["speculators_model_type"] == "dflash2" and config.items() >= sizes.items()
+    assert config["aux_hidden_state_layer_ids"] == [1, 2, 3] and config["sliding_window_non_causal"] is True
+    assert '"method": "dflash"' in FAMILIES["dflash2"].serve("vllm", "out", 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"draft_vocab_size": 40}, "drafts 40 of 128 tokens"),
+        ({"input_embedding_scale": 2.0}, "input_embedding_scale"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"selector_top_k": 129}, "does not fit"),
+    ],
+)
+def test_other_drafters_of_dflash2s_class_are_refused(
+    tiny_target: Target, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    folder = export_drafter(drafter_of(tiny_target, "dflash2"), tiny_target, tmp_path / "out", "vllm")
+    config = config_of(folder)
+    own = {"draft_vocab_size": change.pop("draft_vocab_size", 128), "dflash_config": config["dflash_config"] | change}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(VSDError, match=reason):
+        read_drafter(folder, tiny_target)
+
+
 def test_blocks_that_an_engine_would_run_otherwise_are_refused(tiny_target: Target, tmp_path: Path) -> None:
     with pytest.raises(VSDError, match="predicts nothing at the root"):
         export_drafter(drafter_of(tiny_target, "dflash", sample_from_anchor=True), tiny_target, tmp_path / "a", "vllm")
+    with pytest.raises(VSDError, match="predicts nothing at the root"):
+        export_drafter(drafter_of(tiny_target, "dflash2", sample_from_anchor=True), tiny_target, tmp_path / "a", "vllm")
     with pytest.raises(VSDError, match="never causal"):
         export_drafter(drafter_of(tiny_target, "dflash", causal=True), tiny_target, tmp_path / "a", "speculators")
     with pytest.raises(VSDError, match="no layer's output"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import along
 from architectures import ARCHITECTURES, llama
-from vsd.drafters import FAMILIES, draft_vocabulary, new_drafter
+from vsd.drafters import FAMILIES, draft_vocabulary, lattice, new_drafter
 from vsd.errors import ConfigurationError, VSDError
 from vsd.paths import NO_TOKEN, Entries, Tree, TreeShape, ancestors, graft
 from vsd.targets import Target
@@ -76,8 +76,8 @@ class Setting:
         )
         tokens = [*path, *[0] * (depth - len(path))]  # the law of a block may depend on its length
         paths = along.paths(torch.tensor([[n - 1]]), torch.tensor([[tokens]]))
-        logits: Tensor = self.drafter(some, paths, lambda states, head: states[len(path), 0, 0] @ head.T)
-        return logits.log_softmax(-1)
+        found: Tensor = self.drafter(some, paths, lambda states, head: lattice.logits(states[len(path), 0, 0], head))
+        return found.log_softmax(-1)
 
     def tree(self, shape: TreeShape) -> Tree:
         return self.drafter.propose(self.read(), self.root, shape)

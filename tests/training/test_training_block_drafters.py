@@ -10,7 +10,7 @@ import tiny_run
 from vsd.data import Example
 from vsd.targets import Target
 
-FAMILIES = ["peagle", "dflash", "dspark"]
+FAMILIES = ["peagle", "dflash", "dflash2", "dspark"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vsd.drafters.base import Objective
-from vsd.drafters.proposals import Conditionals, Proposals
+from vsd.drafters.proposals import Conditional, Conditionals, Proposals
 from vsd.paths import Entries, Paths, TreeShape
 
 
@@ -57,7 +57,7 @@ class Autoregressive(Proposals):
         """See `Proposals.conditionals`."""
         hidden, seen = state.hidden, torch.zeros(len(root), 1, 0, dtype=torch.bool, device=root.device)
 
-        def law(level: int, tokens: Tensor, parents: Tensor) -> Tensor:
+        def law(level: int, tokens: Tensor, parents: Tensor) -> Conditional:
             nonlocal hidden, seen
             if level:
                 (B, W), above = tokens.shape, parents[..., None]
@@ -65,6 +65,6 @@ class Autoregressive(Proposals):
                 seen = torch.cat([seen.gather(1, above.expand(-1, -1, seen.shape[-1])), own], dim=-1)
                 hidden = hidden.gather(1, above.expand(-1, -1, hidden.shape[-1]))
                 hidden = self.expand(state, hidden, tokens, level, seen)
-            return self.log_probs(hidden)
+            return Conditional(self.log_probs(hidden))
 
         return law

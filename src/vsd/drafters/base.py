@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from vsd.drafters.lattice import Head
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.paths import Chain, Entries, Paths, Tree, TreeShape
 from vsd.targets import Padded, TargetInfo
 from vsd.targets.sampling import Generators
 
-Objective = Callable[[Tensor, Tensor], Any]
+Objective = Callable[[Tensor, Head], Any]
 
 
 class FeatureSpec(NamedTuple):
@@ -42,6 +43,10 @@ class Drafter(Protocol):
         """The target features it reads."""
 
     @property
+    def one_pass(self) -> bool:
+        """Whether one pass drafts all levels of a tree."""
+
+    @property
     def vocabulary(self) -> DraftVocabulary:
         """The target tokens it can propose."""
 
@@ -55,10 +60,17 @@ class Drafter(Protocol):
     # ---- training
 
     def __call__(self, entries: Entries, paths: Paths, objective: Objective) -> Any:
-        """The training pass: `objective` of the states along given paths [K, B, P, h] and of the LM head [Vd, h].
+        """The training pass: `objective` of the states along given paths [K, B, P, h] and of the head.
 
-        Row k of the states predicts the path's token k. The objective is called inside `forward`, so that a wrapper
-        such as DDP sees the whole backward pass.
+        The head is the LM head [Vd, h] or, in a family with a selector, a lattice (`vsd.drafters.lattice`). Row k of
+        the states predicts the path's token k. The objective is called inside `forward`, so that a wrapper such as DDP
+        sees the whole backward pass.
+        """
+
+    def confidence(self, states: Tensor) -> Tensor | None:
+        """Logit of the probability that its token is accepted if all before it are, [...], at states [..., h].
+
+        States are those of the training pass. None for a drafter that predicts no acceptance.
         """
 
     # ---- E-step

@@ -136,6 +136,11 @@ def speculators_config(algorithm: str, target: TargetInfo, tokens: int) -> dict[
     }
 
 
+def draft_steps(config: Any, default: int) -> int:
+    """Number of tokens that a drafter was trained to draft; `default` where its configuration does not say."""
+    return int(getattr(config, "draft_steps", None) or default)
+
+
 def check_embeddings(folder: Path, tensors: dict[str, Tensor], target: TargetInfo) -> None:
     """Remove the token embeddings, which must be the target's.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vsd.drafters import dflash, dspark, eagle3, lm, peagle
+from vsd.drafters import dflash, dflash2, dspark, eagle3, lm, peagle
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import ConfigurationError, MismatchError, VSDError, in_a_line
@@ -17,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "eagle3": eagle3.FAMILY,
     "peagle": peagle.FAMILY,
     "dflash": dflash.FAMILY,
+    "dflash2": dflash2.FAMILY,
     "dspark": dspark.FAMILY,
     "lm": lm.FAMILY,
 }

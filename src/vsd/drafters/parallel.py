@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from vsd.drafters.base import Objective
-from vsd.drafters.proposals import Conditionals, Proposals
+from vsd.drafters.lattice import Head
+from vsd.drafters.proposals import Conditional, Conditionals, Proposals
 from vsd.paths import Entries, Paths, TreeShape
 
 
 class Parallel(Proposals):
     """A drafter of whole blocks."""
 
+    one_pass = True
     lm_head: Any
     embed: Any
 
@@ -35,10 +37,10 @@ class Parallel(Proposals):
     def block(self, state: Any, root: Tensor, steps: int) -> Tensor:
         """Decoding: the same states below `root` [B], [B, K, h]."""
 
-    def joined(self, states: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """States [..., h'] and head [Vd, h'] whose product are the logits, given the tokens before, target ids [...].
+    def joined(self, states: Tensor, before: Tensor) -> tuple[Tensor, Head]:
+        """States [..., h'] and the head that makes logits of them, given the tokens before, target ids [...].
 
-        A low-rank correction by the token before widens both; without one they are the states and the LM head.
+        A correction by the token before widens the states; without one the head is the LM head.
         """
         return states, self.lm_head.weight
 
@@ -64,6 +66,10 @@ class Parallel(Proposals):
         log_q: Tensor = self.lm_head(states).float().log_softmax(-1)
         return log_q
 
+    def conditional(self, states: Tensor, before: Tensor) -> Conditional:
+        """q, and its confidence, of states [B, 1, h] behind tokens [B, W], target ids."""
+        return Conditional(self.log_probs(states, before))
+
     def beam(self, shape: TreeShape) -> int:
         """See `Proposals.beam`: nodes cost no pass, so the tree is the best one."""
         return 1 if shape.top_k == 1 else shape.nodes - 1
@@ -71,7 +77,7 @@ class Parallel(Proposals):
     def conditionals(self, state: Any, root: Tensor, depth: int) -> Conditionals:
         """See `Proposals.conditionals`."""
         states = self.block(state, root, depth)
-        return lambda level, tokens, parents: self.log_probs(states[:, level, None], tokens)
+        return lambda level, tokens, parents: self.conditional(states[:, level, None], tokens)
 
 
 def distinct(roots: Tensor, entries: int) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,16 @@ The tree is the root and the best N - 1 nodes of the pool by cumulative log-prob
 parent, so the kept nodes are connected. With `p_min` nodes below that probability are left out, and drafting ends at
 the level where the whole beam is below it.
 
+Some drafters also predict whether their likeliest token will be accepted (a confidence head). With `p_min` the
+probability of a node is then theirs: c for the likeliest child of a node, and the rest, 1 - c, in the ratio of q for
+the others. That of a chain is the product of its confidences.
+
 Legend: B batch, K steps, W nodes of a level, k children of a node, V target and Vd draft vocabulary.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,16 +26,31 @@ from vsd.drafters.vocabulary import DraftVocabulary, of_label
 from vsd.paths import Chain, Tree, TreeShape, best_nodes
 from vsd.targets.sampling import Generators, draw, probabilities
 
-Conditionals = Callable[[int, Tensor, Tensor], Tensor]
-"""log q of the children of a level's nodes, called from the root downwards, once for every level.
+
+class Conditional(NamedTuple):
+    """q of the children of W nodes.
+
+    Attributes:
+        log_q: [B, W, Vd] in float32, or [B, 1, Vd] where all nodes have one law.
+        log_c: log-probability that the likeliest child is accepted if the node is, [B, W]; None: not predicted.
+    """
+
+    log_q: Tensor
+    log_c: Tensor | None = None
+
+
+Conditionals = Callable[[int, Tensor, Tensor], Conditional]
+"""The law of the children of a level's nodes, called from the root downwards, once for every level.
 
 Takes the depth of the nodes (0: the root alone), their tokens [B, W], target ids, and the index of each one's parent
-among the nodes of the call before, [B, W]. Returns [B, W, Vd] in float32, or [B, 1, Vd] where all nodes have one law.
+among the nodes of the call before, [B, W].
 """
 
 
 class Proposals(ABC):
     """Proposals of a drafter whose q along drafted paths is known."""
+
+    one_pass: bool = False
 
     @property
     @abstractmethod
@@ -41,6 +60,10 @@ class Proposals(ABC):
     @abstractmethod
     def conditionals(self, state: Any, root: Tensor, depth: int) -> Conditionals:
         """q along paths of at most `depth` tokens below `root` [B], the token decided last."""
+
+    def confidence(self, states: Tensor) -> Tensor | None:
+        """See `Drafter.confidence`; most families predict none."""
+        return None
 
     @abstractmethod
     def beam(self, shape: TreeShape) -> int:
@@ -56,7 +79,10 @@ class Proposals(ABC):
         for depth in range(shape.depth):
             if depth and shape.p_min and float(beam_logp.max()) < shape.floor:
                 break
-            logp, best = law(depth, beam, above).topk(k)  # [B, W or 1, k]
+            found = law(depth, beam, above)
+            logp, best = found.log_q.topk(k)  # [B, W or 1, k]
+            if shape.p_min and found.log_c is not None:
+                logp = _calibrated(logp, found.log_c)
             logp = (beam_logp[..., None] + logp).flatten(1)  # [B, W k]
             children = ids[best].expand(-1, beam.shape[1], -1).flatten(1)
             tokens.append(children)
@@ -75,19 +101,27 @@ class Proposals(ABC):
         """See `Drafter.draw`.
 
         Below a token under `shape.p_min` nothing is drafted, but the token itself stays: whether a token is verified
-        must not depend on the token.
+        must not depend on the token. A confidence is known before the token is drawn, and so ends the chain before it;
+        the first token is always drafted.
         """
         law, ids = self.conditionals(state, root, shape.depth), self.vocabulary.ids
         none = torch.zeros_like(root[:, None])
         divisor = torch.tensor([t or 1.0 for t in temperature], device=root.device)[:, None]
         path, distributions, log_q = [root], [], [torch.zeros(len(root), device=root.device)]
+        score = log_q[0]
         for step in range(shape.depth):
-            if shape.p_min and float(log_q[-1].max()) < shape.floor:
+            if _ends(score, shape):
                 break
-            q = probabilities(law(step, path[-1][:, None], none)[:, 0] / divisor, generators)  # [B, Vd]
+            found = law(step, path[-1][:, None], none)
+            if found.log_c is not None:
+                score = score + found.log_c[:, 0]
+                if step and _ends(score, shape):
+                    break
+            q = probabilities(found.log_q[:, 0] / divisor, generators)  # [B, Vd]
             drawn = draw(q, generators)
             distributions.append(q.log())
             log_q.append(log_q[-1] + distributions[-1].gather(1, drawn[:, None])[:, 0])
+            score = log_q[-1] if found.log_c is None else score
             path.append(ids[drawn])
         nodes = torch.arange(len(path), device=root.device)
         parents = (nodes - 1).clamp(min=0).expand(len(root), -1)
@@ -99,9 +133,21 @@ class Proposals(ABC):
         law, rows, none = self.conditionals(state, root, tokens.shape[1]), self.vocabulary.rows, torch.zeros_like(root)
         above, found = torch.cat([root[:, None], tokens[:, :-1]], dim=1), []
         for step, token in enumerate(tokens.T):
-            log_q = (law(step, above[:, step, None], none[:, None])[:, 0] / temperature).log_softmax(-1)
+            log_q = (law(step, above[:, step, None], none[:, None]).log_q[:, 0] / temperature).log_softmax(-1)
             found.append(of_label(log_q, rows[token], float("-inf")))
         return torch.stack(found, 1)
+
+
+def _ends(scores: Tensor, shape: TreeShape) -> bool:
+    """Whether all rows [B] are below `p_min`."""
+    return bool(shape.p_min) and float(scores.max()) < shape.floor
+
+
+def _calibrated(log_q: Tensor, log_c: Tensor) -> Tensor:
+    """log-probabilities [B, W, k] of the likeliest children, from log c [B, W] and log q [B, W or 1, k], best first."""
+    rest = (1 - log_q[..., :1].exp()).clamp(min=torch.finfo(log_q.dtype).eps)
+    left = (-log_c.expm1()).clamp(min=torch.finfo(log_c.dtype).tiny)[..., None]
+    return torch.cat([log_c[..., None], log_q[..., 1:] + (left / rest).log()], dim=-1)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

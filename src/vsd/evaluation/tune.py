@@ -141,6 +141,7 @@ class Costs:
         draft: drafting of a tree to its full depth, by depth and top_k.
         verify: a verification pass, by number of nodes.
         rest: all other work in a step with a drafter.
+        one_pass: whether drafting costs the same for every number of levels.
     """
 
     reading: tuple[float, float]
@@ -148,10 +149,12 @@ class Costs:
     draft: dict[tuple[int, int], float]
     verify: dict[int, float]
     rest: float
+    one_pass: bool = False
 
     def step(self, shape: TreeShape, nodes: int, levels: int) -> float:
         """Predicted seconds of a step of `shape` whose tree has `nodes` nodes and `levels` drafted levels."""
-        draft = self.draft[shape.depth, shape.top_k] * levels / shape.depth
+        share = bool(levels) if self.one_pass else levels / shape.depth
+        draft = self.draft[shape.depth, shape.top_k] * share
         return draft + float(np.interp(nodes, list(self.verify), list(self.verify.values()))) + self.rest
 
     @classmethod
@@ -188,6 +191,7 @@ class Costs:
             {(shape.depth, shape.top_k): draft for shape, (draft, _, _) in zip(full, medians)},
             {nodes: statistics.median(seconds) for nodes, seconds in verify.items()},
             statistics.median(rest for _, _, rest in medians),
+            drafter.one_pass,
         )
 
 

@@ -21,9 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
+from vsd.drafters.lattice import Head
 from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, InProcess
-from vsd.objective import FusedLoss, PathTarget, fused_loss
+from vsd.objective import Confidence, FusedLoss, PathTarget, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import Paths, TreeShape
 from vsd.targets import Inputs, Target, TargetInfo
@@ -304,7 +305,7 @@ class _Counts:
 
 
 def _weighted_loss(
-    hidden: Tensor, head: Tensor, *, posteriors: list[Posterior], models: Models, acceptance: float
+    hidden: Tensor, head: Head, *, posteriors: list[Posterior], models: Models, acceptance: float
 ) -> FusedLoss:
     """hidden [K, B, P, h] of all posteriors' paths, side by side. Counts are those of the first."""
     outputs = []
@@ -314,6 +315,8 @@ def _weighted_loss(
         share, old = (x if x is None else x.flatten(0, 1).T for x in (posterior.share, posterior.old_log_q))
         labels, temperature = models.draft_of[tokens], models.draft_temperature
         target = PathTarget(labels, rows, valid, share, posterior.group, old, temperature, posterior.written)
-        terms = posterior.part.terms
-        outputs.append(fused_loss(states.flatten(1, 2), head, posterior.target, target, terms, acceptance))
+        states, terms = states.flatten(1, 2), posterior.part.terms
+        logits = models.drafter.confidence(states.detach())  # its loss does not train the states
+        confidence = None if logits is None else Confidence(logits, models.rule)
+        outputs.append(fused_loss(states, head, posterior.target, target, terms, acceptance, confidence=confidence))
     return outputs[0]._replace(loss=torch.stack([output.loss for output in outputs]).sum())

@@ -21,6 +21,7 @@ from vsd.drafters.checkpoints import (
     SIZES,
     check_embeddings,
     complete_vocabulary,
+    draft_steps,
     fill,
     is_of,
     load,
@@ -43,7 +44,9 @@ _UNSUPPORTED = (
     "attention_sink_bias",
     "add_swa_attention_sink_bias",
     "use_swa",
+    "final_logit_softcapping",
 )
+_SCALES = ("logit_scale", "output_multiplier", "input_embedding_scale")
 
 
 def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
@@ -52,24 +55,34 @@ def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
     Raises:
         MismatchError: a drafter that vLLM would load wrong.
     """
-    config = drafter.config
-    if config.sample_from_anchor:
-        raise MismatchError("vLLM's dflash predicts nothing at the root: train with sample_from_anchor: false")
     tensors, layer, common = exported(drafter, _CLASS)
     if kind == "vllm":
-        own = {"mask_token_id": config.mask_token_id, "causal": config.causal, "block_size": common["block_size"]}
-        layers = [index - 1 for index in config.aux_layers]
-        return Checkpoint(tensors, {**layer, **common, "dflash_config": {**own, "target_layer_ids": layers}})
+        return Checkpoint(tensors, {**layer, **common, "dflash_config": dflash_config(drafter, common["block_size"])})
     return Checkpoint(tensors, {**common, **speculators(drafter, target, "dflash", layer)})
 
 
-def exported(drafter: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def dflash_config(drafter: Any, block_size: int) -> dict[str, Any]:
+    """The field of that name in the native format."""
+    config = drafter.config
+    layers = [index - 1 for index in config.aux_layers]
+    own = {"mask_token_id": config.mask_token_id, "causal": config.causal, "block_size": block_size}
+    return {**own, "target_layer_ids": layers}
+
+
+def exported(
+    drafter: Any, name: str, anchored: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Tensors, fields of the layers and fields common to all formats, for class `name`.
 
+    Args:
+        anchored: whether vLLM's speculator can predict the first token at the root's place.
+
     Raises:
-        MismatchError: a packed drafter, or features that the formats cannot name.
+        MismatchError: a packed drafter, features that the formats cannot name, or a place that vLLM does not sample.
     """
     config, tensors = drafter.config, dict(drafter.state_dict())
+    if config.sample_from_anchor and not anchored:
+        raise MismatchError("vLLM's dflash predicts nothing at the root: train with sample_from_anchor: false")
     if "fc.weight" not in tensors:
         raise MismatchError("this drafter's weights are packed for decoding: read it with `read_drafter`")
     if min(config.aux_layers) < 1:
@@ -82,7 +95,7 @@ def exported(drafter: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Any]
         "attention_bias": False,
         "tie_word_embeddings": False,
     }
-    steps = _steps(config)
+    steps = draft_steps(config, _STEPS)
     common = {
         "architectures": [name],
         "draft_vocab_size": config.draft_vocab_size,
@@ -111,12 +124,16 @@ def speculators(drafter: Any, target: TargetInfo, name: str, layer: dict[str, An
         "sliding_window_non_causal": True,
         "aux_hidden_state_layer_ids": list(config.aux_layers),
         "transformer_layer_config": layer,
-        "speculators_config": speculators_config(name, target, _steps(config)),
+        "speculators_config": speculators_config(name, target, draft_steps(config, _STEPS)),
     }
 
 
-def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInfo) -> Any:
+def import_checkpoint(kind: type[DFlashDrafter], silent: Mapping[str, Any], folder: Path, target: TargetInfo) -> Any:
     """A released drafter, in either format, as ours; every tensor is accounted for.
+
+    Args:
+        kind: class of the family's drafters.
+        silent: fields of the family's configuration where config.json does not name them.
 
     Raises:
         MismatchError: no checkpoint, another architecture or target, tensors missing or left over, features unclear.
@@ -126,8 +143,9 @@ def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInf
     wrong = [name for name in _UNSUPPORTED if layer.get(name) or own.get(name)]
     if "sliding_attention" in (layer.get("layer_types") or []):
         wrong.append("layers with a sliding window")
-    if layer.get("is_neox_style", True) is False or layer.get("logit_scale", 1.0) != 1.0:
-        wrong.append("another rotation or scale of logits")
+    wrong += [name for name in _SCALES if layer.get(name, 1.0) != 1.0 or own.get(name, 1.0) != 1.0]
+    if layer.get("is_neox_style", True) is False:
+        wrong.append("another rotation")
     if (folder / "mask_embedding.pt").exists():
         wrong.append("a mask embedding of its own")
     if wrong:
@@ -145,8 +163,9 @@ def import_checkpoint(kind: type[DFlashDrafter], folder: Path, target: TargetInf
         "num_hidden_layers": layer["num_hidden_layers"],
         "mask_token_id": own["mask_token_id"],
         "causal": bool(own.get("causal", layer.get("is_causal") or False)),
-        **{name: own[name] for name in ("sample_from_anchor", "markov_rank") if name in own},
     }
+    family = ("sample_from_anchor", *kind.config_class.__annotations__)
+    more |= {**silent} | {name: own[name] for name in family if name in own and name not in more}
     drafter = kind(kind.config_class(**{**fields, **more}))
     if fields["draft_vocab_size"] == target.vocab_size:
         tensors.pop("lm_head.weight", None)
@@ -158,11 +177,6 @@ def reads(config: Mapping[str, Any]) -> bool:
     return is_of(config, DFlashDrafter, "dflash", _CLASS in (config.get("architectures") or []))
 
 
-def _steps(config: Any) -> int:
-    """K: tokens of a block."""
-    return int(getattr(config, "draft_steps", None) or _STEPS)
-
-
 def _serve(kind: str, out: str, tokens: int) -> str:
     return serve_arguments(kind, "DFLASH", "dflash", out, tokens)
 
@@ -171,7 +185,7 @@ FAMILY = Family(
     title=DFlashDrafter.title,
     new=DFlashDrafter.for_target,
     reads=reads,
-    load=partial(load, DFlashDrafter, partial(import_checkpoint, DFlashDrafter)),
+    load=partial(load, DFlashDrafter, partial(import_checkpoint, DFlashDrafter, {})),
     export=export,
     formats=("vllm", "speculators"),
     serve=_serve,

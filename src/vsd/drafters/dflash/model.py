@@ -81,7 +81,7 @@ class DFlashAttention(nn.Module):
 
 
 class DFlashLayer(nn.Module):
-    """A decoder layer whose attention is computed outside."""
+    """A decoder layer whose attention over keys and values is computed outside."""
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
@@ -90,11 +90,27 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Both residual connections: x [B, Q, h], attention heads [B, H, Q, D] -> [B, Q, h]."""
-        x = x + self.self_attn.o_proj(attended.transpose(1, 2).flatten(-2))
-        finished: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return finished
+    def forward(self, x: Tensor, queries: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """States x [B, P J, h] of blocks of J = `queries` tokens, after the layer.
+
+        Args:
+            attend: maps the input of attention to its heads' output, [B, P J, h] -> [B, H, P J, D].
+        """
+
+        def attention(a: Tensor) -> Tensor:
+            output: Tensor = self.self_attn.o_proj(attend(a).transpose(1, 2).flatten(-2))
+            return output
+
+        x = x + self.around_attention(self.input_layernorm(x), queries, attention)
+        return x + self.around_mlp(self.post_attention_layernorm(x), queries, self.mlp)
+
+    def around_attention(self, x: Tensor, queries: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sublayer `run` on its normed input x [B, P J, h]."""
+        return run(x)
+
+    def around_mlp(self, x: Tensor, queries: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sublayer `run` on its normed input x [B, P J, h]."""
+        return run(x)
 
 
 class DFlashDrafter(Parallel, FeatureDrafter):
@@ -102,6 +118,7 @@ class DFlashDrafter(Parallel, FeatureDrafter):
 
     title = "DFlash drafter"
     config_class = DFlashConfig
+    layer_class: type[DFlashLayer] = DFlashLayer
     supports_gradient_checkpointing = True
 
     def __init__(self, config: DFlashConfig) -> None:
@@ -109,7 +126,7 @@ class DFlashDrafter(Parallel, FeatureDrafter):
         self.gradient_checkpointing = False
         self.fc = nn.Linear(config.feature_width, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList([DFlashLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self.layer_class(config) for _ in range(config.num_hidden_layers)])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.shares_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -186,9 +203,7 @@ class DFlashDrafter(Parallel, FeatureDrafter):
         committed = state.committed[:, None].expand(-1, len(order), -1)
         seen = torch.cat([committed, self._own_seen(order).expand(len(root), -1, -1)], dim=-1)
         for i, layer in enumerate(self.decoder_layers()):
-            normed = layer.input_layernorm(x)
-            state.draft(i, state.fill, *layer.self_attn.keys_values(normed, rotary))
-            x = layer.finish(x, state.attend(i, layer.self_attn.queries(normed, rotary), seen))
+            x = layer(x, len(order), partial(_attend_cached, state, i, layer.self_attn, rotary, seen))
         return self._predicting(self.norm(x)[:, None], steps)[:, 0]
 
     def _begun(self, aux: Tensor, counts: Tensor, positions: Tensor, capacity: int) -> EntryCache:
@@ -252,7 +267,19 @@ def _layer(
     layer: DFlashLayer, x: Tensor, context: Tensor, rotary: Rotary, own_rotary: Rotary, seen: Tensor, own_seen: Tensor
 ) -> Tensor:
     """A layer in training: x [B, P J, h] over the context [B, E, h] that every path sees, and over its own block."""
-    attention, normed = layer.self_attn, layer.input_layernorm(x)
-    shared, own = attention.keys_values(context, rotary), attention.keys_values(normed, own_rotary)
-    attended = attend_block(attention.queries(normed, own_rotary), shared, seen, own, own_seen)
-    return layer.finish(x, attended)
+    attention = layer.self_attn
+
+    def attend(a: Tensor) -> Tensor:
+        shared, own = attention.keys_values(context, rotary), attention.keys_values(a, own_rotary)
+        return attend_block(attention.queries(a, own_rotary), shared, seen, own, own_seen)
+
+    after: Tensor = layer(x, len(own_seen), attend)
+    return after
+
+
+def _attend_cached(
+    state: EntryCache, index: int, attention: DFlashAttention, rotary: Rotary, seen: Tensor, a: Tensor
+) -> Tensor:
+    """Attention of layer `index` in decoding: a [B, J, h] over the cache and over its own block, seen [B, J, L]."""
+    state.draft(index, state.fill, *attention.keys_values(a, rotary))
+    return state.attend(index, attention.queries(a, rotary), seen)

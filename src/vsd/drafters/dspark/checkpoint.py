@@ -6,7 +6,7 @@
 | `speculators` | `Qwen3DSparkModel` | vLLM by way of the speculators library |
 
 The tensors are ours. Both are read from vLLM's source; its CPU build has no speculator for them, so they are not proved
-there. Confidence heads of released drafters are not read: they do not change what is drafted.
+there.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from vsd.drafters.family import Checkpoint, Family, serve_arguments
 from vsd.targets import TargetInfo
 
 _CLASS = "Qwen3DSparkModel"
+_CONFIDENCE = {"enable_confidence_head": False, "confidence_head_with_markov": False}  # where config.json is silent
 
 
 def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
@@ -29,11 +30,10 @@ def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
         MismatchError: a drafter that vLLM would load wrong.
     """
     config = drafter.config
-    tensors, layer, common = exported(drafter, _CLASS)
-    markov = {"markov_rank": config.markov_rank, "markov_head_type": "vanilla", "enable_confidence_head": False}
+    tensors, layer, common = exported(drafter, _CLASS, anchored=True)
+    heads = {"markov_head_type": "vanilla", **{name: getattr(config, name) for name in ("markov_rank", *_CONFIDENCE)}}
     if kind == "speculators":
-        own = {**speculators(drafter, target, "dspark", layer), "confidence_head_with_markov": False}
-        return Checkpoint(tensors, {**common, **own, **markov})
+        return Checkpoint(tensors, {**common, **speculators(drafter, target, "dspark", layer), **heads})
     own = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": [index - 1 for index in config.aux_layers],
@@ -41,7 +41,7 @@ def export(drafter: Any, target: TargetInfo, kind: str) -> Checkpoint:
         "dspark_bonus_anchor": not config.sample_from_anchor,
         "dflash_config": {"causal": config.causal},
     }
-    return Checkpoint(tensors, {**layer, **common, **own, **markov})
+    return Checkpoint(tensors, {**layer, **common, **own, **heads})
 
 
 def reads(config: Mapping[str, Any]) -> bool:
@@ -57,7 +57,7 @@ FAMILY = Family(
     title=DSparkDrafter.title,
     new=DSparkDrafter.for_target,
     reads=reads,
-    load=partial(load, DSparkDrafter, partial(import_checkpoint, DSparkDrafter)),
+    load=partial(load, DSparkDrafter, partial(import_checkpoint, DSparkDrafter, _CONFIDENCE)),
     export=export,
     formats=("vllm", "speculators"),
     serve=_serve,

@@ -23,6 +23,7 @@ from vsd.drafters.checkpoints import (
     SIZES,
     check_embeddings,
     complete_vocabulary,
+    draft_steps,
     fill,
     is_of,
     load,
@@ -43,6 +44,7 @@ from vsd.targets import TargetInfo
 _NATIVE = "LlamaForCausalLMEagle3"  # vLLM renames other classes that it is given as `eagle3`, and then finds none
 _LAYER_FIELDS = ("model_type", "num_hidden_layers", *SIZES, "mlp_bias", "rope_parameters")
 _UNSUPPORTED = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "qkv_bias")
+_STEPS = 3  # tokens of a draft whose drafter does not say
 _MASK_TOKEN = ("pard_token", "mask_token_id", "ptd_token_id")
 
 
@@ -173,7 +175,7 @@ def _speculators(layout: Layout, drafter: Any, target: TargetInfo) -> dict[str, 
         "tie_word_embeddings": False,
         **{name: value for name, value in own.items() if name == "mask_token_id"},
         "transformer_layer_config": {**layer, "attention_bias": False, "tie_word_embeddings": False},
-        "speculators_config": speculators_config(layout.name, target, 3),
+        "speculators_config": speculators_config(layout.name, target, draft_steps(drafter.config, _STEPS)),
         "torch_dtype": native["torch_dtype"],
     }
 

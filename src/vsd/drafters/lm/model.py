@@ -179,7 +179,7 @@ class LMDrafter(Autoregressive, nn.Module):
         state, tokens = self.begin_at(entries, roots, steps), entries.next_ids.gather(1, roots).flatten()
         law, none = self.conditionals(state, tokens, steps), torch.zeros_like(tokens)[:, None]
         for k in range(steps):
-            tokens = choose(law(k, tokens[:, None], none).view(*roots.shape, -1)).flatten()
+            tokens = choose(law(k, tokens[:, None], none).log_q.view(*roots.shape, -1)).flatten()
 
     @torch.no_grad()
     def begin_at(self, entries: Entries, roots: Tensor, room: int) -> LMState:

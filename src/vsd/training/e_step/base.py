@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vsd.drafters import of_label
+from vsd.drafters.lattice import Head, logits
 from vsd.errors import ConfigurationError
 from vsd.features import Features, Texts
-from vsd.objective import Drafted, HeadTarget, Part, Proposed
+from vsd.objective import Drafted, HeadTarget, Part, Proposed, Rule
 from vsd.paths import Entries, Paths, Scored, score_paths
 from vsd.targets import Target, TargetInfo
 
@@ -82,7 +83,7 @@ class Models:
         self,
         target: TargetInfo,
         drafter: Any,
-        rule: str,
+        rule: Rule,
         temperature: float,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
@@ -134,8 +135,8 @@ class Models:
         """log q of every token of some paths, [B, P, K]; -inf where it cannot be drafted."""
         labels = self.draft_of[paths.tokens].movedim(-1, 0)
 
-        def of_tokens(states: Tensor, head: Tensor) -> Tensor:
-            return of_label((states @ head.T).float().log_softmax(-1), labels, float("-inf"))
+        def of_tokens(states: Tensor, head: Head) -> Tensor:
+            return of_label(logits(states, head).float().log_softmax(-1), labels, float("-inf"))
 
         with self.autocast():
             found: Tensor = drafter(batch.entries, paths, of_tokens)
