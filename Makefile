@@ -20,8 +20,8 @@ integration: .venv/installed-dev .venv-vllm/installed  ## tests against the real
 	$(BIN)/pytest tests/integration -s
 
 lint: .venv/installed-dev  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples tools
+	$(BIN)/ruff format --check src tests benchmarks examples tools
 	$(BIN)/mypy
 
 benchmarks: .venv/installed  ## time the training step against a textbook loop
