@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, PreTrainedTokenizerBase, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vsd.pictures.scenes import COLOURS, NUMBERS, SHAPES, SIDE, SIZES, WORDS, Scene, caption, render, scene
+from vsd.pictures.scenes import COLOURS, MOST, NUMBERS, SHAPES, SIDE, SIZES, WORDS, Scene, caption, render, scene
 from vsd.targets.vision import IMAGE_TOKENS, PATCH
 
 WHATS, HUES, EXTENTS = SHAPES + NUMBERS + WORDS, tuple(COLOURS), tuple(SIZES)
 FACTS = (1 + len(WHATS), 1 + len(HUES), 1 + len(EXTENTS))  # classes of each fact of a patch; 0: no thing
+_FACTS_AT = -3  # patches know their facts two layers before the last one; those two collect them in the caption's order
 _SHARPNESS = 3.0  # a word's logit: minus this times its embedding's squared distance
 _MARGIN = 3  # pixels around a thing that still count as the thing
 
@@ -69,15 +70,19 @@ class Eye(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """What the projector reads of pixels [B, 3, S, S], [B, P, w]: the last layer, before the tower's last norm."""
-        seen: Tensor = self.tower(pixels, output_hidden_states=True).hidden_states[-1]
+        return self._layers(pixels)[-1]
+
+    def _layers(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The embedded patches and the outputs of all layers, [B, P, w] each."""
+        seen: tuple[Tensor, ...] = self.tower(pixels, output_hidden_states=True).hidden_states
         return seen
 
     def losses(self, batch: Batch) -> Losses:
         """Cross-entropy of facts and words, and the squared distance to the words' embeddings."""
-        seen = self.features(batch.pixels)
-        named = self.heads(seen).split(FACTS, dim=-1)
+        seen = self._layers(batch.pixels)
+        named = self.heads(seen[_FACTS_AT]).split(FACTS, dim=-1)
         facts = sum(F.cross_entropy(one.flatten(0, 1), batch.facts[..., k].flatten()) for k, one in enumerate(named))
-        said = self.projector(seen[: len(batch.words)]).flatten(0, 1)  # [B' P, h]
+        said = self.projector(seen[-1][: len(batch.words)]).flatten(0, 1)  # [B' P, h]
         distance = torch.cdist(said, self.embeddings).square()  # [B P, W]
         words = batch.words.flatten()
         return Losses(
@@ -110,7 +115,7 @@ class Words:
 
 def batch_of(seeds: Sequence[int], words: Words) -> Batch:
     """The scenes of these seeds, and as many crowded ones, whose facts alone are learned: more things a second."""
-    plain = [scene(seed) for seed in seeds]
+    plain = [scene(seed, most=1 + seed % MOST) for seed in seeds]
     scenes = plain + [scene(seed, 5, 9) for seed in seeds]
     facts = torch.stack([facts_of(one) for one in scenes])
     return Batch(pixels_of(scenes), facts, torch.tensor([words.of(one) for one in plain]))

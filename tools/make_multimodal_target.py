@@ -42,7 +42,7 @@ LONG = (
     "Write a poem about the picture.",
 )
 _SAVE, _LOG = 90.0, 30.0  # seconds between checkpoints, and between lines of the log
-_TOWER_RATE, _SPEAK_RATE = 1.5e-3, 3e-4
+_TOWER_RATE, _SPEAK_RATE = 8e-4, 3e-4
 _TOWER_SIZE, _SPEAK_SIZE = 8, 4  # scenes of a step: plain ones, and as many crowded ones
 _ASKED = 4  # short questions of a step
 _LONGEST = 64  # tokens of a long answer
@@ -132,7 +132,7 @@ def seen_losses(eye: Eye, words: Words, step: int, size: int) -> Losses:
 
 def total(losses: Losses) -> Tensor:
     """The loss of `tower`."""
-    return losses.facts + 2 * losses.words + losses.far
+    return losses.facts + 4 * losses.words + losses.far
 
 
 def train_speak(folder: Path, minutes: float) -> None:

@@ -98,8 +98,9 @@ def kind_of(word: str, position: int) -> str | None:
 
 
 def right(question: Question, answer: str) -> bool:
-    """Whether an answer names the fact and no alternative."""
-    words = set(re.findall(r"[a-z]+", answer.lower()))
+    """Whether an answer names the fact and no alternative; digits count as words."""
+    found = re.findall(r"[a-z]+|[0-9]+", answer.lower())
+    words = {NUMBERS[int(word)] if word.isdigit() and int(word) < len(NUMBERS) else word for word in found}
     return words.issuperset(question.facts) and words.isdisjoint(question.wrong)
 
 

@@ -44,7 +44,7 @@ def test_captions_are_one_class_a_position() -> None:
 def test_a_tiny_tower_learns_two_scenes_by_heart() -> None:
     torch.manual_seed(0)
     words = Words(Splitter(), samples=50)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(**tower, image_size=SIDE, patch_size=PATCH, vision_use_head=False),
         text_config=LlamaConfig(hidden_size=64),

@@ -66,13 +66,13 @@ class Thing:
 
     @property
     def noun(self) -> str:
-        """What it is called: "circle", "number seven", "word sun"."""
-        return self.what if self.kind == "shape" else f"{self.kind} {self.what}"
+        """What it is called: "circle", "written seven", "written sun"."""
+        return self.what if self.kind == "shape" else f"written {self.what}"
 
     @property
     def look(self) -> str:
-        """What it looks like: "large red circle"; "red number seven", as numbers and words are of one size."""
-        return f"{self.size} {self.colour} {self.noun}" if self.kind == "shape" else f"{self.colour} {self.noun}"
+        """What it looks like: "large red circle"; "written red seven", as numbers and words are of one size."""
+        return f"{self.size if self.kind == 'shape' else 'written'} {self.colour} {self.what}"
 
     @property
     def place(self) -> str:
@@ -145,12 +145,8 @@ def caption(scene: Scene) -> str:
     """All that is true of the scene, in words."""
     count = len(scene.things)
     start = "There is one object" if count == 1 else f"There are {NUMBERS[count]} objects"
-    listed = ",".join(f" {_a(thing.look)} at {thing.place}" for thing in scene.things)
+    listed = ",".join(f" a {thing.look} at {thing.place}" for thing in scene.things)
     return f"{start} on a {scene.pattern} {scene.ground} background:{listed}."
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun.startswith("orange") else f"a {noun}"
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -170,9 +166,7 @@ def questions(scene: Scene) -> list[Question]:
 def _about(thing: Thing, alone: bool) -> list[Question]:
     name = thing.noun
     whats = _others(SHAPES + WORDS + NUMBERS, thing.what)
-    asked = [
-        Question("object", f"What is at the {thing.place}?", f"{_a(thing.look).capitalize()}.", (thing.what,), whats)
-    ]
+    asked = [Question("object", f"What is at the {thing.place}?", f"A {thing.look}.", (thing.what,), whats)]
     if alone:
         row, column = ROWS[thing.row], COLUMNS[thing.column]
         places = _others(ROWS, row) + _others(COLUMNS, column)

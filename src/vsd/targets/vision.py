@@ -23,7 +23,7 @@ IMAGE_TOKENS = (SIDE // PATCH) ** 2  # placeholders of an image
 _TOWER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "image_size": SIDE,
     "patch_size": PATCH,
