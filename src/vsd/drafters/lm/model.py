@@ -90,7 +90,7 @@ class LMDrafter(Autoregressive, nn.Module):
             MismatchError: it cannot be read.
         """
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype or "auto",
                 use_safetensors=True,
@@ -100,9 +100,10 @@ class LMDrafter(Autoregressive, nn.Module):
             )
         except (OSError, ValueError) as error:
             raise MismatchError(f"cannot load a drafter from '{path}': {first_line(error)}") from error
+        model, found = loaded
         if missing := sorted(found["missing_keys"]):
             raise MismatchError(f"'{path}' lacks {', '.join(missing[:3])}: copy it again")
-        drafter = cls(model.to(target.device))  # type: ignore[arg-type]
+        drafter = cls(model.to(target.device))
         drafter._check_head(path)
         return drafter
 
