@@ -38,6 +38,7 @@ PACKAGES = {
     "training": "The trainer",
     "evaluation": "Measurement",
     "report": "Reports",
+    "pictures": "Pictures",
     "export": "Export",
     "options": "Options",
     "errors": "Errors",
