@@ -56,7 +56,8 @@ def load_target(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained
+        model, found = read(
             path,
             dtype=chosen,
             use_safetensors=True,
@@ -69,7 +70,7 @@ def load_target(
         raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
     if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise TargetError(f"the weights of '{name}' lack {wrong[0]}, or have it in another shape: copy them again")
-    model.to(where)  # type: ignore[arg-type]
+    model.to(where)
     target = Target(model, tokenizer, name=name)
     if compiled:
         target.compile()

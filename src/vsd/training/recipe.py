@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from vsd import __version__
 from vsd.errors import ConfigurationError, MismatchError

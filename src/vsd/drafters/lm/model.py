@@ -90,7 +90,8 @@ class LMDrafter(Autoregressive, nn.Module):
             MismatchError: it cannot be read.
         """
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            read: Any = AutoModelForCausalLM.from_pretrained
+            model, found = read(
                 path,
                 dtype=dtype or "auto",
                 use_safetensors=True,
@@ -102,7 +103,7 @@ class LMDrafter(Autoregressive, nn.Module):
             raise MismatchError(f"cannot load a drafter from '{path}': {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]):
             raise MismatchError(f"'{path}' lacks {', '.join(missing[:3])}: copy it again")
-        drafter = cls(model.to(target.device))  # type: ignore[arg-type]
+        drafter = cls(model.to(target.device))
         drafter._check_head(path)
         return drafter
 
