@@ -54,6 +54,11 @@ def pickled(folder: Path, random: Random) -> None:
     weights(folder).rename(folder / "pytorch_model.bin")
 
 
+def a_file(folder: Path, random: Random) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
 def no_config(folder: Path, random: Random) -> None:
     (folder / "config.json").unlink()
 
@@ -136,7 +141,7 @@ COMMON: dict[str, Damage] = {
 }
 OF_DRAFTERS: dict[str, Damage] = {
     "NaN or infinity": unsound,
-    "not a folder": lambda folder, random: (shutil.rmtree(folder), folder.write_text("x"))[0],
+    "not a folder": a_file,
 }
 MAPS: dict[str, Damage] = {
     "a surplus tensor": surplus,

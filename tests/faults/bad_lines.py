@@ -16,6 +16,7 @@ Change = Callable[[list[int], Random], Any]
 WORDS = ["why", "is the sky", "so blue", "a b", "tell me", "nothing", "well"]
 ANSWER = [{"role": "assistant", "content": "fine, thanks"}]
 CALLS = [7, [7], [{}], [{"function": {"name": "f", "arguments": "{"}}], [{"name": ""}]]
+OTHERS: list[Any] = [{}, "hi", 3, [], [[]], [None], [7], True]
 OWN = ["tokenize", "conversation", "chat_template", "return_dict", "return_tensors", "padding", "truncation"]
 OWN += ["continue_final_message", "return_assistant_tokens_mask", "add_generation_prompt", "tokenizer_kwargs", "tools"]
 
@@ -121,9 +122,7 @@ LINES: dict[str, Damage] = {
     "too deep": one_of(b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "a number of 5000 digits": one_of(b'{"prompt": ' + b"1" * 5000 + b"}"),
     "a key is missing": without,
-    "messages of another kind": one_of(
-        *({key: value} for key in ("messages", "turns") for value in ({}, "hi", 3, [], [[]], [None], [7], True))
-    ),
+    "messages of another kind": one_of(*({key: value} for key in ("messages", "turns") for value in OTHERS)),
     "content of another kind": with_("content", 7, {"text": "a"}, True, 1.5),
     "parts": with_("content", [{"type": "image"}], [{"type": "text", "text": "a"}] * 2, [{}], ["a"], [None]),
     "parts of another kind": with_("content", [{"type": "text", "text": 7}], [{"type": "text"}]),

@@ -15,7 +15,7 @@ from fake_server import FakeServer, Handler
 from vsd.data import server as client
 
 Fault = Callable[[Handler], None]
-SHORT = {
+SHORT: dict[str, Any] = {
     "_FIRST_PAUSE": 0.01,
     "_LONGEST_PAUSE": 0.05,
     "_RETRY_SECONDS": 0.6,

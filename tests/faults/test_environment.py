@@ -140,8 +140,10 @@ def test_runs_that_share_a_store_compute_each_shard_once(
         store._write_shard(tmp_path / "features-00000.safetensors", compute)
 
     threads = [threading.Thread(target=write) for _ in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(computed) == 1 and [p.name for p in tmp_path.iterdir()] == ["features-00000.safetensors"]
 
 

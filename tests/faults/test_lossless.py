@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import lossless
+from vsd.errors import ConfigurationError
+from vsd.evaluation import Prompt
 
 
 def test_prompts_that_a_kill_left_half_are_compared_again(tmp_path: Path) -> None:
@@ -23,7 +25,7 @@ def test_prompts_that_a_kill_left_half_are_compared_again(tmp_path: Path) -> Non
         assert out.read_text() == "\n".join(lines[:7]) + "\n"
     out.write_text("\n".join(lines) + "\n")
     assert len(lossless.finished(out, request, 7)) == 7  # the last batch is a short one
-    with pytest.raises(lossless.ConfigurationError, match="other settings"):
+    with pytest.raises(ConfigurationError, match="other settings"):
         lossless.finished(out, {**request, "dtype": "bfloat16"}, 7)
 
 
@@ -35,7 +37,7 @@ def test_pieces_equal_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         return [{"tokens": len(each)} for each in ids]
 
     monkeypatch.setattr(lossless, "compare", compare)
-    prompts = [lossless.Prompt(str(i), "s", None, ["x" * (i + 1)]) for i in range(8)]
+    prompts = [Prompt(str(i), "s", None, ["x" * (i + 1)]) for i in range(8)]
     request, out = {"batch": 3, "max_new_tokens": 4}, tmp_path / "out.jsonl"
     assert lossless.measure(tiny_target, None, prompts, request, out, minutes=-1) == []
     out.write_text(json.dumps(request) + "\n" + "".join(json.dumps({"tokens": i}) + "\n" for i in range(4)))

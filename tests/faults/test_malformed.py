@@ -1,6 +1,7 @@
 """Malformed inputs end as the convention says; `benchmarks/faults.py` tries many more of them."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -65,6 +66,6 @@ def test_a_rule_makes_the_same_case_of_the_same_seed(shop: Workshop, tmp_path: P
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        rule(shop, tmp_path / name, malformed.Random(f"{seed} 1"))
+        rule(shop, tmp_path / name, Random(f"{seed} 1"))
         made.append([path.read_bytes()[10:] for path in sorted((tmp_path / name).iterdir())])
     assert made[0] == made[1] != made[2]
