@@ -66,10 +66,12 @@ def _train(
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
     folder = Path(job.output_dir)
-    if PartialState().is_main_process:
+    first = PartialState().is_main_process
+    if first:
         held.enter_context(alone(folder))
     checkpoint = _checkpoint(job, resume)  # once more: another run may have ended since
-    write_recipe(folder, job, config)
+    if first:
+        write_recipe(folder, job, config)
     trainer = VSDTrainer(
         target,
         drafter,
