@@ -63,17 +63,18 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is never seen half; its folder is created.
+    """Write a file whole; its folder is created. A kill leaves at most NAME.tmp, which the next write replaces.
 
     Raises:
         FileError: it cannot be written.
     """
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    half = path.with_name(f"{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             half.write_text(text)
-            os.replace(half, path)
+            with suppress(FileNotFoundError):  # another process that writes the same was faster
+                os.replace(half, path)
         except OSError:
             with suppress(OSError):
                 half.unlink()

@@ -76,7 +76,9 @@ def test_greedy_is_generate(family: str) -> None:
 
 @pytest.mark.parametrize("kind", [name for name in FAMILIES if name != "eagle3"])
 def test_other_drafters_decode_behind_images(kind: str) -> None:
-    target, _ = pair("qwen3_vl")
+    target, _ = pair(
+        "llava" if kind == "lm" else "qwen3_vl"
+    )  # Qwen3-VL's language model is none of AutoModelForCausalLM
     prompts = [seeing.read(target, text, *pictures) for text, pictures in PROMPTS]
     expected = [generated(target, text, pictures, LENGTH) for text, pictures in PROMPTS]
     engine = Engine(target, overfit.random_drafter(target, family=kind), TreeShape(3, 3, 8))

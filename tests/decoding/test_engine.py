@@ -255,7 +255,7 @@ def test_a_drafter_that_computes_nan_is_an_error(shape: TreeShape, temperature: 
         TreeShape(4, 3, 12),
         TreeShape(2, 4, 6),
         TreeShape(4, 3, 12, 0.02),
-        TreeShape(2, 3, 6, 0.01, 5),
+        TreeShape(2, 3, 6, 0.1, 5),
         TreeShape.chain(3),
     ],
     ids=str,

@@ -317,7 +317,7 @@ def test_nothing_is_unpickled(drafter: Eagle3Drafter, tmp_path: Path) -> None:
         ("vocab_size", 129, "vocabulary 128, not 129"),
         ("hidden_size", 64, "hidden size 32, not 64"),
         ("fingerprint", lambda layers: "another", "fingerprint .* not another"),
-        ("config", SimpleNamespace(num_hidden_layers=3), r"layers \[0, 2, 3\] of a target that has 3"),
+        ("config", SimpleNamespace(num_hidden_layers=3), r"aux_layers are \[0, 2, 3\], and the target has 3 layers"),
     ],
 )
 def test_another_target_is_refused_by_what_differs(

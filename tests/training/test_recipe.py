@@ -88,7 +88,7 @@ def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
         (["data=a.jsonl", "lerning_rate=1"], "unknown option lerning_rate"),
         (["data=a.jsonl", "learning_rate"], "KEY=VALUE, not 'learning_rate'"),
         (["learning_rate=1"], "no training text"),
-        (["data=a.jsonl", "features=sometimes"], "features must be auto, store, online or a folder"),
+        (["data=a.jsonl", "features=sometimes"], "features must be auto, store, online, a server's URL or a folder"),
         (["data=a.jsonl", "on_bad_line=explode"], "on_bad_line must be fatal or skip, not 'explode'"),
         (["data=a.jsonl", "lr_scheduler_type=zigzag"], "bad training option"),
         (["data=a.jsonl", "draft_steps=0"], "draft_steps"),

@@ -137,11 +137,12 @@ def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
 
 def _begin(job: TrainJob, config: VSDConfig, resume: bool, held: ExitStack) -> str | None:
     """Hold the output folder for this run and write the recipe; returns the checkpoint from which the run goes on."""
-    folder = Path(job.output_dir)
-    if PartialState().is_main_process:
+    folder, first = Path(job.output_dir), PartialState().is_main_process
+    if first:
         held.enter_context(alone(folder))
     checkpoint = _checkpoint(job, resume)  # once more: another run may have ended since
-    write_recipe(folder, job, config)
+    if first:
+        write_recipe(folder, job, config)
     return checkpoint
 
 
