@@ -92,14 +92,20 @@ def trial(shop: Workshop, command: str, reference: Path, cost: tuple[float, int]
 
 def difference(reference: Path, out: Path) -> str:
     """The first file that is not that of the unkilled run; nothing if there is none."""
-    mine, theirs = ({str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in (out, reference))
-    left = {name for name in mine - theirs if not name.startswith("checkpoint-")}  # killed before it deleted an old one
-    if left or theirs - mine:
-        return f"left {sorted(left)}, lacks {sorted(theirs - mine)}"
+    mine, theirs = _files(out), _files(reference)
+    if mine != theirs:
+        return f"left {sorted(mine - theirs)}, lacks {sorted(theirs - mine)}"
     for name in sorted(theirs):
         if _content(out / name) != _content(reference / name):
             return f"{name} differs"
     return ""
+
+
+def _files(folder: Path) -> set[str]:
+    """Files by name, without those of earlier checkpoints: which of these are left depends on the moment of the kill."""
+    last = max((int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*")), default=0)
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {name for name in names if not name.startswith("checkpoint-") or name.startswith(f"checkpoint-{last}/")}
 
 
 def _content(path: Path) -> Any:
