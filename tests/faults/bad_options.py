@@ -236,11 +236,13 @@ SETTINGS = {
     for kind in (TrainJob, ObjectiveOptions, OptimisationOptions, MeasurementOptions)
     for f in dataclasses.fields(kind)
 }
+FLAGS = {"target", "dtype", "device", "data", "output_dir", "held_out", "draft_vocab_size"}  # of `Workshop.train`
+NOT_FLAGS = {name: kind for name, kind in SETTINGS.items() if name not in FLAGS}  # a flag has precedence over --set
 RULES: dict[str, Rule] = {
     **{f"recipe: {name}": whole_recipe(name) for name in RECIPES},
     **{f"recipe: type {n}": typed(in_recipe, SETTINGS) for n in range(3)},
     **{f"recipe: range {n}": ranged(in_recipe, TRAINING) for n in range(8)},
-    **{f"--set: type {n}": typed(setting, SETTINGS) for n in range(6)},
+    **{f"--set: type {n}": typed(setting, NOT_FLAGS) for n in range(6)},
     **{f"--set: range {n}": ranged(setting, TRAINING) for n in range(16)},
     **{f"drafter option {n}": ranged(of_drafter, DRAFTER) for n in range(8)},
     **{f"objective option {n}": objective_option for n in range(4)},

@@ -102,7 +102,7 @@ def difference(reference: Path, out: Path) -> str:
 
 
 def _files(folder: Path) -> set[str]:
-    """Files by name, without those of earlier checkpoints: which of these are left depends on the moment of the kill."""
+    """Files by name, without earlier checkpoints: which of these are left depends on the moment of the kill."""
     last = max((int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*")), default=0)
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     return {name for name in names if not name.startswith("checkpoint-") or name.startswith(f"checkpoint-{last}/")}
