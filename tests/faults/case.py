@@ -27,7 +27,9 @@ from vsd.targets import Target
 from vsd.training import DraftDataset
 
 SECONDS = 60  # for one command
-_REPORT = re.compile("; trying again$|: not a |: a folder in a folder$")  # lines that may stand before the last one
+_REPORT = re.compile(
+    "; trying again$|: not a |: a folder in a folder$|^vsd: skipped "
+)  # lines that may stand before the last one
 OPTIONS = ["max_steps=1", "use_cpu=true", "report_to=none", "disable_tqdm=true", "save_strategy=no", "draft_steps=2"]
 
 
@@ -121,7 +123,8 @@ def refused(names: str, code: int = 1) -> Callable[[Outcome], str]:
     """The demand for one line that matches a regular expression."""
 
     def wrong(found: Outcome) -> str:
-        lines = [line for line in found.err.splitlines() if line.startswith("vsd: ") or not _REPORT.search(line)]
+        written = found.err.splitlines()
+        lines = [*(line for line in written[:-1] if not _REPORT.search(line)), *written[-1:]]
         if found.code != code:
             return f"status {found.code}, not {code}: {found.err or found.out[-300:]}"
         if len(lines) != 1 or not lines[0].startswith("vsd: ") or len(lines[0]) > 1500:

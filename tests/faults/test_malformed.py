@@ -61,6 +61,17 @@ def test_a_malformed_input_is_one_line_and_leaves_nothing_half(
     assert not malformed.attempt(shop, tmp_path / "case", 0, number)
 
 
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [("drafter_options={no_such_field: 1}", "no field no_such_field"), ("output_dir=''", "output_dir is empty")],
+)
+def test_options_that_did_nothing_are_refused(shop: Workshop, tmp_path: Path, option: str, names: str) -> None:
+    words = shop.train(tmp_path / "run", option)
+    if "output" in option:
+        del words[(place := words.index("--output-dir")) : place + 2]
+    assert not case.complaint(case.Case(words, case.refused(names)), tmp_path)
+
+
 def test_a_rule_makes_the_same_case_of_the_same_seed(shop: Workshop, tmp_path: Path) -> None:
     rule = malformed.RULES["line: cut"]
     made = []

@@ -85,6 +85,9 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         Args:
             overrides: any field of the family's configuration.
         """
+        known = cls.config_class()
+        if unknown := [name for name in overrides if not hasattr(known, name)]:
+            raise AttributeError(f"a {cls.title} has no field {', '.join(unknown)}")
         fields = {**cls.fields_for(target, overrides), "draft_vocab_size": vocabulary.size, **overrides}
         drafter: Any = cls(cls.config_class(**fields))
         drafter.d2t.copy_(vocabulary.d2t)

@@ -102,6 +102,8 @@ class TrainJob(TargetOptions, TextOptions, DrafterOptions, OnlineOptions):
         for f in dataclasses.fields(self):
             setattr(self, f.name, checked(f.name, f.type, getattr(self, f.name)))
         check_bounds(vars(self))
+        if not self.output_dir.strip():
+            raise ConfigurationError("output_dir is empty: give the path of a folder")
         if self.features not in ("auto", "store", "online") and os.sep not in self.features:
             raise ConfigurationError(
                 f"features must be auto, store, online, a server's URL or a folder such as ./{self.features}, not "
