@@ -85,8 +85,8 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         Args:
             overrides: any field of the family's configuration.
         """
-        own, one_layer = cls.config_class().to_dict(), ("num_hidden_layers", 1)  # of a family without this field
-        if unknown := [name for name, value in overrides.items() if name not in own and (name, value) != one_layer]:
+        known, one_layer = cls.config_class().to_dict(), ("num_hidden_layers", 1)  # of a family without this field
+        if unknown := [name for name, value in overrides.items() if name not in known and (name, value) != one_layer]:
             raise AttributeError(f"a {cls.title} has no field {', '.join(unknown)}")
         fields = {**cls.fields_for(target, overrides), "draft_vocab_size": vocabulary.size, **overrides}
         drafter: Any = cls(cls.config_class(**fields))
