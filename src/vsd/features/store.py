@@ -99,6 +99,8 @@ class FeatureStore:
             chosen = [examples[i] for i in shards[s]]
             _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()
+        for s in range(len(shards)):  # of runs that were killed before they deleted it
+            _gate(folder / _name(s)).unlink(missing_ok=True)
         return cls(folder, target, examples, layers, temperature)
 
     @staticmethod
@@ -152,8 +154,8 @@ def _write_shard(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    half = path.with_name(f"{path.name}.part")
-    with writing(path), half.open("ab") as file:
+    half, gate = path.with_name(f"{path.name}.part"), _gate(path)
+    with writing(path), gate.open("ab") as file:  # not `half`: saving may put another file in its place
         lock(file)  # a process that was killed holds it no more
         try:
             if not path.exists():
@@ -161,6 +163,12 @@ def _write_shard(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
                 os.replace(half, path)
         finally:
             half.unlink(missing_ok=True)
+        gate.unlink(missing_ok=True)  # whoever waits for it, or makes another, finds the shard
+
+
+def _gate(shard: Path) -> Path:
+    """The file whose lock a run holds while it computes a shard."""
+    return shard.with_name(f"{shard.name}.lock")
 
 
 def _shard(target: Target, examples: list[Example], layers: tuple[int, ...], temperature: float) -> dict[str, Tensor]:
