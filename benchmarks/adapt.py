@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers, replay_of
-from study import DECODINGS, Read, counts, formatted_ratio, ratio
+from study import DECODINGS, Read, check_settings, counts, formatted_ratio, ratio
 from vsd.allocator import keep_freed_memory
 from vsd.data import TargetTeacher, load_examples, read_conversations, regenerate
 from vsd.drafters import load_drafter
@@ -58,6 +58,7 @@ TRAINED: dict[str, tuple[str, str]] = {  # arm: its text, its objective
     "online vsd": ("online", "vsd"),
 }
 ARMS = ("start", *TRAINED)
+SETTINGS = ("start", "prompts", "traffic", "count", "limit", "logs", "minutes", "answer_tokens", "learning_rate")
 
 
 def split_prompts(a: argparse.Namespace) -> dict[str, Path]:
@@ -163,16 +164,6 @@ def show(rows: Sequence[dict[str, Any]], a: argparse.Namespace) -> None:
     Console(width=120).print(table)
 
 
-def check_settings(a: argparse.Namespace) -> None:
-    """Exit if the runs in --out have other settings."""
-    names = ("start", "prompts", "traffic", "count", "limit", "logs", "minutes", "answer_tokens", "learning_rate")
-    settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        sys.exit(f"{a.out} holds a study with other settings ({path}): give another --out")
-    a.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", required=True, help="drafter that all arms start from")
@@ -195,7 +186,7 @@ def main() -> None:
     a = parser.parse_args()
     if CONTROL not in a.arms or (a.logs is None and any("logs" in arm for arm in a.arms)):
         parser.error(f"the control, {CONTROL}, must be among --arms, and arms on logs need --logs")
-    check_settings(a)
+    check_settings(a, SETTINGS)
     keep_freed_memory()
     files = split_prompts(a)
     runs = {arm: [train(arm, seed, files["train"], a) for seed in a.seeds] for arm in a.arms}

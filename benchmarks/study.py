@@ -87,10 +87,12 @@ DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, wh
 REJECTION_SEEDS = 2  # replays of a chain verified by rejection sampling
 
 
-def check_settings(a: argparse.Namespace) -> None:
-    """Exit if the runs in --out have other settings."""
-    training = ("text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
-    names = (*training, "prompts", "limit", "max_new_tokens")
+_TRAINING = ("text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
+SETTINGS = (*_TRAINING, "prompts", "limit", "max_new_tokens")  # that all runs of a study share
+
+
+def check_settings(a: argparse.Namespace, names: Sequence[str]) -> None:
+    """Exit if the runs in --out have other settings of these names."""
     settings, path = {name: getattr(a, name) for name in names}, a.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         sys.exit(f"{a.out} holds a study with other settings ({path}): give another --out")
@@ -275,7 +277,7 @@ def main() -> None:
     a = parser.parse_args()
     if CONTROL not in a.objectives:
         parser.error(f"the control is missing: add {CONTROL} to --objectives")
-    check_settings(a)
+    check_settings(a, SETTINGS)
     keep_freed_memory()
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
     target = load_target()

@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +98,31 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.replace(half, path)
         finally:
             shutil.rmtree(half, ignore_errors=True)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of a model, written on first use by `make`; it appears only when it is complete.
+
+    Several processes may write it: one of them gives it its name.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as half:
+            make(Path(half))
+            try:
+                os.rename(half, folder)
+            except OSError:
+                if not (folder / "config.json").exists():
+                    raise
+                # another process has written the folder meanwhile
+            else:
+                os.mkdir(half)  # TemporaryDirectory deletes it at exit
+    return folder
 
 
 def lock(file: IO[Any] | int, refusal: str | None = None) -> None:

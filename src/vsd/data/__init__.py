@@ -2,7 +2,7 @@
 
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.check import TextCount, count_text, marked_text
-from vsd.data.examples import Example, encode, encoded, load_examples
+from vsd.data.examples import Example, drafted_mask, encode, encoded, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
 from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
@@ -24,6 +24,7 @@ __all__ = [
     "Teacher",
     "TextCount",
     "count_text",
+    "drafted_mask",
     "encode",
     "encoded",
     "generate_answers",

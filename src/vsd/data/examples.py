@@ -47,6 +47,15 @@ class Example(NamedTuple):
     drafted: list[bool]
 
 
+def drafted_mask(prompt: int, answer: int) -> list[bool]:
+    """Which tokens of a prompt and an answer are drafted: those of the answer but the first, which prefill yields.
+
+    Args:
+        prompt, answer: numbers of tokens.
+    """
+    return [False] * (prompt + 1) + [True] * (answer - 1)
+
+
 def load_examples(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,10 +140,11 @@ def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, image
             raise BadLineError(
                 "response_ids do not spell the answer: made by another target? Regenerate it for this one"
             )
-    drafted = [False] * (len(prompt) + 1) + [True] * (len(response) - 1)
     if images is not None and images.placeholder in response:
         raise BadLineError("the answer holds an image token, which no drafter is trained on")
-    return Example(inputs_of(prompt + response, conversation.messages, images), drafted)
+    return Example(
+        inputs_of(prompt + response, conversation.messages, images), drafted_mask(len(prompt), len(response))
+    )
 
 
 class _Template(NamedTuple):

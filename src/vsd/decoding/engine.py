@@ -58,19 +58,12 @@ class States(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One pass of the target.
-
-    Attributes:
-        tokens: new tokens by row index.
-        draft, verify, commit: seconds.
-        states: the target's side of the tokens that it read.
-    """
+    """One verification pass: new tokens by row index, and seconds spent to draft, verify and commit."""
 
     tokens: dict[int, list[int]]
     draft: float
     verify: float
     commit: float
-    states: States
 
 
 @dataclass
@@ -94,7 +87,7 @@ class Engine:
         shape: the draft tree.
         verification: "auto" is `greedy` at temperature 0 and `target` above 0; "rejection" samples chains from the
             drafter (temperature > 0; needs a tree of top_k 1).
-        layers: features in `Step.states` of plain decoding; with a drafter they are those that it reads.
+        layers: features in the `States` of plain decoding; with a drafter they are those that it reads.
 
     Raises:
         VSDError: the drafter belongs to another target, or the verification does not fit the tree.
@@ -137,10 +130,18 @@ class Engine:
         return results
 
     @torch.inference_mode()
-    def stream(self, results: list[Result], sampling: Sampling | Sequence[Sampling]) -> Iterator[Step]:
+    def stream(
+        self,
+        results: list[Result],
+        sampling: Sampling | Sequence[Sampling],
+        keep: Callable[[States], None] | None = None,
+    ) -> Iterator[Step]:
         """Answer `results[i].prompt` for all i, fill each result in place and yield after every pass.
 
         The caller can end an answer early by setting the `finish` of its result.
+
+        Args:
+            keep: called with the states of every pass, that over the prompts first.
 
         Raises:
             VSDError: a prompt is empty or leaves no room in the target's context window; the target or the drafter
@@ -159,9 +160,9 @@ class Engine:
         rows = [i for i, result in enumerate(results) if not result.finish]
         if not rows:
             return
-        state, read, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings))
+        state, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings), keep)
         deliver = [_Delivery(self.target, s) for s in samplings]
-        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0, read)
+        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
         while self._retire(state, results):
             clock = _Clock(self.target.device)
             tree, chain, levels = self._draft(state, results)
@@ -171,20 +172,26 @@ class Engine:
             path = self._path(tree, verdict)
             counts, decided = verdict.counts.tolist(), path.tolist()
             verified = clock.lap()
-            read = States(state.rows, counts, _kept(output, verdict))
-            self._commit(state, verdict, read.output, path)
+            self._commit(state, verdict, output, path)
+            if keep is not None:
+                keep(States(state.rows, counts, Output(*(_at(x, verdict.nodes) for x in output))))
             new, size = {}, (tree.tokens.shape[1], levels)
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
                 new[i] = deliver[i](results[i], tokens[:count])
                 results[i].delivered.append(len(new[i]))
                 results[i].trees.append(size)
-            yield Step(new, drafted, verified, clock.lap(), read)
+            yield Step(new, drafted, verified, clock.lap())
 
     def _prefill(
-        self, rows: list[int], results: list[Result], laws: list[Law], max_new_tokens: int
-    ) -> tuple[_State, States, float]:
-        """Prefill; the first token of each answer becomes a root. Returns also the prompts' states and the seconds."""
+        self,
+        rows: list[int],
+        results: list[Result],
+        laws: list[Law],
+        max_new_tokens: int,
+        keep: Callable[[States], None] | None,
+    ) -> tuple[_State, float]:
+        """Prefill; the first token of each answer becomes a root. Returns the state and the seconds."""
         clock = _Clock(self.target.device)
         prompt = Padded.of([results[i].prompt for i in rows], self.target.device)
         B, longest = prompt.ids.shape
@@ -198,7 +205,9 @@ class Engine:
         if self.drafter is not None:
             room = capacity + self.shape.depth * self.shape.top_k
             state.draft = self.drafter.begin(prompt, output.aux, state.root, room)
-        return state, States(rows, prompt.lengths.tolist(), output), clock.lap()
+        if keep is not None:
+            keep(States(rows, prompt.lengths.tolist(), output))
+        return state, clock.lap()
 
     def _draft(self, state: _State, results: list[Result]) -> tuple[Tree, Chain | None, int]:
         """The tree to verify, its sampled chain (rejection only), and the number of levels that the drafter drafted."""
@@ -243,12 +252,12 @@ class Engine:
         shifted = torch.cat([accepted[:, 1:], accepted[:, :1]], dim=1)
         return shifted.scatter(1, verdict.counts[:, None] - 1, verdict.bonus[:, None])
 
-    def _commit(self, state: _State, verdict: Verdict, kept: Output, path: Tensor) -> None:
+    def _commit(self, state: _State, verdict: Verdict, output: Output, path: Tensor) -> None:
         """Keep the accepted nodes in both models' states; the bonus token is the next root."""
         state.cache.commit(verdict.nodes, verdict.counts)
         state.root = verdict.bonus
         if self.drafter is not None:
-            self.drafter.advance(state.draft, kept.aux, path, verdict.counts)
+            self.drafter.advance(state.draft, _at(output.aux, verdict.nodes), path, verdict.counts)
 
     @staticmethod
     def _retire(state: _State, results: list[Result]) -> bool:
@@ -274,9 +283,9 @@ class Engine:
                 raise ConfigurationError(f"prompt {i} has {length} tokens; the target's window is {window}")
 
 
-def _kept(output: Output, verdict: Verdict) -> Output:
-    """The states of the accepted nodes."""
-    return Output(*(x.gather(1, verdict.nodes[..., None].expand(-1, -1, x.shape[-1])) for x in output))
+def _at(x: Tensor, nodes: Tensor) -> Tensor:
+    """Rows x [B, N, w] of nodes [B, A], [B, A, w]."""
+    return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _sound(tree: Tree) -> Tree:

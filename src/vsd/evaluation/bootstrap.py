@@ -31,8 +31,8 @@ def ratio_interval(
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile interval (low, high) of the ratio of two pooled rates over the same prompts."""
-    picks = _resamples(len(tokens), seed)
-    return _percentiles(_rates(tokens, cost, picks) / _rates(base_tokens, base_cost, picks), level)
+    mine, base = _paired(tokens, cost, base_tokens, base_cost, seed)
+    return _percentiles(mine / base, level)
 
 
 def difference_interval(
@@ -44,8 +44,14 @@ def difference_interval(
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile interval (low, high) of the difference of two pooled rates over the same prompts."""
+    mine, base = _paired(tokens, cost, base_tokens, base_cost, seed)
+    return _percentiles(mine - base, level)
+
+
+def _paired(tokens: Counts, cost: Counts, base_tokens: Counts, base_cost: Counts, seed: int) -> tuple[Counts, Counts]:
+    """Two pooled rates in every resample of the prompts that both share."""
     picks = _resamples(len(tokens), seed)
-    return _percentiles(_rates(tokens, cost, picks) - _rates(base_tokens, base_cost, picks), level)
+    return _rates(tokens, cost, picks), _rates(base_tokens, base_cost, picks)
 
 
 def _rates(tokens: Counts, cost: Counts, picks: npt.NDArray[np.int64]) -> Counts:

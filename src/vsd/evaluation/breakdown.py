@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vsd.data.pictures import text_of
 from vsd.decoding import Result
 from vsd.evaluation.answers import Answers, totals
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval
@@ -159,10 +160,3 @@ def pieces(result: Result, decode: Callable[[list[int]], str]) -> list[tuple[str
             runs.append((text[shown:], flag))
             shown = len(text)
     return runs
-
-
-def text_of(content: Any) -> str:
-    """The text of a message's content, without its images."""
-    if isinstance(content, str):
-        return content
-    return " ".join(part["text"] for part in content if part.get("type") == "text")

@@ -86,15 +86,15 @@ def stacked(pieces: Sequence[Features], texts: Texts) -> Features:
     """Stored features of single texts as a batch. They are copied to the device as they are, and widened there."""
     T, Q = texts.inputs.ids.shape[1], texts.drafted.shape[1]
     columns = zip(zip(*pieces), (T, Q, Q))
-    padded = (torch.stack([_pad(piece, size) for piece in column]) for column, size in columns)
-    return Features(*(_moved(field, texts.drafted.device).float() for field in padded))
+    return Features(*(padded(column, size, texts.drafted.device).float() for column, size in columns))
 
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; a copy to a GPU starts from pinned memory, and nothing waits for it."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+def padded(rows: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+    """Tensors [length or less, …] stacked on the device, zeros behind them.
 
-
-def _pad(x: Tensor, length: int) -> Tensor:
-    """Zero-pad the first dimension to `length`."""
-    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) if len(x) < length else x
+    A copy to a GPU starts from pinned memory, and nothing waits for it.
+    """
+    whole = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+    for b, one in enumerate(rows):
+        whole[b, : len(one)] = one
+    return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)

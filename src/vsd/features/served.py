@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vsd.data import Example
 from vsd.data.server import Reply
 from vsd.errors import ConfigurationError, MismatchError
-from vsd.features.base import Features, Texts
+from vsd.features.base import Features, Texts, padded
 from vsd.features.server import FeatureServer, States, read, taken
+from vsd.files import write_text
 from vsd.targets.info import TargetInfo
 
 _MANIFEST = "served.json"
@@ -93,7 +93,7 @@ class TextStore:
         wanted = {"target": info.fingerprint(), "layers": None if layers is None else list(layers)}
         if layers is not None and not manifest.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _write(manifest, json.dumps(wanted))
+            write_text(manifest, json.dumps(wanted))
         found = json.loads(manifest.read_text())
         other = [what for what in wanted if wanted[what] not in (None, found[what])]
         if other:
@@ -226,21 +226,7 @@ def _features(
     """The features of a batch; those of each text's last token, which no drafter reads, are zero."""
     device, (B, T), Q = texts.drafted.device, texts.inputs.ids.shape, texts.drafted.shape[1]
     h = info.hidden_size
-    aux = _padded([one.aux.unflatten(1, (-1, h))[:, columns] for one in found], T, device)  # [B, T, n, h]
-    hidden = info.norm(_padded([one.hidden for one in found], Q, device).to(info.dtype))  # [B, Q, h]
+    aux = padded([one.aux.unflatten(1, (-1, h))[:, columns] for one in found], T, device)  # [B, T, n, h]
+    hidden = info.norm(padded([one.hidden for one in found], Q, device).to(info.dtype))  # [B, Q, h]
     normaliser = info.log_normaliser(hidden.flatten(0, 1), temperature)
     return Features(aux.flatten(2).float(), hidden.float(), normaliser.view(B, Q).float())
-
-
-def _padded(rows: list[Tensor], length: int, device: torch.device) -> Tensor:
-    """Stack tensors [length or less, …], zeros behind them, and move them to the device."""
-    whole = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
-    for b, one in enumerate(rows):
-        whole[b, : len(one)] = one
-    return (whole.pin_memory() if device.type == "cuda" else whole).to(device, non_blocking=True)
-
-
-def _write(path: Path, text: str) -> None:
-    half = path.with_name(f"{path.name}.{os.getpid()}")
-    half.write_text(text)
-    os.replace(half, path)

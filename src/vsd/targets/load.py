@@ -7,8 +7,8 @@ safetensors in the user's cache directory; later runs read those.
 import hashlib
 import importlib.metadata
 import os
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vsd.errors import ConfigurationError, TargetError
-from vsd.files import writing
+from vsd.files import made_once
 from vsd.options.job import EMBEDDED as EMBEDDED
 from vsd.targets.images import image_reader, reads_images
 from vsd.targets.packed import pack_linears
@@ -164,30 +164,9 @@ def _embedded_gguf() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The safetensors folder of a GGUF file, written on first use; the folder appears only when it is complete."""
+    """The safetensors folder of a GGUF file, written on first use."""
     folder = cache_directory() / "gguf" / f"{gguf.stem}-{_file_digest(gguf)}"
-    if (folder / "config.json").exists():
-        return folder
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantise()
-        )
-    except Exception as error:  # a file may hold anything
-        raise TargetError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as half:
-        _save_dequantised(model, tokenizer, half)
-        try:
-            os.rename(half, folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-            # another process has written the folder meanwhile
-        else:
-            os.mkdir(half)  # TemporaryDirectory deletes it at exit
-    return folder
+    return made_once(folder, partial(_write_dequantised, gguf))
 
 
 def _assembled() -> Path:
@@ -204,7 +183,18 @@ def _dequantise() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _save_dequantised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def _write_dequantised(gguf: Path, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **_dequantise()
+        )
+    except Exception as error:  # a file may hold anything
+        raise TargetError(f"cannot read GGUF file '{gguf}': {first_line(error)}") from error
+    _save_dequantised(model, tokenizer, folder)
+
+
+def _save_dequantised(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     # transformers refuses to save a model read from GGUF, also after its weights were dequantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -7,13 +7,14 @@ tower, a processor that runs on PIL, and SmolLM2's chat template with image part
 """
 
 import json
-import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, SiglipVisionConfig
+
+from vsd.files import made_once
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "smollm2-135m-vision.safetensors"  # tower and projector
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 4
@@ -89,20 +90,7 @@ def assembled(text: Path, folder: Path, weights: Path = WEIGHTS) -> Path:
         text: folder of the language model, in safetensors.
         weights: tower and projector, in safetensors.
     """
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as half:
-        _write(text, weights, Path(half))
-        try:
-            os.rename(half, folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
-            # another process has written the folder meanwhile
-        else:
-            os.mkdir(half)  # TemporaryDirectory deletes it at exit
-    return folder
+    return made_once(folder, partial(_write, text, weights))
 
 
 def _write(text: Path, weights: Path, folder: Path) -> None:

@@ -44,21 +44,20 @@ def roll_out(
     """
     results = [Result(prompt) for prompt in prompts]
     states: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]  # (aux, hidden) of every pass
-    for step in engine.stream(results, samplings):
-        _keep(step.states, states, [len(prompt.ids) for prompt in prompts])
+
+    def keep(read: States) -> None:
+        hidden, aux = read.output
+        for b, (i, count) in enumerate(zip(read.rows, read.counts)):
+            first = 0 if states[i] else count - 1  # of the prompt's hidden states only the last is needed
+            states[i].append((aux[b, :count].bfloat16(), hidden[b, first:count].bfloat16()))
+
+    for _ in engine.stream(results, samplings, keep):
+        pass
     return [
         _rollout(engine.target, result, kept, temperature)
         for result, kept in zip(results, states)
         if len(result.tokens) > 1
     ]
-
-
-def _keep(read: States, states: list[list[tuple[Tensor, Tensor]]], lengths: list[int]) -> None:
-    """Append a pass; of the prompt's hidden states only the last is needed."""
-    hidden, aux = read.output
-    for b, (i, count) in enumerate(zip(read.rows, read.counts)):
-        first = lengths[i] - 1 if not states[i] else 0
-        states[i].append((aux[b, :count].bfloat16(), hidden[b, first:count].bfloat16()))
 
 
 def _rollout(target: Target, result: Result, kept: list[tuple[Tensor, Tensor]], temperature: float) -> Rollout:

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vsd.data import Example
+from vsd.data import Example, drafted_mask
 from vsd.errors import MismatchError
 from vsd.features import Features, Texts, stacked
+from vsd.files import write_text
 from vsd.targets import Inputs
 from vsd.training.online.rollouts import Rollout
 
@@ -32,9 +33,8 @@ class Text(NamedTuple):
 
     @property
     def example(self) -> Example:
-        """Drafted are all tokens of the answer but the first, which the pass over the prompt yields."""
-        drafted = [False] * (len(self.prompt) + 1) + [True] * (len(self.response) - 1)
-        return Example(Inputs(self.prompt + self.response), drafted)
+        """The prompt and its answer as a training text."""
+        return Example(Inputs(self.prompt + self.response), drafted_mask(len(self.prompt), len(self.response)))
 
 
 class Rounds:
@@ -55,7 +55,7 @@ class Rounds:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / "manifest.json"
         if not manifest.exists():
-            _write_text(manifest, json.dumps(origin, indent=1))
+            write_text(manifest, json.dumps(origin, indent=1))
         found = json.loads(manifest.read_text())
         if other := [name for name in origin if found.get(name) != origin[name]]:
             raise MismatchError(
@@ -99,14 +99,7 @@ class Rounds:
         half = self._path(number, "part")
         save_file(features, half)
         os.replace(half, self._path(number, "safetensors"))
-        _write_text(self._path(number, "json"), json.dumps([rollout[:3] for rollout in rollouts]))
+        write_text(self._path(number, "json"), json.dumps([rollout[:3] for rollout in rollouts]))
 
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"round-{number:05d}.{kind}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    half = path.with_suffix(".part")
-    half.write_text(text)
-    os.replace(half, path)
