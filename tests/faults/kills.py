@@ -7,6 +7,7 @@ removal), so that the moments within a write, which are short, are met as well. 
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,21 +31,37 @@ class Killed(NamedTuple):
 
 
 def train(shop: Workshop, out: Path) -> list[str]:
+    """Training on recorded text."""
+    return _training(shop, out, "--data", str(shop / "text.jsonl"), "--draft-vocab-size", "64")
+
+
+def online(shop: Workshop, out: Path) -> list[str]:
+    """Training on answers that are sampled during the training, four prompts a round, with a buffer of two rounds."""
+    words = ["--online", "--data", str(_asked(shop)), "--drafter", str(shop / "drafter"), "--temperature", "1"]
+    return _training(shop, out, *words, "--answer-tokens", "8", "--round-prompts", "4", "--buffer", "8")
+
+
+def _training(shop: Workshop, out: Path, *words: str) -> list[str]:
     """Twelve steps, a checkpoint every two, τ every six."""
-    words = ["train", *shop.named, "--data", str(shop / "text.jsonl"), "--output-dir", str(out), "--held-out", "2"]
-    words += ["--draft-vocab-size", "64", "--set", "max_steps=12", "save_steps=2", "eval_steps=6", "logging_steps=2"]
-    words += ["eval_max_new_tokens=4", "draft_steps=2", "per_device_train_batch_size=4", "bf16=no", "use_cpu=true"]
-    return [*words, "report_to=none", "disable_tqdm=true", "--resume"]
+    chosen = ["train", *shop.named, *words, "--output-dir", str(out), "--held-out", "2", "--resume", "--set"]
+    chosen += ["max_steps=12", "save_steps=2", "eval_steps=6", "logging_steps=2", "eval_max_new_tokens=4"]
+    chosen += ["draft_steps=2", "per_device_train_batch_size=4", "bf16=no", "use_cpu=true"]
+    return [*chosen, "report_to=none", "disable_tqdm=true"]
 
 
 def regenerate(shop: Workshop, out: Path) -> list[str]:
     """Sampled answers to turns of conversations, four at a time."""
-    source = shop.root / "asked.jsonl"
-    if not source.exists():
-        turns = [[f"question {i}.{t}" for t in range(i % 3 + 1)] for i in range(24)]
-        source.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
-    words = ["data", "regenerate", str(source), "--out", str(out / "text.jsonl"), *shop.named]
+    words = ["data", "regenerate", str(_asked(shop)), "--out", str(out / "text.jsonl"), *shop.named]
     return [*words, "--max-new-tokens", "8", "--batch-size", "4", "--temperature", "1"]
+
+
+def _asked(shop: Workshop) -> Path:
+    """A file of 24 conversations of one to three turns, without answers."""
+    path = shop.root / "asked.jsonl"
+    if not path.exists():
+        turns = [[f"question {i}.{t}" for t in range(i % 3 + 1)] for i in range(24)]
+        path.write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    return path
 
 
 def synthesize(shop: Workshop, out: Path) -> list[str]:
@@ -53,7 +70,7 @@ def synthesize(shop: Workshop, out: Path) -> list[str]:
     return [*words, "--max-new-tokens", "8", "--batch-size", "8", "--temperature", "1"]
 
 
-COMMANDS = {"train": train, "regenerate": regenerate, "synthesize": synthesize}
+COMMANDS = {"train": train, "online": online, "regenerate": regenerate, "synthesize": synthesize}
 
 
 def straight(shop: Workshop, command: str, out: Path) -> tuple[float, int]:
@@ -102,10 +119,11 @@ def difference(reference: Path, out: Path) -> str:
 
 
 def _files(folder: Path) -> set[str]:
-    """Files by name, without earlier checkpoints: which of these are left depends on the moment of the kill."""
+    """Files by name, without earlier checkpoints and features: which are left depends on the moment of the kill."""
     last = max((int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*")), default=0)
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    return {name for name in names if not name.startswith("checkpoint-") or name.startswith(f"checkpoint-{last}/")}
+    kept = re.compile(f"checkpoint-(?!{last}/)|online/.*safetensors$")  # an earlier checkpoint needs its features
+    return {name for name in names if not kept.match(name)}
 
 
 def _content(path: Path) -> Any:
