@@ -6,6 +6,7 @@ import pytest
 
 import tiny_run
 from vsd import cli
+from vsd.drafters.where import drafter_folder
 from vsd.targets import Target
 from vsd.training.recipe import recipe
 
@@ -19,11 +20,11 @@ def test_there_are_recipes_for_the_common_cases() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_read_as_they_are(path: Path) -> None:
-    """The comment says how to run it; a drafter that it starts from is in the repository."""
+    """The comment says how to run it; a drafter that it starts from is in the package."""
     assert f"vsd train --config recipes/{path.name}" in path.read_text()
     job, config = recipe(path, [], {"data": ["text.jsonl"]})
     assert (job.target, config.output_dir) == ("smollm2-135m", job.output_dir)
-    assert job.drafter is None or (ROOT / job.drafter / "config.json").exists()
+    assert job.drafter is None or (drafter_folder(job.drafter) / "config.json").exists()
     assert config.max_minutes and config.eval_strategy == "steps"
 
 

@@ -11,18 +11,17 @@ import torch
 
 import along
 from goodness import p_value
-from overfit import random_drafter
 from vsd.data import prompt_inputs, read_conversations
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import load_drafter
+from vsd.drafters.where import EMBEDDED
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
 
 pytestmark = pytest.mark.real
 
 TEXT = Path(str(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz"))
-DRAFTER = Path(__file__).parents[2] / "drafters" / "smollm2-135m-eagle3"
 PROMPTS, LENGTH, BATCH = 50, 128, 25
 
 
@@ -36,7 +35,7 @@ def target() -> Iterator[Target]:
 @pytest.fixture(scope="module")
 def drafter(target: Target) -> Any:
     """The trained drafter of this repository, where there is one."""
-    return load_drafter(DRAFTER, target) if DRAFTER.exists() else random_drafter(target, size=8192)
+    return load_drafter(EMBEDDED, target)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,7 @@ def test_greedy_is_generate(target: Target, drafter: Any, prompts: list[list[int
         assert [r.tokens for r in found] == transformers_greedy(target, batch)
         results += found
     assert sum(len(r.tokens) for r in results) > 0.5 * PROMPTS * LENGTH
-    if DRAFTER.exists():
-        assert acceptance_length(results) > 1.5
+    assert acceptance_length(results) > 1.5
 
 
 @pytest.mark.parametrize("rule", ["plain", "tree", "rejection"])

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vsd.drafters.load import family_of
+from vsd.drafters.where import EMBEDDED
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-DRAFTER = REPOSITORY / "drafters" / "smollm2-135m-eagle3"
+DRAFTER = EMBEDDED
 TEXT = Path(str(files("vsd") / "assets" / "smollm2-135m-text.jsonl.gz"))
 PROMPTS, LENGTH = 24, 64
 SKIPPED = slice(14, 16)  # layers of the target that the draft model lacks

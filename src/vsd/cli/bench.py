@@ -28,7 +28,7 @@ class Bench:
 
     Attributes:
         prompts: prompt files (JSONL), one or several turns each
-        drafter: folders of drafters
+        drafter: folders or hub ids of drafters
         limit: use only this many prompts of each file, evenly spread
         json: JSON file for all results; FILE.html beside it shows them
         max_new_tokens: longest answer in tokens

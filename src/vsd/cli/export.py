@@ -19,7 +19,7 @@ class Export:
     """export
 
     Attributes:
-        drafter: folder of the drafter
+        drafter: folder or hub id of the drafter
         out: folder to write
         format: sglang, vllm, speculators (served by vLLM) or gguf (llama.cpp; eagle3 only)
         bench: JSON file of vsd bench, for the model card

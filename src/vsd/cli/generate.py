@@ -24,7 +24,7 @@ class Generate:
 
     Attributes:
         prompt: user message (default: standard input)
-        drafter: folder of a drafter; without it the target decodes alone
+        drafter: folder or hub id of a drafter; without it the target decodes alone
         system: system message
         image: image file that the message is about; may be repeated
     """

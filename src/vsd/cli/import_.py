@@ -18,7 +18,7 @@ class Import:
     """import
 
     Attributes:
-        checkpoint: folder of the released drafter
+        checkpoint: folder or hub id of the released drafter
         out: folder to write
     """
 

@@ -24,7 +24,7 @@ class ServedFeatures:
 
     Attributes:
         family: family of the drafters that read them: eagle3 (default), peagle, dflash, dspark or lm
-        drafter: folder of a drafter that reads them, instead of a family
+        drafter: folder or hub id of a drafter that reads them, instead of a family
         folder: folder for features on their way, which server and trainer share: in memory on one machine, on a shared
             disk on several
     """

@@ -19,7 +19,7 @@ class Tune:
     """drafter and prompts
 
     Attributes:
-        drafter: folder of the drafter
+        drafter: folder or hub id of the drafter
         prompts: prompt files (JSONL); the first turn of every prompt is used
         limit: prompts of each file
         max_new_tokens: longest answer in tokens

@@ -10,6 +10,7 @@ import torch
 from vsd.drafters import dflash, dflash2, dspark, eagle3, lm, peagle
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
+from vsd.drafters.where import drafter_folder
 from vsd.errors import ConfigurationError, MismatchError, VSDError, in_a_line
 from vsd.targets import TargetInfo
 
@@ -81,7 +82,7 @@ def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = Fals
     """A saved or released drafter, attached to its target and on its device.
 
     Args:
-        path: folder with config.json and safetensors.
+        path: folder with config.json and safetensors, or another name (`vsd.drafters.where`).
         trainable: keep float32 weights for training; else the target's precision, frozen, packed where that is faster.
 
     Raises:
@@ -110,7 +111,7 @@ def _loaded(path: str | Path, target: TargetInfo, dtype: torch.dtype | None) -> 
     """
     family = family_of(path)
     try:
-        drafter: Any = family.load(Path(path), target, dtype)
+        drafter: Any = family.load(drafter_folder(path), target, dtype)
     except VSDError:
         raise
     except Exception as error:  # config.json of other hands may hold anything
@@ -128,7 +129,7 @@ def family_of(path: str | Path) -> Family:
     Raises:
         MismatchError: there is no checkpoint, or no family reads it.
     """
-    folder = Path(path)
+    folder = drafter_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError:

@@ -68,7 +68,7 @@ class DrafterOptions:
     """drafter
 
     Attributes:
-        drafter: folder of a drafter to continue from; without it a new drafter starts from random weights
+        drafter: folder or hub id of a drafter to continue from; without it a new drafter starts from random weights
         family: family of a new drafter: eagle3 (default), peagle, dflash, dflash2, dspark or lm. With a --drafter of
             another family the new drafter starts from it: peagle from eagle3, dflash2 from dflash
         drafter_options: fields of a new drafter's configuration, such as num_hidden_layers
