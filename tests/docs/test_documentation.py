@@ -170,9 +170,9 @@ def test_made_pages_are_complete() -> None:
 
 
 def test_every_package_has_a_page() -> None:
-    """Of the Python API; the command line and the package's data have their own."""
+    """Of the Python API; the command line, the demo and the data of the package are not of it."""
     folders = {path.parent.name for path in ROOT.glob("src/vsd/*/__init__.py")}
-    assert set(made().PACKAGES) == (folders | {"errors"}) - {"cli", "assets"}
+    assert set(made().PACKAGES) == (folders | {"errors"}) - {"cli", "demo", "assets"}
 
 
 def test_the_navigation_names_every_page() -> None:

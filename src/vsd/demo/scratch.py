@@ -1,0 +1,88 @@
+"""`vsd demo --from-scratch`: drafters from random weights.
+
+EAGLE-3's objective trains a drafter for most of the time. Two runs continue from this drafter, one with `eagle3` and
+one with `vsd`, for the same time and on the same text. Plain decoding and both drafters then answer held-out questions.
+The target generated the text in the package (`vsd data synthesize`).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from vsd.demo.parts import Text, measure, packaged, train, write
+from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
+from vsd.features import FeatureStore, affordable
+from vsd.files import alone
+from vsd.targets import load_target
+from vsd.training import DraftDataset
+
+DRAFT_VOCABULARY = 4096
+SMOOTHING = 0.3  # option of cut paths: later draft steps are trained only where decoding is likely to reach them
+_FEATURE_SHARE = 0.5  # maximum share of the time; more text is better than a tenth epoch
+_START_SHARE = 0.6  # share of the training time with a constant rate; both runs then anneal the rate
+
+COMMON: dict[str, Any] = {"draft_steps": 3, "learning_rate": 2e-3, "per_device_train_batch_size": 4}
+START: dict[str, Any] = {
+    "objective": "eagle3",
+    "ramp": 1.0,  # a third of the time on the first drafted token alone, then two, then three
+    "lr_scheduler_type": "constant_with_warmup",
+    "objective_options": {"smoothing": SMOOTHING},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING}},
+    "VSD": {
+        "objective": "vsd",
+        "warmup_steps": 0,
+        "objective_options": {"arw": True, "car": 0.5, "smoothing": SMOOTHING, "e_step": None},
+    },
+}  # an E-step helps after many epochs; these minutes do not reach them
+
+
+def from_scratch(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
+    """Train for `minutes` in total and measure; returns the content of `out`/results.json. VSD's is `out`/drafter.
+
+    Raises:
+        VSDError: the embedded target is not installed, or another run writes to `out`.
+    """
+    with alone(out):
+        return _from_scratch(minutes, out, seed)
+
+
+def _from_scratch(minutes: float, out: Path, seed: int) -> dict[str, Any]:
+    """As `from_scratch`, in a folder that no other run writes to."""
+    console, target = Console(), load_target()
+    console.print(f"[bold]vsd demo --from-scratch[/bold]: {minutes:g} minutes of training, then the measurement\n")
+    examples, held_out = packaged(target, "smollm2-135m-text.jsonl.gz")
+    start = time.perf_counter()
+    set_seed(seed)
+    used = examples[: affordable(target, examples, _FEATURE_SHARE * 60 * minutes)]
+    dataset = DraftDataset(used)
+    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    drafter = new_drafter(target, vocabulary)
+    text = Text(dataset, FeatureStore.build(out / "features", target, used, drafter.needs.layers))
+    spent = (time.perf_counter() - start) / 60
+    left = max(minutes - spent, (1 - _FEATURE_SHARE) * minutes)  # feature computation can exceed its estimate
+    console.print("a drafter from random weights:")
+    common = {**COMMON, "seed": seed}
+    steps = {"start": train(target, drafter, text, out / "start", _START_SHARE * left, common | START)}
+    folders = {"EAGLE-3": out / "eagle3" / "drafter", "VSD": out / "drafter"}
+    for name, options in WAYS.items():
+        drafter = load_drafter(out / "start" / "drafter", target, trainable=True)
+        way = (1 - _START_SHARE) / len(WAYS) * left
+        console.print(f"from there with {name}'s objective:")
+        steps[name] = train(target, drafter, text, folders[name].parent, way, common | options)
+    report = measure(target, folders, held_out, seed, console)
+    report["training"] = {
+        "minutes": minutes,
+        "seed": seed,
+        "steps": steps,
+        "conversations": len(used),
+        "supervised_tokens": len(text.dataset.drafted_tokens()),
+        "coverage": vocabulary.coverage,
+    }
+    words = ["--from-scratch", "--minutes", f"{minutes:g}", "--seed", str(seed)]
+    write(report, out, [out / "start", out / "eagle3", out], words, console)
+    return report
