@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/installed  ## train drafters for SmolLM2-135M for MINUTES (default 10) and measure them
+demo: .venv/installed  ## improve a drafter of SmolLM2-135M for MINUTES (default 10) and measure it
 	$(BIN)/vsd demo --minutes $(MINUTES)
 
 test: .venv/installed-dev lint  ## linter, type checker and all tests, a module to a core

@@ -1,10 +1,10 @@
 """`vsd demo`: from a released drafter to a better one for the traffic of a service.
 
-The drafter is the one in the package, trained on text of many kinds. The traffic is narrow: word problems of GSM8K,
-with the target's own answers (`vsd data regenerate`), as a
-service logs them. Two runs continue the drafter on these logs for the same time,
-one with EAGLE-3's objective and one with VSD's, whose E-step lets the target continue its answers in other ways. Plain
-decoding and all three drafters then answer problems that are not in the logs.
+The drafter is the one in the package, trained on text of many kinds. The traffic is narrow: word problems of GSM8K
+(Cobbe et al., arXiv:2110.14168, MIT licence) with the target's own answers, as a service logs them; `vsd data
+regenerate` wrote them. Two runs continue the drafter on these logs for the same time, one with EAGLE-3's objective and
+one with VSD's, whose E-step lets the target continue its answers in other ways. Plain decoding and all three drafters
+then answer problems that are not in the logs.
 """
 
 import time
