@@ -160,6 +160,8 @@ def _finish(trainer: VSDTrainer, job: TrainJob, checkpoint: str | None) -> Path:
         else:
             trainer.save_model(str(folder / "drafter"))
         trainer.save_state()  # includes the log history
+    if trainer.is_world_process_zero() and (line := trainer.advice()) is not None:
+        print(line)
     return folder / "drafter"
 
 

@@ -24,10 +24,11 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.drafters.lattice import Head
 from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, InProcess
-from vsd.objective import Confidence, FusedLoss, PathTarget, fused_loss
+from vsd.objective import Confidence, FusedLoss, PathTarget, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import Paths, TreeShape
 from vsd.targets import Inputs, Target, TargetInfo
+from vsd.training.advice import advice
 from vsd.training.batch import ByLength, Collator, DraftDataset, texts_of
 from vsd.training.budget import TimeBudget
 from vsd.training.config import VSDConfig
@@ -206,6 +207,13 @@ class VSDTrainer(Trainer):
         """Step of the last measurement of τ."""
         steps = [int(entry["step"]) for entry in self.state.log_history if "eval_tau" in entry]
         return steps[-1] if steps else None
+
+    def advice(self) -> str | None:
+        """See `vsd.training.advice`; answers of online training are new in every round."""
+        added = any(not isinstance(step.part.paths, Recorded) for step in self._e_steps)
+        return advice(
+            self.state.log_history, self.state.epoch or 0.0, added or isinstance(self.train_dataset, OnlineText)
+        )
 
     def _tau(self, drafter: Any) -> float:
         config = self.args
