@@ -210,10 +210,9 @@ class VSDTrainer(Trainer):
 
     def advice(self) -> str | None:
         """See `vsd.training.advice`; answers of online training are new in every round."""
-        added = any(not isinstance(step.part.paths, Recorded) for step in self._e_steps)
-        return advice(
-            self.state.log_history, self.state.epoch or 0.0, added or isinstance(self.train_dataset, OnlineText)
-        )
+        added = [step for step in self._e_steps if not isinstance(step.part.paths, Recorded)]
+        grows = bool(added) or isinstance(self.train_dataset, OnlineText)
+        return advice(self.state.log_history, self.state.epoch or 0.0, grows)
 
     def _tau(self, drafter: Any) -> float:
         config = self.args
