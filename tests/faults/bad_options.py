@@ -60,7 +60,7 @@ TRAINING = {
     **{"dataloader_num_workers": ["-1"], "lr_scheduler_type": ["spiral"], "optim": ["bold"], "family": ["eagle4"]},
     **{"save_strategy": ["often"], "objective": ["eagle4", "''"], "features": ["nowhere", "''"]},
     **{
-        "report_to": ["nobody"],
+        "report_to": ["nobody", "codecarbon"],
         "tree": ["5", "5x", "0x1x2", "axbxc", "5x4x999", "5x4x12x2", "''"],
         "device": ["abacus"],
     },
