@@ -67,6 +67,8 @@ def explained(tau: float) -> dict[str, Any]:
              "passes": 300 - 40 * n}
             for n, start in enumerate((128, 256, 512, 1024, 2048, 4096))
         ],
+        "trained_length": 1024,
+        "by_concurrency": together(tau, 0.7 * tau),
         "samples": [
             {"prompt": "Why is the sky blue?", "pieces": [["The", False], [" sky is", True], [" blue", False],
              [" because of the way", True], [" Rayleigh", False], [" scattering works in the atmosphere.\n\n", True],
@@ -76,9 +78,20 @@ def explained(tau: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def together(tau: float, speedup: float) -> list[dict[str, Any]]:
+    """`by_concurrency`: less speed-up for more prompts at a time."""
+    return [
+        {"concurrency": size, "tau": tau, "tokens_per_second": 30 * speedup * size**0.5,
+         "ms_per_pass": 38.7 * size**0.5, "speedup": speedup * (1 - 0.02 * size),
+         "speedup_ci": [speedup * (0.97 - 0.02 * size), speedup * (1.03 - 0.02 * size)]}
+        for size in (1, 4, 16)
+    ]  # fmt: skip
+
+
 def write_bench(path: Path, drafters: dict[str, float], full: bool = True, **more: Any) -> Path:
     """A JSON file of `vsd bench`: τ by drafter."""
     runs = [measured(None, 1.0, 1.0, tau_ci=[1.0, 1.0], speedup_ci=[1.0, 1.0])]
+    runs[0] |= {"by_concurrency": together(1.0, 1.0)} if full else {}
     runs += [measured(name, tau, 0.7 * tau, **(explained(tau) if full else {})) for name, tau in drafters.items()]
     report = {
         "runs": runs,
@@ -87,6 +100,44 @@ def write_bench(path: Path, drafters: dict[str, float], full: bool = True, **mor
         "machine": {"device": "x86_64", "dtype": "bfloat16", "threads": 2},
     }
     path.write_text(json.dumps(report | more))
+    return path
+
+
+def side(*shares: float) -> dict[str, Any]:
+    """What one engine accepted."""
+    return {
+        "passes": 500,
+        "length": 1 + sum(shares),
+        "length_ci": [1 + sum(shares) - 0.1, 1 + sum(shares) + 0.1],
+        "per_position": list(shares),
+        "per_position_ci": [[share - 0.04, share + 0.04] for share in shares],
+        "tokens_per_second": 40 * (1 + sum(shares)),
+    }
+
+
+def write_served(path: Path, here: dict[str, Any] | None, differing: int = 2, **more: Any) -> Path:
+    """A JSON file of `vsd bench --server`, with a drafter whose acceptance parts at position 2, or without one."""
+    where = {"prompt": ATTACK, "turn": 0, "position": 4, "here": 17, "there": None, "margin": 0.03125, "second": False}
+    tie = {"prompt": "7", "turn": 1, "position": 0, "here": 5, "there": 99, "margin": 0.0, "second": True}
+    server = {
+        "engine": "vLLM",
+        "depth": 3,
+        "acceptance": side(0.6, 0.3, 0.1),
+        "here": here,
+        "parts": None if here is None else {"position": 2, "difference": -0.1, "ci": [-0.15, -0.05]},
+        "enough": True,
+        "answers": 60,
+        "equal": 1 - differing / 60,
+        "differences": [where if n % 2 == 0 else tie for n in range(differing)],
+    }
+    report = {
+        "runs": [],
+        "server": server | more,
+        "settings": {"max_new_tokens": 64, "prompts": [str(n) for n in range(60)]},
+        "machine": {"device": "x86_64", "dtype": "bfloat16", "threads": 2},
+        "command": "vsd bench --server http://localhost:8000 --model m",
+    }
+    path.write_text(json.dumps(report))
     return path
 
 

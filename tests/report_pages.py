@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 VOID = {"meta", "link", "br"}
 
@@ -66,3 +67,14 @@ def section(page: Path, title: str) -> Element | None:
     """The section of this title."""
     found = [one for one in parsed(page.read_text())[0].all("section") if one.all("h2")[0].text == title]
     return found[0] if found else None
+
+
+def figure_of(page: Path | Element, title: str) -> Any:
+    """The figure of this title; None if there is none."""
+    document = page if isinstance(page, Element) else parsed(page.read_text())[0]
+    return next((one for one in document.all("figure") if one.all("h3")[0].text == title), None)
+
+
+def rows_of(table: Element) -> list[list[str]]:
+    """The cells of a table, below its head."""
+    return [[cell.text for cell in (*row.all("th"), *row.all("td"))] for row in table.all("tr")[1:]]

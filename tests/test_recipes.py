@@ -44,9 +44,9 @@ def test_recipes_train(tiny_target: Target, tmp_path: Path, path: Path) -> None:
         "--data",
         tmp_path / "text.jsonl",
     ]
-    words += ["--output-dir", tmp_path / "run", "--held-out", 2, "--dtype", "float32", "--draft-vocab-size", 64]
-    if recipe(path, [], {"data": ["text.jsonl"]})[0].drafter:
-        words += ["--drafter", tmp_path / "start"]
+    words += ["--output-dir", tmp_path / "run", "--held-out", 2, "--dtype", "float32"]
+    given = recipe(path, [], {"data": ["text.jsonl"]})[0].drafter
+    words += ["--drafter", tmp_path / "start"] if given else ["--draft-vocab-size", 64]
     words += ["--set", "max_minutes=null", "max_steps=1", "eval_strategy=no", "save_strategy=no", "report_to=none"]
     words += ["disable_tqdm=true", "use_cpu=true", "bf16=no"]
     assert cli.main([str(word) for word in words]) == 0

@@ -1,5 +1,6 @@
 """The DFlash drafter against a slow reference, decoding against training, and what it shares with its target."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,11 @@ def test_default_feature_layers_are_spread() -> None:
 def test_saved_and_loaded_bit_for_bit(drafter: DFlashDrafter, tiny_target: Target, tmp_path: Path) -> None:
     fields = ("causal", "sample_from_anchor", "mask_token_id", "num_hidden_layers", "aux_layers")
     plain.check_saved(tiny_target, drafter, tmp_path, fields)
+
+
+def test_a_copy_shares_the_targets_head(tiny_target: Target) -> None:
+    """Objectives that keep the first drafter copy it: the target's weights, packed ones too, are not copied."""
+    drafter = DFlashDrafter.for_target(tiny_target, draft_vocabulary(torch.arange(128), 128, 128))
+    copied = copy.deepcopy(drafter)
+    assert drafter.config.shares_head and copied.lm_head.weight is drafter.lm_head.weight
+    assert copied.norm.weight is not drafter.norm.weight

@@ -319,6 +319,8 @@ def test_the_command_compares_and_reports_in_one_line_what_it_cannot(
     text = capsys.readouterr().out
     assert "2 of 2 equal" in text and "vsd, chain of 3" in text and "too few prompts" in text
     assert json.loads((tmp_path / "out.json").read_text())["server"]["equal"] == 1.0
+    page = (tmp_path / "out.html").read_text()
+    assert "2 of 2 answers (100 %) equal" in page and f"vsd bench --prompts {tmp_path / 'p.jsonl'}" in page
     server.shutdown()
     server.server_close()
     other = fake(None, "vllm")

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, Union, get_args, get_origin
 
-from case import Case, Rule, Workshop, refused
+from case import Case, Outcome, Rule, Workshop, refused
 from vsd.cli import DATA, VSD
 from vsd.cli.parser import Command, flag
 from vsd.objective import OBJECTIVES
@@ -60,7 +60,7 @@ TRAINING = {
     **{"dataloader_num_workers": ["-1"], "lr_scheduler_type": ["spiral"], "optim": ["bold"], "family": ["eagle4"]},
     **{"save_strategy": ["often"], "objective": ["eagle4", "''"], "features": ["nowhere", "''"]},
     **{
-        "report_to": ["nobody"],
+        "report_to": ["nobody", "codecarbon"],
         "tree": ["5", "5x", "0x1x2", "axbxc", "5x4x999", "5x4x12x2", "''"],
         "device": ["abacus"],
     },
@@ -85,6 +85,44 @@ DRAFTER = {
     "rms_norm_eps": ["x"],
     "rope_parameters": ["7", "{rope_type: spiral}"],
     "no_such_field": ["1"],
+}
+IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
+    "a draft vocabulary of lm": (["family=lm", "draft_vocab_size=64"], "draft_vocab_size: .* lm .*leave it out"),
+    "a draft vocabulary of dflash2": (["family=dflash2", "draft_vocab_size=64"], "draft_vocab_size: .* dflash2 "),
+    "a draft vocabulary of a given drafter": (["drafter={shop}/drafter", "draft_vocab_size=64"], "draft_vocab_size is"),
+    "a draft vocabulary of a start": (
+        ["drafter={shop}/drafter", "family=peagle", "draft_vocab_size=64"],
+        "draft_vocab_size is",
+    ),
+    "options of a given drafter": (
+        ["drafter={shop}/drafter", "drafter_options.hidden_act=relu"],
+        "drafter_options are",
+    ),
+    "lm from eagle3": (["drafter={shop}/drafter", "family=lm"], "leave out family .*leave out drafter"),
+    "eagle3 from lm": (["drafter={shop}/lm", "family=eagle3"], "Draft model.* eagle3 starts: leave out family"),
+    "peagle from lm": (["drafter={shop}/lm", "family=peagle"], "starts from an EAGLE-3 drafter.*leave out family"),
+    "layers of a start": (
+        ["drafter={shop}/drafter", "family=peagle", "drafter_options.aux_layers=[0, 1, 2]"],
+        "drafter_options: the given drafter decides aux_layers",
+    ),
+    "online with another family": (["online=true", "drafter={shop}/drafter", "family=peagle"], "leave out family"),
+    "answer_tokens without online": (["answer_tokens=9"], "answer_tokens: .*--online"),
+    "replay and buffer without online": (["replay=1", "buffer=9"], "replay, buffer: .*--online"),
+    "patience without τ": (["patience=2"], "patience .*--held-out"),
+    "layers of lm": (["family=lm", "drafter_options.aux_layers=[1]"], "no field aux_layers: leave it out"),
+    "heads of lm": (["family=lm", "drafter_options.num_attention_heads=3"], "num_attention_heads.*family lm"),
+    "lm without layers": (["family=lm", "drafter_options.num_hidden_layers=0"], "num_hidden_layers must be at least 1"),
+    "a block drafter without layers": (["family=peagle", "drafter_options.num_hidden_layers=0"], "num_hidden_layers "),
+    "a mask that is no token": (["family=dspark", "drafter_options.mask_token_id=128"], "mask_token_id must be"),
+    "a rank of another family": (["family=dspark", "drafter_options.selector_rank=4"], "no field selector_rank"),
+    "an option of transformers": (["drafter_options.use_cache=false"], "no field use_cache"),
+    "a tied draft head": (["drafter_options.tie_word_embeddings=true"], "no field tie_word_embeddings"),
+    "a dtype of the drafter": (["drafter_options.dtype=float16"], "drafter_options: dtype is"),
+    "another model type": (["family=lm", "drafter_options.model_type=x"], "drafter_options: model_type is"),
+    "draft_vocab_size as a field": (
+        ["drafter_options.draft_vocab_size=32"],
+        "draft_vocab_size is an option of its own",
+    ),
 }
 RECIPES: dict[str, bytes] = {
     "not YAML": b"data: [a.jsonl\nseed: 1\n",
@@ -186,6 +224,22 @@ def objective_option(shop: Workshop, folder: Path, random: Random) -> Case:
     return Case(words, refused(f"objective {name}|{value.partition(':')[0]}"))
 
 
+def impossible(name: str) -> Rule:
+    """Options that a drafter, its family or the kind of training cannot take."""
+
+    def rule(shop: Workshop, folder: Path, random: Random) -> Case:
+        options, names = IMPOSSIBLE[name]
+        words = shop.train(folder / "run", *(option.format(shop=shop.root) for option in options))
+
+        def wrong(found: Outcome) -> str:
+            features = "features were computed" if (folder / "run").exists() else ""
+            return refused(names)(found) or features
+
+        return Case(words, wrong)
+
+    return rule
+
+
 def words_of(command: str) -> Callable[[Workshop, Path, str, str], list[str]]:
     """The command with one more flag."""
     group = ["data"] if command in DATA.commands else []
@@ -225,8 +279,12 @@ def out_of_range(command: str) -> Rule:
 
     def rule(shop: Workshop, folder: Path, random: Random) -> Case:
         name = random.choice(list(RANGES[command]))
-        words = words_of(command)(shop, folder, name, random.choice(RANGES[command][name]))
-        return Case(words, refused(f"{name}|{name.removeprefix('sample_')}"))
+        value = random.choice(RANGES[command][name])
+        code = 2 if value in ("nan", "inf") else 1  # no number as flags write it: a mistake in the flag
+        return Case(
+            words_of(command)(shop, folder, name, value),
+            refused(f"{name}|{name.removeprefix('sample_')}|{flag(name)}", code),
+        )
 
     return rule
 
@@ -246,6 +304,7 @@ RULES: dict[str, Rule] = {
     **{f"--set: range {n}": ranged(setting, TRAINING) for n in range(16)},
     **{f"drafter option {n}": ranged(of_drafter, DRAFTER) for n in range(8)},
     **{f"objective option {n}": objective_option for n in range(4)},
+    **{f"impossible: {name}": impossible(name) for name in IMPOSSIBLE},
     **{f"usage {n}": usage for n in range(6)},
     **{f"range: {command} {n}": out_of_range(command) for command in RANGES for n in range(3)},
 }

@@ -30,6 +30,7 @@ SECONDS = 60  # for one command
 _REPORT = re.compile(
     "; trying again$|: not a |: a folder in a folder$|^vsd: skipped "
 )  # lines that may stand before the last one
+_DECIDED = ("drafter=", "family=lm", "family=dflash2")  # drafters whose vocabulary is not chosen
 OPTIONS = ["max_steps=1", "use_cpu=true", "report_to=none", "disable_tqdm=true", "save_strategy=no", "draft_steps=2"]
 
 
@@ -50,7 +51,9 @@ class Workshop(NamedTuple):
     def train(self, out: Path, *more: object, data: Path | None = None) -> list[str]:
         """`vsd train` of one step."""
         words = ["train", *self.named, "--data", str(data or self / "text.jsonl"), "--output-dir", str(out)]
-        return [*words, "--held-out", "0", "--draft-vocab-size", "64", "--set", *OPTIONS, *map(str, more)]
+        options = [*map(str, more)]
+        size = [] if any(option.startswith(_DECIDED) for option in options) else ["--draft-vocab-size", "64"]
+        return [*words, "--held-out", "0", *size, "--set", *OPTIONS, *options]
 
 
 class Outcome(NamedTuple):

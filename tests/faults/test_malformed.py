@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+import bad_options
 import case
 import malformed
 from case import Workshop
@@ -70,6 +71,13 @@ def test_options_that_did_nothing_are_refused(shop: Workshop, tmp_path: Path, op
     if "output" in option:
         del words[(place := words.index("--output-dir")) : place + 2]
     assert not case.complaint(case.Case(words, case.refused(names)), tmp_path)
+
+
+@pytest.mark.parametrize("name", bad_options.IMPOSSIBLE)
+def test_options_that_cannot_apply_are_refused_before_features_are_computed(
+    shop: Workshop, tmp_path: Path, name: str
+) -> None:
+    assert not case.complaint(bad_options.impossible(name)(shop, tmp_path, Random(0)), tmp_path)
 
 
 def test_a_rule_makes_the_same_case_of_the_same_seed(shop: Workshop, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from report_example import tried_trees, write_bench, write_run
+from report_example import side, tried_trees, write_bench, write_run, write_served
 from vsd.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -53,7 +53,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [write_run(folder / name) for name in names]
     drafters = {str(run / "drafter"): 2.0 for run in runs}
     bench = write_bench(folder / "bench.json", drafters, trees=tried_trees(), command=f"vsd bench {'x' * 300}")
-    return write_report([*runs, bench], folder / "report.html")
+    served = write_served(folder / "served.json", side(0.6, 0.4, 0.2))
+    return write_report([*runs, bench, served], folder / "report.html")
 
 
 def shown(page: Path) -> tuple[list[dict[str, object]], list[str]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsd.report.charts import WIDTH, Bar, Line, Point, Row, bars, plane, rows
-from vsd.report.read import Estimate
+from vsd.report.entries import Estimate
 from vsd.report.scale import Scale, brief
 from vsd.report.series import Series, numbered, short_names
 
@@ -63,6 +63,19 @@ def test_intervals_span_low_to_high() -> None:
     assert high < y < low and high_2 < y_2 < low_2  # pixels grow downwards
     assert abs((low - y) / (y - high) - 0.5) < 0.02 and abs(y - low_2) < 0.11
     assert titles(svg)[0] == "a, 0: 1.00 [0.50, 2.00]"
+
+
+def test_a_mark_is_a_line_from_top_to_bottom_at_its_position() -> None:
+    """Its name is beside it, inside the figure, on the side with more room."""
+    points = [Point(n, Estimate(1.0 + n)) for n in range(4)]
+    for at, anchor in ((0.5, "start"), (2.25, "end")):
+        svg = plane([Line(A, points)], "x", "y", names=["one", "two", "three", "four"], mark=(at, "here"))
+        root = ElementTree.fromstring(svg)
+        (line,) = [path.get("d", "") for path in root.iter("path") if path.get("class") == "level"]
+        xs = [x for x, _ in markers(svg, "s0")]
+        assert abs(float(line[1:].split()[0]) - (xs[0] + at * (xs[1] - xs[0]))) < 0.2
+        (name,) = [text for text in root.iter("text") if text.text == "here"]
+        assert name.get("text-anchor") == anchor and 44 < float(name.get("x", "")) < WIDTH
 
 
 def test_a_figure_is_told_in_words() -> None:

@@ -2,13 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from report_example import ATTACK, explained, measured, tried_trees, write_bench, write_run
-from report_pages import parsed, section
+from report_example import (
+    ATTACK,
+    explained,
+    measured,
+    side,
+    together,
+    tried_trees,
+    write_bench,
+    write_run,
+    write_served,
+)
+from report_pages import Element, figure_of, parsed, rows_of, section
 from vsd.errors import VSDError
 from vsd.report import runs_of, write_report
+from vsd.report.context import place
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +96,106 @@ def test_figures_carry_intervals_and_an_alternative(page: Path) -> None:
     assert "4x3x12 pays" in figures["Expected speed"].text
     for svg in document.all("svg"):
         assert svg.attributes.get("aria-label") or svg.attributes.get("aria-hidden") == "true"
+
+
+def page_of(tmp_path: Path, *runs: dict[str, Any]) -> Element:
+    (tmp_path / "x.json").write_text(json.dumps({"runs": runs}))
+    return parsed(write_report([tmp_path / "x.json"], tmp_path / "x.html").read_text())[0]
+
+
+def test_speed_by_concurrency_is_drawn_where_several_were_measured(page: Path, tmp_path: Path) -> None:
+    """With plain decoding in the table of numbers; a drafter with a single concurrency is left out."""
+    figure = figure_of(page, "By concurrency")
+    assert "a, 16 at a time: 0.90 [0.86, 0.94]" in [title.text for title in figure.all("title")]
+    numbers = rows_of(figure.all("table")[0])
+    assert [row[:2] for row in numbers] == [[n, c] for n in ("plain decoding", "a", "b") for c in ("1", "4", "16")]
+    assert numbers[4] == ["a", "4", "1.22 [1.18, 1.26]", "79.8", "1.90", "77.4"]
+    assert numbers[2] == ["plain decoding", "16", "1", "120.0", "1", "155"]
+    one = measured("a", 2.0, 1.5, by_concurrency=together(2.0, 1.5)[:1])
+    assert figure_of(page_of(tmp_path, one), "By concurrency") is None
+    several = measured("b", 2.0, 1.5, by_concurrency=together(2.0, 1.5)[::-1])
+    figure = figure_of(page_of(tmp_path, one, several), "By concurrency")
+    assert [row[:2] for row in rows_of(figure.all("table")[0])] == [["b", "1"], ["b", "4"], ["b", "16"]]
+
+
+def contexts(**highs: float) -> dict[str, Any]:
+    """τ 2 before 1024 tokens and 1.5 behind, with the upper ends of the intervals."""
+    rows = [(256, 2.1), (512, 2.1), (1024, highs["first"]), (2048, highs["second"])]
+    found = [
+        {"from": n, "to": 2 * n, "tau": 2.0 if n < 1024 else 1.5, "tau_ci": [1.4, high], "passes": 50}
+        for n, high in rows
+    ]
+    return {"by_context": found, "trained_length": 1024}
+
+
+def test_contexts_beyond_the_trained_length_are_told(tmp_path: Path) -> None:
+    """By more than chance: the interval ends below the τ within."""
+    one = measured("a", 2.0, 1.5, **contexts(first=2.05, second=1.95))
+    figure = figure_of(page_of(tmp_path, one), "By length of context")
+    assert "Trained with texts of up to 1024 tokens." in figure.text
+    assert "lower than within, by more than chance: a at 2048–4096." in figure.text
+    assert figure.all("svg")[0].attributes["aria-label"].endswith("A line marks: trained: ≤ 1024 tokens.")
+    level = measured("a", 2.0, 1.5, **contexts(first=2.05, second=2.05))
+    assert "Beyond that, τ is not lower" in figure_of(page_of(tmp_path, level), "By length of context").text
+
+
+def test_different_or_unknown_trained_lengths_are_no_line(tmp_path: Path) -> None:
+    one = measured("a", 2.0, 1.5, **contexts(first=2.05, second=1.95))
+    other = measured("b", 2.0, 1.5, **{**contexts(first=2.05, second=1.95), "trained_length": 2048})
+    unknown = measured("c", 2.0, 1.5, **{**contexts(first=2.05, second=1.95), "trained_length": None})
+    figure = figure_of(page_of(tmp_path, one, other, unknown), "By length of context")
+    assert "at most so many tokens: a: 1024; b: 2048." in figure.text and "c at" not in figure.text
+    assert "by more than chance: a at 2048–4096." in figure.text and "A line marks" not in str(figure)
+    figure = figure_of(page_of(tmp_path, unknown), "By length of context")
+    assert "not known here" in figure.text and "A line marks" not in str(figure)
+
+
+@given(st.integers(1, 20000), st.lists(st.integers(4, 12), min_size=1, unique=True))
+def test_the_trained_length_lies_between_the_ranges_within_and_beyond(trained: int, powers: list[int]) -> None:
+    starts = [2**k for k in sorted(powers)]
+    at = place(trained, starts)
+    within = [n for n, start in enumerate(starts) if 2 * start <= trained]
+    beyond = [n for n, start in enumerate(starts) if start >= trained]
+    if at is None:
+        assert len(beyond) == len(starts) or len(within) == len(starts)
+    else:
+        assert all(n + 0.5 <= at for n in within) and all(at <= n - 0.5 for n in beyond)
+
+
+def test_a_served_engine_has_a_section(tmp_path: Path) -> None:
+    """Acceptance and speed on both sides, where acceptance parts, and the answers that differ."""
+    file = write_served(tmp_path / "served.json", side(0.6, 0.4, 0.2))
+    path = write_report([file], tmp_path / "served.html")
+    served = section(path, "A served engine")
+    assert served is not None and "Acceptance parts at drafted token 2: -0.100 [-0.150, -0.050]" in served.text
+    titles = [title.text for title in served.all("title")]
+    assert (
+        "vLLM, 2 tokens or more: 0.30 [0.26, 0.34]" in titles and "vsd, 3 tokens or more: 0.20 [0.16, 0.24]" in titles
+    )
+    engines, differing = served.all("table", "wide")
+    assert rows_of(engines) == [
+        ["vLLM", "500", "2.00 [1.90, 2.10]", "80.0"],
+        ["vsd", "500", "2.20 [2.10, 2.30]", "88.0"],
+    ]
+    assert "58 of 60 answers (97 %) equal" in served.text
+    assert rows_of(differing) == [
+        [ATTACK, "1", "5", "17", "end", "0.0312"],
+        ["7", "2", "1", "5", "99", "0, second best"],
+    ]
+    document, _ = parsed(path.read_text())
+    assert document.all("h1")[0].text == "vLLM beside vsd" and "60 prompts, bfloat16 on x86_64" in document.text
+    assert [one.text for one in document.all("h2")] == ["A served engine", "Settings", "Make it again"]
+    assert "vsd bench --server http://localhost:8000 --model m" in document.all("pre")[0].text
+
+
+def test_a_served_engine_without_a_drafter_here_and_many_differences(tmp_path: Path) -> None:
+    files = [write_served(tmp_path / "a.json", None, 0), write_served(tmp_path / "b.json", side(0.6, 0.3, 0.1), 60)]
+    path = write_report(files, tmp_path / "served.html")
+    alone, many = section(path, "A served engine: a.json"), section(path, "A served engine: b.json")
+    assert alone is not None and "60 of 60 answers (100 %)" in alone.text and "vsd" not in alone.text
+    assert not alone.all("p", "fastest") and len(alone.all("table")) == 2 and "parts at" not in alone.text
+    assert many is not None and "60 answers that differ" in many.text and "10 more are in the file" in many.text
+    assert len(rows_of(many.all("table", "wide")[1])) == 50
 
 
 def test_a_training_and_its_drafter_look_the_same(page: Path) -> None:
@@ -189,6 +303,9 @@ def test_values_that_are_not_numbers_are_left_out(tmp_path: Path) -> None:
         ('{"runs": [3]}', "no JSON file of vsd bench or vsd tune"),
         ('{"trees": [{"shape": {"depth": 0}, "tau": 1, "seconds": 1, "speedup": 1}]}', "depth ≥ 1"),
         (json.dumps({"runs": [measured("a", float("nan"), 1.0)]}), "nan is no measurement"),
+        ('{"runs": [], "server": 7}', "no JSON file of vsd bench or vsd tune"),
+        ('{"runs": [], "server": {"engine": "vLLM", "here": null}}', "no JSON file of vsd bench or vsd tune"),
+        ('{"runs": [], "server": {"here": null, "depth": 3, "answers": 0}}', "nothing was drafted or answered"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(tmp_path: Path, content: str, what: str) -> None:

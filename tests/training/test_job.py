@@ -62,6 +62,8 @@ def arguments(workshop: Path, out: Path, *more: str) -> list[str]:
     options = ["num_train_epochs=3", "per_device_train_batch_size=3", "save_steps=4", "logging_steps=2"]
     options += ["eval_steps=8", "eval_max_new_tokens=8", "draft_steps=3", "report_to=none", "disable_tqdm=true"]
     options += ["bf16=no"]  # the default is measured, and a busy machine may measure otherwise in the resumed process
+    if "--drafter" in more:
+        del given["--draft-vocab-size"]
     flags = [str(word) for pair in given.items() for word in pair]
     return ["train", *flags, "--set", *options, "use_cpu=true", *more]
 

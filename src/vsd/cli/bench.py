@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import DecodingOptions, command_line, load
@@ -66,16 +67,16 @@ def run(given: Given) -> None:
     if (by.server is None) != (by.model is None):
         raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
     if by.server is not None and by.model is not None:
-        _beside(by.server, by.model, a, target)
+        _beside(by.server, by.model, a, target, command_line(given))
     else:
         _measure(a, given.of(DecodingOptions), target, command_line(given))
 
 
-def _beside(url: str, model: str, a: Bench, options: TargetOptions) -> None:
+def _beside(url: str, model: str, a: Bench, options: TargetOptions, command: str) -> None:
     """Compare a server with this engine."""
     from vsd.data import Server
     from vsd.drafters import load_drafter
-    from vsd.evaluation import compare, connect, load_prompts, print_server, write_json
+    from vsd.evaluation import compare, connect, load_prompts, print_server
 
     if len(a.drafter) > 1 or any(a.temperature) or a.concurrency != [1]:
         raise ConfigurationError(
@@ -91,16 +92,14 @@ def _beside(url: str, model: str, a: Bench, options: TargetOptions) -> None:
     finally:
         server.close()
     print_server(report)
-    if a.json:
-        write_json(report, a.json)
+    _write(report, a, command)
 
 
 def _measure(a: Bench, d: DecodingOptions, options: TargetOptions, command: str) -> None:
     """Measure drafters here."""
     from vsd.drafters import load_drafter
-    from vsd.evaluation import Contender, bench, load_prompts, print_details, print_table, trained_length, write_json
+    from vsd.evaluation import Contender, bench, load_prompts, print_details, print_table, trained_length
     from vsd.paths import TreeShape
-    from vsd.report import runs_of, write_report
 
     shape, prompts = TreeShape.parse(d.tree), load_prompts(a.prompts, a.limit)
     target = load(options, d.compile)
@@ -119,6 +118,14 @@ def _measure(a: Bench, d: DecodingOptions, options: TargetOptions, command: str)
     )
     print_table(report)
     print_details(report)
+    _write(report, a, command)
+
+
+def _write(report: dict[str, Any], a: Bench, command: str) -> None:
+    """Write the results and a page beside them, if they are wanted."""
+    from vsd.evaluation import write_json
+    from vsd.report import runs_of, write_report
+
     if a.json:
         write_json(report | {"command": command}, a.json)
         print(f"report: {write_report([a.json, *runs_of(a.drafter)], a.json.with_suffix('.html'))}")

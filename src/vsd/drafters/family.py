@@ -47,9 +47,11 @@ class Family(NamedTuple):
         formats: names of the formats that engines read.
         serve: given a format, the exported folder and a number of drafted tokens, the engine's arguments.
         kind: class of the family's drafters.
+        drafts_all: whether its drafters can propose every token of the target, and have no draft vocabulary to choose.
         needs_tokenizer: whether engines want the target's tokenizer beside the drafter.
         start: a new drafter from a trained one of another family, with fields of its configuration by name; None where
-            the family can take none. Raises TypeError for a family that it does not know.
+            the family can take none. Raises ConfigurationError for a family that it does not know, and for fields that
+            the trained drafter decides.
     """
 
     title: str
@@ -60,5 +62,6 @@ class Family(NamedTuple):
     formats: tuple[str, ...]
     serve: Callable[[str, str, int], str]
     kind: type
+    drafts_all: bool = False
     needs_tokenizer: bool = False
     start: Callable[..., Drafter] | None = None

@@ -4,7 +4,7 @@ Common to EAGLE-3 and the block drafters: sizes, draft vocabulary, the check of 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +16,7 @@ from vsd.drafters.base import FeatureSpec
 from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.proposals import Proposals
 from vsd.drafters.vocabulary import DraftVocabulary, draft_ids
-from vsd.errors import MismatchError
+from vsd.errors import ConfigurationError, MismatchError
 from vsd.targets import TargetInfo
 from vsd.targets.packed import pack_linears
 
@@ -85,9 +85,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         Args:
             overrides: any field of the family's configuration.
         """
-        known, one_layer = cls.config_class().to_dict(), ("num_hidden_layers", 1)  # of a family without this field
-        if unknown := [name for name, value in overrides.items() if name not in known and (name, value) != one_layer]:
-            raise AttributeError(f"a {cls.title} has no field {', '.join(unknown)}")
+        cls._check_fields(overrides)
         fields = {**cls.fields_for(target, overrides), "draft_vocab_size": vocabulary.size, **overrides}
         drafter: Any = cls(cls.config_class(**fields))
         drafter.d2t.copy_(vocabulary.d2t)
@@ -96,6 +94,17 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         drafter.attach(target)
         own: Self = drafter
         return own
+
+    @classmethod
+    def _check_fields(cls, overrides: dict[str, Any]) -> None:
+        """Refuse what is no field of the family's configuration; further fields of transformers would be ignored."""
+        kinds = [kind for kind in cls.config_class.__mro__ if issubclass(kind, FeatureDrafterConfig)]
+        known, one_layer = {name for kind in kinds for name in kind.__annotations__}, ("num_hidden_layers", 1)
+        unknown = [name for name, value in overrides.items() if name not in known and (name, value) != one_layer]
+        if overrides.get("tie_word_embeddings"):  # an engine would take the target's embedding for the draft head
+            unknown.append("tie_word_embeddings")
+        if unknown:
+            raise ConfigurationError(f"drafter_options: {cls.title} has no field {', '.join(unknown)}: leave it out")
 
     @classmethod
     def fields_for(cls, target: TargetInfo, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +186,9 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         count = target.config.num_hidden_layers
         if not all(0 <= layer < count for layer in config.aux_layers):
             raise MismatchError(f"aux_layers are {list(config.aux_layers)}, and the target has {count} layers")
+        mask, tokens = getattr(config, "mask_token_id", 0), len(target.embedding_weight)  # some families have no mask
+        if type(mask) is not int or not 0 <= mask < tokens:
+            raise MismatchError(f"mask_token_id must be one of the target's {tokens} tokens, not {mask!r}")
         self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
 
 
@@ -186,8 +198,8 @@ def check_sizes(config: Any) -> None:
     Raises:
         MismatchError: the message holds the size's name.
     """
-    for name in (*_SIZES, "num_attention_heads", "num_key_value_heads"):
-        value = getattr(config, name)
+    for name in (*_SIZES, "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        value = getattr(config, name, 1)  # families of one layer have no number of layers
         if type(value) is not int or value < 1:
             raise MismatchError(f"{name} of a drafter must be a positive integer, not {value!r}")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -200,6 +212,16 @@ def check_sizes(config: Any) -> None:
     ):
         if not right:
             raise MismatchError(what)
+
+
+def check_decided(options: Iterable[str], decided: Iterable[str]) -> None:
+    """Refuse fields of a new drafter that the trained drafter from which it starts decides.
+
+    Raises:
+        ConfigurationError: the message holds their names.
+    """
+    if fixed := sorted({*options} & {*decided}):
+        raise ConfigurationError(f"drafter_options: the given drafter decides {', '.join(fixed)}: leave them out")
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:

@@ -76,11 +76,24 @@ def print_server(report: dict[str, Any], console: Console | None = None) -> None
         table.add_row(row, *(_acceptance(side)[row] for side in found.values()))
     console.print(table)
     if server["here"]:
-        console.print(_verdict(server))
+        console.print(verdict(server))
     equal = server["answers"] - len(server["differences"])
     console.print(f"answers: {equal} of {server['answers']} equal those of plain decoding here")
     if server["differences"]:
         console.print(_differences(server["differences"]))
+
+
+def verdict(server: dict[str, Any]) -> str:
+    """Whether acceptance differs by more than chance, and from which position on."""
+    if (parts := server["parts"]) is not None:
+        low, high = parts["ci"]
+        return (
+            f"acceptance parts at drafted token {parts['position']}: "
+            f"{parts['difference']:+.3f} [{low:+.3f}, {high:+.3f}] on the server"
+        )
+    if not server["enough"]:
+        return "acceptance: too few prompts to tell a difference from chance"
+    return "acceptance: no difference beyond chance at any position"
 
 
 def write_json(report: dict[str, Any], path: str | Path) -> None:
@@ -111,19 +124,6 @@ def _acceptance(side: dict[str, Any]) -> dict[str, str]:
         **{f"accepted {k} or more": _with_interval(*share) for k, share in enumerate(shares, start=1)},
         "tokens/s": f"{side['tokens_per_second']:.1f}",
     }
-
-
-def _verdict(server: dict[str, Any]) -> str:
-    """Whether acceptance differs by more than chance, and from which position on."""
-    if (parts := server["parts"]) is not None:
-        low, high = parts["ci"]
-        return (
-            f"acceptance parts at drafted token {parts['position']}: "
-            f"{parts['difference']:+.3f} [{low:+.3f}, {high:+.3f}] on the server"
-        )
-    if not server["enough"]:
-        return "acceptance: too few prompts to tell a difference from chance"
-    return "acceptance: no difference beyond chance at any position"
 
 
 def _differences(differences: Sequence[dict[str, Any]]) -> Table:

@@ -7,8 +7,8 @@ style.css by class.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vsd.report.entries import Estimate
 from vsd.report.html import Html, join, tag
-from vsd.report.read import Estimate
 from vsd.report.scale import Scale, brief
 from vsd.report.series import Series
 
@@ -56,6 +56,7 @@ def plane(
     zero: bool = False,
     joined: bool = True,
     level: float | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> Html:
     """Lines with intervals over an axis.
 
@@ -64,6 +65,7 @@ def plane(
         zero: the y axis begins at 0.
         joined: points of a run are joined by a line.
         level: height of a line across.
+        mark: a position on the x axis, and its name: a line from top to bottom.
     """
     points = [point for line in lines for point in line.points]
     values = [v for p in points for v in p.y if v is not None] + ([] if level is None else [level])
@@ -74,9 +76,11 @@ def plane(
         else Scale.around([p.x for p in points], _LEFT, _RIGHT, zero=min(p.x for p in points) >= 0)
     )
     across = [] if level is None else [tag("path", d=f"M{_LEFT} {y(level):.1f}H{_RIGHT}", class_="level")]
+    across += [] if mark is None else [_mark(x(mark[0]), mark[1])]
     drawn = [_line(line, x, y, _shift(n, len(lines)) if names else 0.0, joined) for n, line in enumerate(lines)]
     parts = [_y_axis(y, y_title), _x_axis(x, x_title, names), *across, *drawn]
-    return _svg(HEIGHT, _summary(lines, x_title, y_title, names), parts)
+    told = _summary(lines, x_title, y_title, names) + ("" if mark is None else f" A line marks: {mark[1]}.")
+    return _svg(HEIGHT, told, parts)
 
 
 def rows(items: Sequence[Row], title: str, *, level: tuple[float, str] | None = None) -> Html:
@@ -139,6 +143,13 @@ def _line(line: Line, x: Scale, y: Scale, shift: float, joined: bool) -> Html:
         mark = tag("circle", cx=a, cy=b, r=4, class_="hidden") if quiet else line.series.marker(a, b)
         drawn.append(tag("g", tip, *whisker, mark))
     return tag("g", *drawn, class_=line.series.class_)
+
+
+def _mark(x: float, name: str) -> Html:
+    """A line from top to bottom; its name is beside its top, on the side with more room."""
+    side, anchor = (4, "start") if x < (_LEFT + _RIGHT) / 2 else (-4, "end")
+    line = tag("path", d=f"M{x:.1f} {_TOP - 18}V{_BOTTOM}", class_="level")
+    return join([line, tag("text", name, x=x + side, y=_TOP - 8, text_anchor=anchor, class_="quiet")])
 
 
 def _told(estimate: Estimate) -> str:

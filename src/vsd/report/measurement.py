@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 from vsd.evaluation.tune import best
 from vsd.report.charts import Bar, Line, Point, Row, bars, plane, rows
+from vsd.report.concurrency import by_concurrency
+from vsd.report.context import by_context
+from vsd.report.entries import Estimate, Measured, Sample, Slice
 from vsd.report.html import Html, folded, join, table, tag
 from vsd.report.layout import Section, figure, figures, numbers_of_lines, numbers_of_rows, section
-from vsd.report.read import Bench, Estimate, Measured, Sample, Slice
+from vsd.report.read import Bench
 from vsd.report.scale import brief
 from vsd.report.series import Series, legend
 
@@ -52,7 +55,7 @@ def speed(runs: Runs, plain: Sequence[Measured]) -> list[Section]:
             f"{_TAU} {_INTERVALS}",
             table(head, cells, class_="wide"),
             legend(series for series, _ in runs),
-            figures(*_speed_figures(runs, plain)) if runs else "",
+            figures(*_speed_figures(runs, plain), *by_concurrency(runs, plain)) if runs else "",
         )
     ]
 
@@ -71,7 +74,7 @@ def acceptance(runs: Runs) -> list[Section]:
         note = "Share of target passes that accepted at least so many drafted tokens."
         numbers = numbers_of_lines(shares, "drafted tokens", "share of passes", names)
         found.append(figure("By position", note, drawn, numbers))
-    found += _by_context([(series, run) for series, run in runs if run.by_context])
+    found += by_context(runs)
     shown = legend(line.series for line in shares)
     known = any(point.y.low is not None for line in shares for point in line.points)
     intro = f"How many drafted tokens the target accepts. {_INTERVALS if known else ''}"
@@ -143,19 +146,6 @@ def _speed_figures(runs: Runs, plain: Sequence[Measured]) -> list[Html]:
         figure("Time of a pass", key, bars(times, "milliseconds a pass"),
                table(["run", *work], parts)),
     ]  # fmt: skip
-
-
-def _by_context(runs: Runs) -> list[Html]:
-    names = list(dict.fromkeys(one.name for _, run in runs for one in run.by_context))
-    if not names:
-        return []
-    lines = [
-        Line(s, [Point(names.index(one.name), one.tau, f"context of {one.name} tokens") for one in run.by_context])
-        for s, run in runs
-    ]
-    drawn = plane(lines, "tokens of context", "τ", names=names)
-    note = "τ by the number of tokens before a pass. Drafters accept less behind the length they were trained on."
-    return [figure("By length of context", note, drawn, numbers_of_lines(lines, "tokens of context", "τ", names))]
 
 
 def _slice(runs: Runs, field: str) -> list[Html]:

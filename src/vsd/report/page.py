@@ -6,11 +6,13 @@ from pathlib import Path
 
 from vsd import __version__
 from vsd.errors import ConfigurationError
+from vsd.report.entries import Measured
 from vsd.report.html import Html, join, tag
 from vsd.report.layout import Section
 from vsd.report.measurement import acceptance, answers, slices, speed, summary, trees
-from vsd.report.read import Bench, Measured, Training, read
+from vsd.report.read import Bench, Training, read
 from vsd.report.series import Series, numbered, short_names
+from vsd.report.served import beside, served
 from vsd.report.settings import commands, settings
 from vsd.report.training import curves
 
@@ -40,6 +42,7 @@ def page(trainings: Sequence[Training], benches: Sequence[Bench], out: Path) -> 
     trained, drafted, plain = _compared(trainings, benches)
     sections = [
         *speed(drafted, plain),
+        *served(benches),
         *acceptance(drafted),
         *slices(drafted),
         *trees(benches),
@@ -48,7 +51,8 @@ def page(trainings: Sequence[Training], benches: Sequence[Bench], out: Path) -> 
         *settings(trained, benches),
         *commands(trained, benches, out),
     ]
-    title = ", ".join(dict.fromkeys(s.name for s, _ in (*trained, *drafted))) or "plain decoding"
+    named = [s.name for s, _ in (*trained, *drafted)] + [beside(b.served) for b in benches if b.served is not None]
+    title = ", ".join(dict.fromkeys(named)) or "plain decoding"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -100,7 +104,7 @@ def _names(settings: Sequence[tuple[str, ...]]) -> list[str]:
 def _about(trainings: Sequence[Training], benches: Sequence[Bench]) -> str:
     """Targets, prompts and machines."""
     targets = [f"target: {training.recipe['target']}" for training in trainings if "target" in training.recipe]
-    found = [[bench.settings.get(key) for key in _WHERE] for bench in benches if bench.runs]
+    found = [[bench.settings.get(key) for key in _WHERE] for bench in benches if bench.runs or bench.served]
     where = [f"{count} prompts, {dtype} on {device}" for count, dtype, device in found]
     return "; ".join(dict.fromkeys([*targets, *where]))
 

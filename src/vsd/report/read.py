@@ -2,71 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vsd.errors import ConfigurationError, DataError
 from vsd.evaluation.tune import Tuned
 from vsd.paths import TreeShape
+from vsd.report.entries import Measured, Served, measured, served
 
 _RECIPE, _STATE = "recipe.json", "trainer_state.json"
 _SETTINGS = ("settings", "training", "machine", "versions")  # of a measurement
-
-
-class Estimate(NamedTuple):
-    """A measured value and its 95 % interval, where there is one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f}{interval}"
-
-
-class Slice(NamedTuple):
-    """τ of a part of the answers."""
-
-    name: str
-    tau: Estimate
-    answers: int | None = None
-
-
-class Sample(NamedTuple):
-    """A prompt and pieces of its answer: text, and whether the drafter proposed it."""
-
-    prompt: str
-    pieces: list[tuple[str, bool]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A decoder that `vsd bench` measured; the drafter of plain decoding is None.
-
-    Attributes:
-        latency: milliseconds of a pass, by kind of work.
-        acceptance: share of passes that accepted at least 1, 2, … drafted tokens.
-        slices: τ by a field of the prompts, such as their file.
-        by_context: τ by number of tokens before the pass, as ranges from … to.
-    """
-
-    drafter: str | None
-    temperature: float
-    tree: str
-    verification: str
-    tau: Estimate
-    tokens_per_second: float
-    speedup: Estimate
-    identical: float | None
-    latency: dict[str, float]
-    acceptance: list[Estimate]
-    slices: dict[str, list[Slice]]
-    by_context: list[Slice]
-    samples: list[Sample]
 
 
 @dataclass(frozen=True)
@@ -75,6 +23,7 @@ class Bench:
 
     path: Path
     runs: list[Measured]
+    served: Served | None
     trees: list[Tuned]
     settings: dict[str, Any]
     command: str | None
@@ -153,65 +102,19 @@ def _bench(path: Path) -> Bench:
     if "runs" not in values and "trees" not in values:
         raise DataError(f"'{path}' is no JSON file of vsd bench or vsd tune: it has neither 'runs' nor 'trees'")
     try:
-        runs = [_measured(run) for run in values.get("runs", [])]
+        server = served(values["server"]) if "server" in values else None
+        runs = [measured(run) for run in values.get("runs", [])]
         trees = [_tree(tree) for tree in values.get("trees", [])]
         named: dict[str, Any] = {name: dict(values[name]) for name in _SETTINGS if name in values}
     except (AttributeError, ConfigurationError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"'{path}' is no JSON file of vsd bench or vsd tune: {error!r}") from error
     if isinstance(prompts := named.get("settings", {}).get("prompts"), list):
         named["settings"]["prompts"] = len(prompts)
-    return Bench(path, runs, trees, flat(named), values.get("command"))
+    return Bench(path, runs, server, trees, flat(named), values.get("command"))
 
 
 def _tree(tree: dict[str, Any]) -> Tuned:
     return Tuned(TreeShape(**tree["shape"]), *(float(tree[name]) for name in ("tau", "seconds", "speedup")))
-
-
-def _measured(run: dict[str, Any]) -> Measured:
-    """An entry of `runs`; what old files lack is empty."""
-    shares = run.get("acceptance_per_position") or []
-    intervals = run.get("acceptance_per_position_ci") or [None] * len(shares)
-    fields = run.get("slices") or {"file": {name: {"tau": tau} for name, tau in run.get("tau_by_suite", {}).items()}}
-    return Measured(
-        drafter=run["drafter"],
-        temperature=float(run["temperature"]),
-        tree=str(TreeShape(**run["tree"])) if run.get("tree") else "",
-        verification=run.get("verification", "auto"),
-        tau=_estimate(run["tau"], run.get("tau_ci")),
-        tokens_per_second=float(run["tokens_per_second"]),
-        speedup=_estimate(run["speedup"], run.get("speedup_ci")),
-        identical=run.get("identical"),
-        latency={name: float(run["latency"][name]) for name in ("draft", "verify", "commit")},
-        acceptance=[_estimate(share, interval) for share, interval in zip(shares, intervals)],
-        slices={field: _slices(values.items()) for field, values in fields.items()},
-        by_context=_slices((_range(one["from"], one["to"]), one) for one in run.get("by_context") or []),
-        samples=[
-            Sample(one["prompt"], [(piece, bool(accepted)) for piece, accepted in one["pieces"]])
-            for one in run.get("samples") or []
-        ],
-    )
-
-
-def _slices(parts: Iterable[tuple[str, dict[str, Any]]]) -> list[Slice]:
-    """Parts with a τ: one whose answers ended with their first token has none."""
-    return [
-        Slice(name, _estimate(part["tau"], part.get("tau_ci")), part.get("answers"))
-        for name, part in parts
-        if part["tau"] is not None and math.isfinite(part["tau"])
-    ]
-
-
-def _range(start: int, end: int | None) -> str:
-    return f"{start}–{end}" if end is not None and math.isfinite(end) else f"{start}+"
-
-
-def _estimate(value: float, interval: Sequence[float | None] | None) -> Estimate:
-    """A finite value; an interval that is not known is left out."""
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no measurement")
-    low, high = interval or (None, None)
-    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
-    return Estimate(float(value), low, high) if known else Estimate(float(value))
 
 
 def _json(path: Path) -> dict[str, Any]:

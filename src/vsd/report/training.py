@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vsd.report.charts import Line, Point, plane
+from vsd.report.entries import Estimate
 from vsd.report.html import Html
 from vsd.report.layout import Section, figure, figures, numbers_of_lines, section, thinned
-from vsd.report.read import Estimate, Training
+from vsd.report.read import Training
 from vsd.report.series import Series, legend
 
 _POINTS = 240  # of a drawn line

@@ -14,6 +14,7 @@ from vsd.options.bounds import check_bounds
 from vsd.paths import TreeShape
 from vsd.targets.load import fastest_dtype
 from vsd.training.budget import UNLIMITED_STEPS
+from vsd.training.trackers import check_trackers
 
 
 def bfloat16_pays(use_cpu: bool = False) -> bool:
@@ -30,7 +31,8 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
         given: the values of all fields before device-dependent defaults are filled in.
 
     Raises:
-        ConfigurationError: a value that has no meaning, or an option that the objective does not have.
+        ConfigurationError: a value that has no meaning, an option that the objective does not have, or a tracker that
+            is not installed.
     """
 
     train_sampling_strategy: str = "group_by_length"
@@ -45,6 +47,7 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
         if self.max_minutes is not None:
             self.max_steps, self.disable_tqdm = UNLIMITED_STEPS, True
         super().__post_init__()
+        check_trackers(self.report_to)  # a list by now
 
     def _check(self) -> None:
         """Refuse invalid settings before the target is loaded and features are computed."""

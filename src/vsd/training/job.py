@@ -23,6 +23,7 @@ from vsd.files import alone, writing
 from vsd.objective import objective
 from vsd.options import TrainJob, draft_vocabulary_size
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
+from vsd.training.applicable import check_applicable
 from vsd.training.batch import DraftDataset, announced
 from vsd.training.config import VSDConfig
 from vsd.training.online import OnlineText, load_prompts
@@ -48,6 +49,7 @@ def _train(
     job: TrainJob, config: VSDConfig, resume: bool, report: Callable[[str], None] | None, held: ExitStack
 ) -> Path:
     """As `train`; `held` ends with the run."""
+    check_applicable(job, config)
     checkpoint = _checkpoint(job, resume)
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
@@ -246,8 +248,6 @@ def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
         return new_drafter(target, vocabulary, job.family, **options)
     if job.family is not None and family_of(job.drafter) is not family_named(job.family):
         return start_drafter(job.drafter, target, job.family, **options)
-    if options:
-        raise ConfigurationError("drafter_options are for a new drafter: the given one has a configuration")
     return load_drafter(job.drafter, target, trainable=True)
 
 

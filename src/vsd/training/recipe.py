@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from vsd import __version__
 from vsd.errors import ConfigurationError, MismatchError
@@ -108,7 +107,6 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
         own |= {name: value for name, value in measured.items() if given[name] is None}
         config = VSDConfig(**{**own, "output_dir": job.output_dir})
         config.given |= given
-        get_reporting_integration_callbacks(config.report_to)  # refuses unknown trackers
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"bad training option: {' '.join(str(error).split())}") from error
     if job.device not in ("auto", str(config.device), config.device.type):

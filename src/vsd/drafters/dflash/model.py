@@ -246,6 +246,10 @@ class SharedHead:
     def __init__(self, target: TargetInfo) -> None:
         self.target = target
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedHead":
+        """A copy of the drafter shares the target, too."""
+        return self
+
     @property
     def weight(self) -> Tensor:
         """[V, h]."""

@@ -20,8 +20,8 @@ from vsd.drafters.dflash.checkpoint import dflash_config, exported, import_check
 from vsd.drafters.dflash.model import DFlashConfig, DFlashDrafter
 from vsd.drafters.dflash2.model import DFlash2Config, DFlash2Drafter
 from vsd.drafters.family import Checkpoint, Family, serve_arguments
-from vsd.drafters.feature_drafter import FeatureDrafterConfig
-from vsd.errors import MismatchError
+from vsd.drafters.feature_drafter import FeatureDrafterConfig, check_decided
+from vsd.errors import ConfigurationError, MismatchError
 from vsd.targets import TargetInfo
 
 _CLASS = "DFlash2DraftModel"
@@ -49,11 +49,15 @@ def start(trained: Any, target: TargetInfo, **options: Any) -> DFlash2Drafter:
         options: fields of `DFlash2Config` that DFlash does not decide.
 
     Raises:
-        TypeError: another family's drafter.
+        ConfigurationError: another family's drafter, or other fields.
     """
     if type(trained) is not DFlashDrafter:
-        raise TypeError(f"a DFlash2 drafter starts from a DFlash drafter, not from a {type(trained).__name__}")
+        found = type(trained).__name__
+        raise ConfigurationError(
+            f"a DFlash2 drafter starts from a DFlash drafter, not from a {found}: leave out family"
+        )
     names = (*FeatureDrafterConfig.__annotations__, *DFlashConfig.__annotations__)
+    check_decided(options, names)
     fields = {name: getattr(trained.config, name) for name in names if name != "draft_vocab_size"}
     drafter = DFlash2Drafter.for_target(target, trained.vocabulary, **{**fields, **options})
     left = ("lm_head.weight", "d2t", "t2d")
@@ -92,5 +96,6 @@ FAMILY = Family(
     formats=("vllm", "speculators"),
     serve=_serve,
     kind=DFlash2Drafter,
+    drafts_all=True,
     start=start,
 )

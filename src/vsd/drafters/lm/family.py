@@ -42,5 +42,6 @@ FAMILY = Family(
     formats=("sglang", "vllm"),
     serve=_serve,
     kind=LMDrafter,
+    drafts_all=True,
     needs_tokenizer=True,
 )

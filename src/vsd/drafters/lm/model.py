@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vsd.drafters.autoregressive import Autoregressive
 from vsd.drafters.base import FeatureSpec, Objective
 from vsd.drafters.vocabulary import DraftVocabulary
-from vsd.errors import MismatchError
+from vsd.errors import ConfigurationError, MismatchError
 from vsd.paths import Entries, Paths
 from vsd.targets import Decoder, Inputs, Padded, TargetInfo, TreeCache
 from vsd.targets.load import first_line
@@ -71,8 +71,10 @@ class LMDrafter(Autoregressive, nn.Module):
         fields = {"num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {}), **overrides}
         for name, value in fields.items():
             if not hasattr(config, name):
-                raise AttributeError(f"{config.model_type} has no field {name}")
+                raise ConfigurationError(f"drafter_options: {config.model_type} has no field {name}: leave it out")
             setattr(config, name, value)
+        if layers < 1:
+            raise ValueError(f"num_hidden_layers must be at least 1, not {layers}")
         setattr(config, _FINGERPRINT, target.fingerprint())
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         drafter = cls(model)
@@ -80,6 +82,8 @@ class LMDrafter(Autoregressive, nn.Module):
             drafter._copy_ends(target)
         drafter.to(target.device)
         drafter.attach(target)
+        with torch.no_grad():  # sizes that do not fit each other fail here, not in the first step
+            drafter.decoder.sequences(Padded.of([Inputs([0, 0])], drafter.device))
         return drafter
 
     @classmethod

@@ -10,8 +10,9 @@ import torch
 from vsd.drafters.eagle3.checkpoint import Layout, family, named_mask_token
 from vsd.drafters.eagle3.model import Eagle3Drafter
 from vsd.drafters.family import serve_arguments
-from vsd.drafters.feature_drafter import FeatureDrafterConfig
+from vsd.drafters.feature_drafter import FeatureDrafterConfig, check_decided
 from vsd.drafters.peagle.model import PeagleConfig, PeagleDrafter
+from vsd.errors import ConfigurationError
 from vsd.targets import TargetInfo
 
 
@@ -22,10 +23,14 @@ def start(trained: Any, target: TargetInfo, **options: Any) -> PeagleDrafter:
         options: fields of `PeagleConfig` that EAGLE-3 does not decide.
 
     Raises:
-        TypeError: another family's drafter.
+        ConfigurationError: another family's drafter, or other fields.
     """
     if not isinstance(trained, Eagle3Drafter):
-        raise TypeError(f"a P-EAGLE drafter starts from an EAGLE-3 drafter, not from a {type(trained).__name__}")
+        found = type(trained).__name__
+        raise ConfigurationError(
+            f"a P-EAGLE drafter starts from an EAGLE-3 drafter, not from a {found}: leave out family"
+        )
+    check_decided(options, FeatureDrafterConfig.__annotations__)
     sizes = {name: getattr(trained.config, name) for name in FeatureDrafterConfig.__annotations__}
     drafter = PeagleDrafter.for_target(target, trained.vocabulary, **{**sizes, **options})
     weights = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in trained.state_dict().items()}

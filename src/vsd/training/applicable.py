@@ -1,0 +1,69 @@
+"""Options that cannot apply together are refused before the target is loaded: none is ignored."""
+
+import dataclasses
+
+from vsd.drafters.load import DEFAULT, family_named, family_of
+from vsd.errors import ConfigurationError
+from vsd.options import OnlineOptions, TrainJob
+from vsd.training.config import VSDConfig
+
+_ELSEWHERE = {
+    **dict.fromkeys(("vocab_size", "target_fingerprint", "image_inputs"), "the target's"),
+    **dict.fromkeys(("architectures", "model_type"), "the family's"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "float32 in training"),
+    "draft_vocab_size": "an option of its own, --draft-vocab-size",
+}  # fields of a configuration that drafter_options do not set
+
+
+def check_applicable(job: TrainJob, config: VSDConfig) -> None:
+    """Refuse options that the drafter, its family or the kind of training cannot take.
+
+    Raises:
+        ConfigurationError: naming the option and the remedy.
+        MismatchError: there is no drafter in the given folder.
+    """
+    if job.drafter is None:
+        _check_new(job)
+    else:
+        _check_given(job, job.drafter)
+    if not job.online:
+        default = OnlineOptions()
+        names = [f.name for f in dataclasses.fields(OnlineOptions)]
+        if unused := [name for name in names if getattr(job, name) != getattr(default, name)]:
+            raise ConfigurationError(f"{', '.join(unused)}: for online training: add --online, or leave it out")
+    if config.patience is not None and not job.held_out:
+        raise ConfigurationError("patience needs measurements of τ: give --held-out a number above 0, or leave it out")
+
+
+def _check_new(job: TrainJob) -> None:
+    """A new drafter: some families have no draft vocabulary to choose."""
+    name = job.family or DEFAULT
+    for field in job.drafter_options.keys() & _ELSEWHERE.keys():
+        raise ConfigurationError(f"drafter_options: {field} is {_ELSEWHERE[field]}: leave it out")
+    if family_named(name).drafts_all and job.draft_vocab_size is not None:
+        raise ConfigurationError(
+            f"draft_vocab_size: a drafter of family {name} can draft every token of the target: leave it out"
+        )
+
+
+def _check_given(job: TrainJob, folder: str) -> None:
+    """A given drafter, which goes on, or starts one of another family: it decides most of the configuration."""
+    if job.draft_vocab_size is not None:
+        raise ConfigurationError(
+            "draft_vocab_size is for a new drafter, and the given one has a vocabulary: leave it out, or set it to null"
+        )
+    family = family_of(folder)
+    wanted = family if job.family is None else family_named(job.family)
+    if wanted is family and job.drafter_options:
+        raise ConfigurationError(
+            "drafter_options are for a new drafter, and the given one has a configuration: leave them out"
+        )
+    if wanted is not family and wanted.start is None:
+        raise ConfigurationError(
+            f"'{folder}' holds a {family.title}, from which no drafter of family {job.family} starts: "
+            "leave out family to continue it, or leave out drafter for a new one"
+        )
+    if wanted is not family and job.online:
+        raise ConfigurationError(
+            f"--online continues the {family.title} in '{folder}': leave out family, or train without --online"
+        )
