@@ -24,13 +24,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def packaged(*given: Any) -> Any:
         examples, held_out = parts.packaged(*given)
-        return examples[:16], held_out
+        return examples[:8], held_out
 
     for module in (logs, scratch):
         monkeypatch.setattr(module, "packaged", packaged)
-    monkeypatch.setattr(parts, "HELD_OUT", 4)
-    monkeypatch.setattr(parts, "ANSWER_TOKENS", 32)
-    monkeypatch.setattr(parts, "TREES", SHAPES[4:8])
+    monkeypatch.setattr(parts, "HELD_OUT", 2)
+    monkeypatch.setattr(parts, "ANSWER_TOKENS", 24)
+    monkeypatch.setattr(parts, "TREES", SHAPES[4:6])
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
@@ -46,9 +46,11 @@ def ran(out: Path, *options: str) -> tuple[dict[str, Any], str]:
 def test_a_released_drafter_is_continued_with_two_objectives(tmp_path: Path) -> None:
     found, page = ran(tmp_path)
     plain, released, *continued = found["runs"]
-    assert plain["drafter"] is None and released["drafter"] == "released" and released["tau"] > 1.5
-    assert [run["drafter"] for run in continued] == ["EAGLE-3", "VSD"] and all(run["tau"] > 1.3 for run in continued)
-    assert min(found["training"]["steps"].values()) > 0
+    assert plain["drafter"] is None and released["drafter"] == "released" and released["tau"] > 1.2
+    assert [run["drafter"] for run in continued] == ["EAGLE-3", "VSD"] and all(run["tau"] > 1.2 for run in continued)
+    assert (
+        set(found["training"]["steps"]) == {"start", "EAGLE-3", "VSD"} and min(found["training"]["steps"].values()) > 0
+    )
     assert "Held-out τ" in page and "the tree that pays" in page and f"{released['tau']:.2f}" in page
 
 

@@ -8,8 +8,8 @@ from vsd.cli.parser import Command, Given
 EXAMPLES = """\
   vsd demo --minutes 10 --out runs/demo
 
-Continues a drafter of SmolLM2-135M on logged answers to word problems, with EAGLE-3's objective and with VSD's, then
-answers other problems with plain decoding, the drafter as it was, and both results.
+Continues a drafter of SmolLM2-135M on logged requests for e-mails, with EAGLE-3's objective and with VSD's, then
+answers other requests with plain decoding, the drafter as it was, and both results.
 
   vsd demo --from-scratch
 

@@ -21,6 +21,7 @@ from vsd.training.job import hold_out
 
 HELD_OUT = 16  # questions for the measurement, and the same number for the choice of the tree
 ANSWER_TOKENS = 96
+START_SHARE = 0.6  # of the training time, with a constant rate; both ways then anneal the rate
 TREES = tuple(shape for shape in SHAPES if not shape.lookup)  # drafters are compared without prompt lookup
 
 
@@ -29,6 +30,14 @@ class Text(NamedTuple):
 
     dataset: DraftDataset
     store: FeatureStore
+
+
+class Plan(NamedTuple):
+    """Options of `VSDConfig`: of all trainings, of the first one, and of the two that continue from its drafter."""
+
+    common: dict[str, Any]
+    start: dict[str, Any]
+    ways: dict[str, dict[str, Any]]  # by name; the last one is the result of the demo
 
 
 class Measurement(NamedTuple):
@@ -49,6 +58,26 @@ def packaged(target: Target, name: str) -> tuple[list[Example], Measurement]:
         for example in encode(target.tokenizer, conversation, max_length=1024)
     ]
     return examples, Measurement(held_out[::2], held_out[1::2])
+
+
+def train_both(
+    target: Target, drafter: Any, text: Text, out: Path, minutes: float, plan: Plan, asked: Sequence[Inputs] = ()
+) -> tuple[dict[str, int], dict[str, Path]]:
+    """Train a drafter for a share of `minutes`, then each way from there for the same time.
+
+    Returns:
+        Steps and folders of all runs, by name. The last way's folder is `out`.
+    """
+    folders, way = {"start": out / "start"}, (1 - START_SHARE) * minutes / len(plan.ways)
+    print("the first training:")
+    started = START_SHARE * minutes
+    steps = {"start": train(target, drafter, text, folders["start"], started, plan.common | plan.start, asked)}
+    for name, options in plan.ways.items():
+        print(f"from there with {name}'s objective:")
+        folders[name] = out if name == list(plan.ways)[-1] else out / name.lower()
+        drafter = load_drafter(folders["start"] / "drafter", target, trainable=True)
+        steps[name] = train(target, drafter, text, folders[name], way, plan.common | options, asked)
+    return steps, folders
 
 
 def train(

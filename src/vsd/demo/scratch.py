@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from vsd.demo.parts import Text, measure, packaged, train, write
-from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
+from vsd.demo.parts import Plan, Text, measure, packaged, train_both, write
+from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.features import FeatureStore, affordable
 from vsd.files import alone
 from vsd.targets import load_target
@@ -22,23 +22,24 @@ from vsd.training import DraftDataset
 DRAFT_VOCABULARY = 4096
 SMOOTHING = 0.3  # option of cut paths: later draft steps are trained only where decoding is likely to reach them
 _FEATURE_SHARE = 0.5  # maximum share of the time; more text is better than a tenth epoch
-_START_SHARE = 0.6  # share of the training time with a constant rate; both runs then anneal the rate
 
-COMMON: dict[str, Any] = {"draft_steps": 3, "learning_rate": 2e-3, "per_device_train_batch_size": 4}
-START: dict[str, Any] = {
-    "objective": "eagle3",
-    "ramp": 1.0,  # a third of the time on the first drafted token alone, then two, then three
-    "lr_scheduler_type": "constant_with_warmup",
-    "objective_options": {"smoothing": SMOOTHING},
-}
-WAYS: dict[str, dict[str, Any]] = {
-    "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING}},
-    "VSD": {
-        "objective": "vsd",
-        "warmup_steps": 0,
-        "objective_options": {"arw": True, "car": 0.5, "smoothing": SMOOTHING, "e_step": None},
+PLAN = Plan(
+    common={"draft_steps": 3, "learning_rate": 2e-3, "per_device_train_batch_size": 4},
+    start={
+        "objective": "eagle3",
+        "ramp": 1.0,  # a third of the time on the first drafted token alone, then two, then three
+        "lr_scheduler_type": "constant_with_warmup",
+        "objective_options": {"smoothing": SMOOTHING},
     },
-}  # an E-step helps after many epochs; these minutes do not reach them
+    ways={
+        "EAGLE-3": {"objective": "eagle3", "warmup_steps": 0, "objective_options": {"smoothing": SMOOTHING}},
+        "VSD": {
+            "objective": "vsd",
+            "warmup_steps": 0,
+            "objective_options": {"arw": True, "car": 0.5, "smoothing": SMOOTHING, "e_step": None},
+        },
+    },  # an E-step helps after many epochs; these minutes do not reach them
+)
 
 
 def from_scratch(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
@@ -65,16 +66,10 @@ def _from_scratch(minutes: float, out: Path, seed: int) -> dict[str, Any]:
     text = Text(dataset, FeatureStore.build(out / "features", target, used, drafter.needs.layers))
     spent = (time.perf_counter() - start) / 60
     left = max(minutes - spent, (1 - _FEATURE_SHARE) * minutes)  # feature computation can exceed its estimate
-    console.print("a drafter from random weights:")
-    common = {**COMMON, "seed": seed}
-    steps = {"start": train(target, drafter, text, out / "start", _START_SHARE * left, common | START)}
-    folders = {"EAGLE-3": out / "eagle3" / "drafter", "VSD": out / "drafter"}
-    for name, options in WAYS.items():
-        drafter = load_drafter(out / "start" / "drafter", target, trainable=True)
-        way = (1 - _START_SHARE) / len(WAYS) * left
-        console.print(f"from there with {name}'s objective:")
-        steps[name] = train(target, drafter, text, folders[name].parent, way, common | options)
-    report = measure(target, folders, held_out, seed, console)
+    plan = PLAN._replace(common={**PLAN.common, "seed": seed})
+    steps, folders = train_both(target, drafter, text, out, left, plan)
+    trained = {name: folders[name] / "drafter" for name in plan.ways}
+    report = measure(target, trained, held_out, seed, console)
     report["training"] = {
         "minutes": minutes,
         "seed": seed,
@@ -84,5 +79,5 @@ def _from_scratch(minutes: float, out: Path, seed: int) -> dict[str, Any]:
         "coverage": vocabulary.coverage,
     }
     words = ["--from-scratch", "--minutes", f"{minutes:g}", "--seed", str(seed)]
-    write(report, out, [out / "start", out / "eagle3", out], words, console)
+    write(report, out, list(folders.values()), words, console)
     return report
