@@ -186,10 +186,14 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         count = target.config.num_hidden_layers
         if not all(0 <= layer < count for layer in config.aux_layers):
             raise MismatchError(f"aux_layers are {list(config.aux_layers)}, and the target has {count} layers")
-        mask, tokens = getattr(config, "mask_token_id", 0), len(target.embedding_weight)  # some families have no mask
-        if type(mask) is not int or not 0 <= mask < tokens:
-            raise MismatchError(f"mask_token_id must be one of the target's {tokens} tokens, not {mask!r}")
+        if hasattr(config, "mask_token_id"):
+            _check_mask(config.mask_token_id, len(target.embedding_weight))
         self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
+
+
+def _check_mask(mask: object, tokens: int) -> None:
+    if type(mask) is not int or not 0 <= mask < tokens:
+        raise MismatchError(f"mask_token_id must be one of the target's {tokens} tokens, not {mask!r}")
 
 
 def check_sizes(config: Any) -> None:
