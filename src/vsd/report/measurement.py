@@ -9,6 +9,7 @@ from vsd.report.context import by_context
 from vsd.report.entries import Estimate, Measured, Sample, Slice
 from vsd.report.html import Html, folded, join, table, tag
 from vsd.report.layout import Section, figure, figures, numbers_of_lines, numbers_of_rows, section
+from vsd.report.position import INTERVALS, by_position
 from vsd.report.read import Bench
 from vsd.report.scale import brief
 from vsd.report.series import Series, legend
@@ -19,7 +20,6 @@ _VALUES = 16  # values of a field that are drawn
 _ANSWERS = 6  # prompts whose answers are shown
 _PROMPT = 100  # characters of a folded prompt
 _TAU = "τ is new tokens per target pass, bonus token included, pooled over all passes after prefill."
-_INTERVALS = "[ ] are 95 % bootstrap intervals over prompts."
 
 
 def summary(runs: Runs) -> list[Html]:
@@ -52,7 +52,7 @@ def speed(runs: Runs, plain: Sequence[Measured]) -> list[Section]:
         section(
             "runs",
             "Speed",
-            f"{_TAU} {_INTERVALS}",
+            f"{_TAU} {INTERVALS}",
             table(head, cells, class_="wide"),
             legend(series for series, _ in runs),
             figures(*_speed_figures(runs, plain), *by_concurrency(runs, plain)) if runs else "",
@@ -62,22 +62,12 @@ def speed(runs: Runs, plain: Sequence[Measured]) -> list[Section]:
 
 def acceptance(runs: Runs) -> list[Section]:
     """Acceptance by position and τ by length of context."""
-    shares = [
-        Line(s, [Point(k, e, f"{k + 1} tokens or more") for k, e in enumerate(run.acceptance)])
-        for s, run in runs
-        if run.acceptance
-    ]
-    found = []
-    if shares:
-        names = [str(k + 1) for k in range(max(len(line.points) for line in shares))]
-        drawn = plane(shares, "drafted tokens", "share of passes", names=names, zero=True)
-        note = "Share of target passes that accepted at least so many drafted tokens."
-        numbers = numbers_of_lines(shares, "drafted tokens", "share of passes", names)
-        found.append(figure("By position", note, drawn, numbers))
+    shares = [(series, run.acceptance) for series, run in runs if run.acceptance]
+    found = [by_position(shares, "By position")] if shares else []
     found += by_context(runs)
-    shown = legend(line.series for line in shares)
-    known = any(point.y.low is not None for line in shares for point in line.points)
-    intro = f"How many drafted tokens the target accepts. {_INTERVALS if known else ''}"
+    shown = legend(series for series, _ in shares)
+    known = any(estimate.low is not None for _, estimates in shares for estimate in estimates)
+    intro = f"How many drafted tokens the target accepts. {INTERVALS if known else ''}"
     return [section("acceptance", "Acceptance", intro, shown, figures(*found))] if found else []
 
 
@@ -85,7 +75,7 @@ def slices(runs: Runs) -> list[Section]:
     """τ by every field of the prompts that has several values."""
     fields = list(dict.fromkeys(field for _, run in runs for field in run.slices))
     found = [figure for field in fields for figure in _slice(runs, field)]
-    intro = f"τ of parts of the prompts. {_INTERVALS}"
+    intro = f"τ of parts of the prompts. {INTERVALS}"
     shown = legend(series for series, run in runs if run.slices)
     return [section("slices", "τ by slice", intro, shown, figures(*found))] if found else []
 

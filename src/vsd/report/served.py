@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-from vsd.report.charts import Line, Point, plane
 from vsd.report.entries import Difference, Served, Side
 from vsd.report.html import Html, folded, table, tag
-from vsd.report.layout import Section, figure, figures, numbers_of_lines, section
+from vsd.report.layout import Section, figures, section
+from vsd.report.position import INTERVALS, by_position
 from vsd.report.read import Bench
 from vsd.report.series import Series, legend, short_names
 
 _DIFFERENCES = 50  # rows of differing answers
-_INTERVALS = "[ ] are 95 % bootstrap intervals over prompts."
 _TIE = "A margin near 0, with the second best token on the server, is a floating-point tie."
 
 
@@ -34,21 +33,13 @@ def _section(one: Served, name: str, file: str) -> Section:
     sides += [] if one.here is None else [(Series("vsd", 1), one.here)]
     chains = f"chains of {one.depth} drafted tokens"
     what = f"{one.engine} and vsd draft {chains} with the same drafter" if one.here else f"{one.engine} drafts {chains}"
-    intro = f"{what}, at temperature 0, one request at a time. {_INTERVALS}"
+    intro = f"{what}, at temperature 0, one request at a time. {INTERVALS}"
     verdict = tag("p", tag("b", f"{one.verdict[:1].upper()}{one.verdict[1:]}.")) if one.verdict else ""
-    drawn = figures(_by_position(sides), tag("div", _engines(sides), *_answers(one)))
+    shares = by_position(
+        [(s, side.acceptance) for s, side in sides], "Acceptance by position", ", also those behind an answer's end"
+    )
+    drawn = figures(shares, tag("div", _engines(sides), *_answers(one)))
     return section(name, f"A served engine{file}", intro, verdict, legend(series for series, _ in sides), drawn)
-
-
-def _by_position(sides: Sequence[tuple[Series, Side]]) -> Html:
-    lines = [
-        Line(s, [Point(k, e, f"{k + 1} tokens or more") for k, e in enumerate(side.acceptance)]) for s, side in sides
-    ]
-    names = [str(k + 1) for k in range(max(len(line.points) for line in lines))]
-    axes = "drafted tokens", "share of passes"
-    note = "Share of target passes that accepted at least so many drafted tokens, also those behind an answer's end."
-    drawn = plane(lines, *axes, names=names, zero=True)
-    return figure("Acceptance by position", note, drawn, numbers_of_lines(lines, *axes, names))
 
 
 def _engines(sides: Sequence[tuple[Series, Side]]) -> Html:
