@@ -37,11 +37,13 @@ def run(given: Given) -> None:
     """Train, then measure."""
     from vsd.demo import demo, from_scratch
     from vsd.errors import ConfigurationError
+    from vsd.files import alone
 
     a = given.of(Demo)
     if a.minutes < 1:
         raise ConfigurationError("the demo needs a minute at least: --minutes 1")
-    (from_scratch if a.from_scratch else demo)(a.minutes, a.out, a.seed)
+    with alone(a.out):
+        (from_scratch if a.from_scratch else demo)(a.minutes, a.out, a.seed)
 
 
 COMMAND = Command("Train drafters of a small model within minutes, and measure them.", EXAMPLES, (Demo,), run)

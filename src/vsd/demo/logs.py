@@ -17,7 +17,6 @@ from vsd.demo.parts import Plan, Text, asked, measure, packaged, train_both, wri
 from vsd.drafters import load_drafter
 from vsd.drafters.where import EMBEDDED
 from vsd.features import FeatureStore
-from vsd.files import alone
 from vsd.targets import load_target
 from vsd.training import DraftDataset
 
@@ -39,14 +38,8 @@ def demo(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     """Train for `minutes` in total and measure; returns the content of `out`/results.json. VSD's is `out`/drafter.
 
     Raises:
-        VSDError: the embedded target is not installed, or another run writes to `out`.
+        VSDError: the embedded target is not installed.
     """
-    with alone(out):
-        return _demo(minutes, out, seed)
-
-
-def _demo(minutes: float, out: Path, seed: int) -> dict[str, Any]:
-    """As `demo`, in a folder that no other run writes to."""
     console, target = Console(), load_target()
     console.print(f"[bold]vsd demo[/bold]: {minutes:g} minutes of training, then the measurement\n")
     examples, held_out = packaged(target, "smollm2-135m-mail.jsonl.gz")
@@ -58,12 +51,5 @@ def _demo(minutes: float, out: Path, seed: int) -> dict[str, Any]:
     steps, folders = train_both(target, drafter, text, out, max(minutes - spent, minutes / 2), plan, questions)
     trained = {name: folders[name] / "drafter" for name in plan.ways}
     report = measure(target, {"released": EMBEDDED, **trained}, held_out, seed, console)
-    report["training"] = {
-        "minutes": minutes,
-        "seed": seed,
-        "steps": steps,
-        "conversations": len(examples),
-        "supervised_tokens": len(text.dataset.drafted_tokens()),
-    }
-    write(report, out, list(folders.values()), ["--minutes", f"{minutes:g}", "--seed", str(seed)], console)
-    return report
+    settings = {"minutes": minutes, "seed": seed, "steps": steps}
+    return write(report, out, list(folders.values()), settings, text, console)

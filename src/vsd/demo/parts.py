@@ -120,12 +120,28 @@ def measure(
     return report | {"trees": [asdict(tuned) for tuned in trees]}
 
 
-def write(report: dict[str, Any], out: Path, runs: Sequence[Path], options: Sequence[str], console: Console) -> None:
-    """Write results.json and report.html about the trainings in `runs`; name all files."""
-    report["command"] = shlex.join(["vsd", "demo", *options, "--out", str(out)])
+def write(
+    report: dict[str, Any],
+    out: Path,
+    runs: Sequence[Path],
+    settings: Mapping[str, Any],
+    text: Text,
+    console: Console,
+    *options: str,
+) -> dict[str, Any]:
+    """Write results.json and report.html about the trainings in `runs`, and name all files; returns the results.
+
+    Args:
+        settings: of the trainings, with `minutes` and `seed`.
+        options: of the command, beside minutes, seed and folder.
+    """
+    size = {"conversations": len(text.dataset), "supervised_tokens": len(text.dataset.drafted_tokens())}
+    words = [*options, "--minutes", f"{settings['minutes']:g}", "--seed", str(settings["seed"]), "--out", str(out)]
+    report = {**report, "training": {**settings, **size}, "command": shlex.join(["vsd", "demo", *words])}
     write_json(report, out / "results.json")
     page = write_report([out / "results.json", *runs], out / "report.html")
     console.print(f"drafter: {out / 'drafter'}   numbers: {out / 'results.json'}\nreport: {page}")
+    return report
 
 
 def asked(target: Target, conversation: Conversation) -> Inputs:

@@ -15,7 +15,6 @@ from transformers import set_seed
 from vsd.demo.parts import Plan, Text, measure, packaged, train_both, write
 from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.features import FeatureStore, affordable
-from vsd.files import alone
 from vsd.targets import load_target
 from vsd.training import DraftDataset
 
@@ -46,14 +45,8 @@ def from_scratch(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     """Train for `minutes` in total and measure; returns the content of `out`/results.json. VSD's is `out`/drafter.
 
     Raises:
-        VSDError: the embedded target is not installed, or another run writes to `out`.
+        VSDError: the embedded target is not installed.
     """
-    with alone(out):
-        return _from_scratch(minutes, out, seed)
-
-
-def _from_scratch(minutes: float, out: Path, seed: int) -> dict[str, Any]:
-    """As `from_scratch`, in a folder that no other run writes to."""
     console, target = Console(), load_target()
     console.print(f"[bold]vsd demo --from-scratch[/bold]: {minutes:g} minutes of training, then the measurement\n")
     examples, held_out = packaged(target, "smollm2-135m-text.jsonl.gz")
@@ -70,14 +63,5 @@ def _from_scratch(minutes: float, out: Path, seed: int) -> dict[str, Any]:
     steps, folders = train_both(target, drafter, text, out, left, plan)
     trained = {name: folders[name] / "drafter" for name in plan.ways}
     report = measure(target, trained, held_out, seed, console)
-    report["training"] = {
-        "minutes": minutes,
-        "seed": seed,
-        "steps": steps,
-        "conversations": len(used),
-        "supervised_tokens": len(text.dataset.drafted_tokens()),
-        "coverage": vocabulary.coverage,
-    }
-    words = ["--from-scratch", "--minutes", f"{minutes:g}", "--seed", str(seed)]
-    write(report, out, list(folders.values()), words, console)
-    return report
+    settings = {"minutes": minutes, "seed": seed, "steps": steps, "coverage": vocabulary.coverage}
+    return write(report, out, list(folders.values()), settings, text, console, "--from-scratch")
