@@ -29,7 +29,7 @@ from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples, prompt_inputs
 from vsd.decoding import Engine, Replay, Sampling
 from vsd.decoding.statistics import acceptance_length
-from vsd.drafters import Drafter, draft_vocabulary, load_drafter, new_drafter
+from vsd.drafters import Drafter, load_drafter, new_drafter
 from vsd.drafters.load import read_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bootstrap import rate_interval
@@ -135,8 +135,8 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     target = load_target(dtype="float32", device="cpu")
     examples = training_text(target, a)
     set_seed(0)
-    drafted = DraftDataset(examples).drafted_tokens()
-    start = new_drafter(target, draft_vocabulary(drafted, target.vocab_size, VOCABULARY), "eagle3")
+    dataset = DraftDataset(examples)
+    start = new_drafter(target, dataset.draft_vocabulary(target.vocab_size, VOCABULARY), "eagle3")
     start.save_pretrained(a.out / "start")
     train_with_speculators(target, examples, start, a.steps, a.out / "speculators")
     for objective in OBJECTIVES:
@@ -147,7 +147,12 @@ def compare(a: argparse.Namespace) -> dict[str, Any]:
     ]
     answers = Engine(target).generate(prompts, Sampling(NEW_TOKENS))
     replay = Replay(target, [(r.prompt, r.tokens) for r in answers])
-    report: dict[str, Any] = {"steps": a.steps, "examples": len(examples), "drafted_tokens": len(drafted), "runs": {}}
+    report: dict[str, Any] = {
+        "steps": a.steps,
+        "examples": len(examples),
+        "drafted_tokens": dataset.drafted_tokens,
+        "runs": {},
+    }
     for name in ("speculators", *OBJECTIVES):
         folder = a.out / name
         if name == "speculators":

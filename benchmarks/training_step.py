@@ -38,7 +38,6 @@ from torch import Tensor
 
 from vsd.allocator import keep_freed_memory
 from vsd.data import Example, load_examples
-from vsd.drafters import draft_vocabulary
 from vsd.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from vsd.errors import VSDError
 from vsd.evaluation import write_json
@@ -189,7 +188,7 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
     else:
         examples = random_examples(B * batches)
     dataset = DraftDataset(examples)
-    vocabulary = draft_vocabulary(dataset.drafted_tokens(), V, VD)
+    vocabulary = dataset.draft_vocabulary(V, VD)
     if target is not None:
         drafter = Eagle3Drafter.for_target(target, vocabulary)
         frozen = Frozen(target.embedding_weight.detach().clone(), target.head_weight.detach().clone())

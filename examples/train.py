@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from vsd.data import load_examples
-from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters import new_drafter
 from vsd.features import FeatureStore
 from vsd.targets import load_target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
@@ -26,7 +26,7 @@ def main(text: str | Path = TEXT) -> None:
     examples = load_examples(text, target.tokenizer, max_length=512, on_bad_line="skip")[:72]
     examples, held_out = hold_out(examples, 8)
     dataset = DraftDataset(examples)
-    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size=4096)
+    vocabulary = dataset.draft_vocabulary(target.vocab_size, size=4096)
     drafter = new_drafter(target, vocabulary, "eagle3")  # random weights; or "lm", a small language model
     config = VSDConfig(
         output_dir=str(OUT),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import tiny_run
 from fake_server import FakeServer
 from vsd import __version__, cli
-from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters import new_drafter
 from vsd.objective import OBJECTIVES
 from vsd.paths import TreeShape
 from vsd.targets import Target
@@ -435,8 +435,7 @@ def test_export_and_import(
     tiny_target: Target, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There and back by way of the command line; the card quotes what was measured."""
-    tokens = DraftDataset(tiny_run.tiny_examples(tiny_target, 4)).drafted_tokens()
-    vocabulary = draft_vocabulary(tokens, tiny_target.vocab_size, 64)
+    vocabulary = DraftDataset(tiny_run.tiny_examples(tiny_target, 4)).draft_vocabulary(tiny_target.vocab_size, 64)
     new_drafter(tiny_target, vocabulary, aux_layers=[1, 2, 3]).save_pretrained(tmp_path / "mine")
     weights = (tmp_path / "mine" / "model.safetensors").read_bytes()
     bench = [

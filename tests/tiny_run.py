@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vsd.data import Example, generate_answers, prompt_inputs
-from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters import new_drafter
 from vsd.features import FeatureSource
 from vsd.targets import Inputs, Target
 from vsd.training import DraftDataset, VSDConfig, VSDTrainer
@@ -37,8 +37,7 @@ def tiny_examples(target: Target, count: int, max_new_tokens: int = 24) -> list[
 def tiny_drafter(target: Target, examples: list[Example], size: int = 64, family: str | None = None) -> Any:
     """Randomly initialised, always the same."""
     torch.manual_seed(7)
-    tokens = DraftDataset(examples).drafted_tokens()
-    return new_drafter(target, draft_vocabulary(tokens, target.vocab_size, size), family)
+    return new_drafter(target, DraftDataset(examples).draft_vocabulary(target.vocab_size, size), family)
 
 
 def tiny_trainer(

@@ -17,7 +17,6 @@ import tiny
 import tiny_run
 from vsd import cli
 from vsd.drafters.load import new_drafter
-from vsd.drafters.vocabulary import draft_vocabulary
 from vsd.evaluation.tune import SHAPES, tune
 from vsd.export import export_drafter
 from vsd.targets import Target
@@ -59,8 +58,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_drafters(target: Target, desk: Path) -> None:
     """Released checkpoints, and runs with what `vsd train` and `vsd bench` leave there."""
-    tokens = DraftDataset(tiny_run.tiny_examples(target, CONVERSATIONS)).drafted_tokens()
-    vocabulary = draft_vocabulary(tokens, target.vocab_size, 64)
+    dataset = DraftDataset(tiny_run.tiny_examples(target, CONVERSATIONS))
+    vocabulary = dataset.draft_vocabulary(target.vocab_size, 64)
     drafter = new_drafter(target, vocabulary, aux_layers=[1, 2, 3])
     for name in ("released-checkpoint", "released", "exported"):
         export_drafter(drafter, target, desk / name, "sglang")

@@ -21,7 +21,6 @@ import tiny
 import tiny_run
 from vsd import cli
 from vsd.drafters.load import new_drafter
-from vsd.drafters.vocabulary import draft_vocabulary
 from vsd.export import export_drafter
 from vsd.targets import Target
 from vsd.training import DraftDataset
@@ -92,7 +91,7 @@ def build(root: Path) -> Workshop:
     examples = tiny_run.tiny_examples(target, 24)
     tiny_run.tiny_drafter(target, examples).save_pretrained(root / "drafter")
     tiny_run.tiny_drafter(target, examples, family="lm").save_pretrained(root / "lm")
-    vocabulary = draft_vocabulary(DraftDataset(examples).drafted_tokens(), target.vocab_size, 64)
+    vocabulary = DraftDataset(examples).draft_vocabulary(target.vocab_size, 64)
     for family, kind in {"eagle3": "sglang", "peagle": "vllm", "dflash": "vllm", "dspark": "vllm"}.items():
         layers = {"aux_layers": [1, 2, 3]}
         export_drafter(new_drafter(target, vocabulary, family, **layers), target, root / family, kind)

@@ -18,7 +18,7 @@ import torch
 
 from setting import ENVIRONMENT, TEXT
 from vsd.data import Conversation, Example, ServerTeacher, load_examples, read_conversations, regenerate
-from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters import new_drafter
 from vsd.errors import MismatchError
 from vsd.features import FeatureServer, KeepingServer, KeptFeatures, Served, TextStore, compute_features
 from vsd.features.server import command
@@ -128,7 +128,7 @@ def test_a_drafter_learns_the_same(
     for target, features in ((targets["float32"], None), (info, Served(client, LAYERS))):
         dataset = DraftDataset(examples)
         torch.manual_seed(3)
-        drafter = new_drafter(target, draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, 1024))
+        drafter = new_drafter(target, dataset.draft_vocabulary(target.vocab_size, 1024))
         options: dict[str, Any] = {"max_steps": STEPS, "logging_steps": 1, "per_device_train_batch_size": 2}
         options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "use_cpu": True}
         config = VSDConfig(output_dir=str(tmp_path), objective="eagle3", draft_steps=2, **options)

@@ -49,7 +49,9 @@ def test_the_collator_labels_what_is_drafted() -> None:
 
 
 def test_drafted_tokens_are_those_of_every_answer() -> None:
-    assert DraftDataset(MULTI_TURN).drafted_tokens().tolist() == [13, 14, 17, 22]
+    dataset = DraftDataset(MULTI_TURN)
+    assert dataset.drafted_tokens == 4
+    assert dataset.draft_vocabulary(30, 4).ids.tolist() == [13, 14, 17, 22]
     with pytest.raises(VSDError, match="nothing to train on"):
         DraftDataset([])
 

@@ -2,21 +2,24 @@
 
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.check import TextCount, count_text, marked_text
-from vsd.data.examples import Example, drafted_mask, encode, encoded, load_examples
+from vsd.data.examples import encode, encoded, load_examples
 from vsd.data.generate import Answer, generate_answers, generate_batch
 from vsd.data.records import Summary
 from vsd.data.regenerate import regenerate
+from vsd.data.sequences import Example, Examples, drafted_mask
 from vsd.data.server import Server
 from vsd.data.server_teacher import ServerTeacher
 from vsd.data.synthesize import synthesize
 from vsd.data.target_teacher import TargetTeacher
 from vsd.data.teacher import Teacher
 from vsd.data.template import prompt_inputs
+from vsd.data.tokenized import training_text
 
 __all__ = [
     "Answer",
     "Conversation",
     "Example",
+    "Examples",
     "Server",
     "ServerTeacher",
     "Summary",
@@ -35,4 +38,5 @@ __all__ = [
     "read_conversations",
     "regenerate",
     "synthesize",
+    "training_text",
 ]

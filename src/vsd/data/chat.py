@@ -72,7 +72,7 @@ def read_conversations(
     usable = 0
     for row in read_rows(source, report or LOG.warning, need_answer=need_answer):
         try:
-            conversation = _conversation(row.parse(row.raw), row, need_answer, download_images)
+            conversation = conversation_of(row, need_answer=need_answer, download_images=download_images)
         except BadLineError as error:
             handle_bad_line(f"{row.where}: {error}", on_bad_line, report)
             continue
@@ -82,12 +82,18 @@ def read_conversations(
         raise DataError(f"{source} holds no usable conversation")
 
 
-def _conversation(row: Any, place: Row, need_answer: bool, download: bool) -> Conversation:
+def conversation_of(place: Row, *, need_answer: bool, download_images: bool) -> Conversation:
+    """The conversation of one row; arguments as in `read_conversations`.
+
+    Raises:
+        BadLineError: it has none that can be used.
+    """
+    row = place.parse(place.raw)
     if not isinstance(row, dict):
         raise BadLineError(f"expected a JSON object, found {type(row).__name__}")
     exact = row.get("prompt_ids") is not None
     prompt_ids, response_ids = _exact_ids(row, need_answer) if exact else (None, None)
-    messages = messages_of(row, exact=exact, need_answer=need_answer, folder=place.folder, download=download)
+    messages = messages_of(row, exact=exact, need_answer=need_answer, folder=place.folder, download=download_images)
     arguments = template_arguments(row)
     if messages and need_answer:
         _check_answer([m["role"] for m in messages])

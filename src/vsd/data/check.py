@@ -3,13 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import compress, groupby
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from vsd.data.chat import Conversation
-from vsd.data.examples import Example
+from vsd.data.sequences import Example
 
 _CLOSED = re.compile(r"</think(ing)?>|\[/THINK\]")  # the end of a thinking block
 
@@ -46,22 +46,30 @@ class TextCount(NamedTuple):
 
 def count_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[tuple[Conversation, list[Example]]]) -> TextCount:
     """Count what `encoded` yields: one conversation or more."""
-    texts = list(texts)
-    examples = [example for _, found in texts for example in found]
-    spans = [(example, span) for example in examples for span in answers_of(example)]
+    counts, supervised, thinking = Counter[str](), Counter[int](), Counter[str]()
+    texts_seen, ids_seen = set[int](), set[int]()  # hashes, as there may be a million
+    longest, sample = (0, ""), None
+    for conversation, examples in texts:
+        sample = sample or (conversation, examples)
+        texts_seen.add(hash(tuple((tuple(e.inputs.ids), e.inputs.digest) for e in examples)))
+        ids_seen.add(hash(conversation.id))
+        counts.update(conversations=1, sequences=len(examples), cut=conversation.cut)
+        for example in examples:
+            ids, spans = example.inputs.ids, list(answers_of(example))
+            counts.update(tokens=len(ids), answers=len(spans))
+            supervised.update(compress(ids, example.drafted))
+            thinking.update(_thinking(tokenizer, ids, span) for span in spans)
+            longest = max(longest, (len(ids), conversation.where))
+    assert sample is not None  # `encoded` yields one or more
     return TextCount(
-        conversations=len(texts),
-        answers=len(spans),
-        sequences=len(examples),
-        tokens=sum(len(example.inputs.ids) for example in examples),
-        supervised=Counter(i for inputs, drafted in examples for i, d in zip(inputs.ids, drafted) if d),
-        thinking=Counter(_thinking(tokenizer, example.inputs.ids, span) for example, span in spans),
-        cut=sum(conversation.cut for conversation, _ in texts),
-        longest=max((len(e.inputs.ids), conversation.where) for conversation, found in texts for e in found),
-        repeated=_repeated(tuple((tuple(e.inputs.ids), e.inputs.digest) for e in found) for _, found in texts),
-        repeated_ids=_repeated(conversation.id for conversation, _ in texts),
+        **{name: counts[name] for name in ("conversations", "answers", "sequences", "tokens", "cut")},
+        supervised=supervised,
+        thinking=thinking,
+        longest=longest,
+        repeated=counts["conversations"] - len(texts_seen),
+        repeated_ids=counts["conversations"] - len(ids_seen),
         dated="strftime_now" in str(tokenizer.chat_template),
-        sample=texts[0],
+        sample=sample,
     )
 
 
@@ -91,7 +99,3 @@ def _thinking(tokenizer: PreTrainedTokenizerBase, ids: list[int], answer: range)
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _repeated(keys: Iterable[Any]) -> int:
-    return sum(count - 1 for count in Counter(keys).values())

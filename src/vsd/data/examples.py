@@ -30,30 +30,14 @@ from transformers import PreTrainedTokenizerBase
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
+from vsd.data.sequences import Example, Examples, drafted_mask
 from vsd.data.template import answer_text, check_printed, control_ids, inputs_of, render, tokenize
 from vsd.errors import DataError, TargetError
 from vsd.targets.images import ImageReader
-from vsd.targets.inputs import Inputs
 
 _PLACEHOLDER = "ANSWERTEXT"
 _OPEN_BLOCK = re.compile(r"<(\w+)>\s*$")  # at the end of a prompt: <think>
 _FIRST_BLOCK = re.compile(r"\s*(<\w+>)")  # at the beginning of an inserted text
-
-
-class Example(NamedTuple):
-    """One training sequence: drafted[j] is True iff token j is drafted when the conversation is served."""
-
-    inputs: Inputs
-    drafted: list[bool]
-
-
-def drafted_mask(prompt: int, answer: int) -> list[bool]:
-    """Which tokens of a prompt and an answer are drafted: those of the answer but the first, which prefill yields.
-
-    Args:
-        prompt, answer: numbers of tokens.
-    """
-    return [False] * (prompt + 1) + [True] * (answer - 1)
 
 
 def load_examples(
@@ -65,10 +49,10 @@ def load_examples(
     *,
     images: ImageReader | None = None,
     download_images: bool = False,
-) -> list[Example]:
+) -> Examples:
     """The training sequences of a whole source, as `encoded` yields them."""
     found = encoded(source, tokenizer, max_length, on_bad_line, report, images=images, download_images=download_images)
-    return [example for _, examples in found for example in examples]
+    return Examples.of(example for _, examples in found for example in examples)
 
 
 def encoded(

@@ -64,6 +64,14 @@ def read_rows(source: str | Path, report: Report, *, need_answer: bool) -> Itera
         yield from _hub_rows(str(source))
 
 
+def files_of(source: str | Path) -> list[Path] | None:
+    """The files that a source is made of; None for one of the Hugging Face hub, or if there is no such file."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else None
+
+
 def _kind(path: Path) -> str:
     """The suffix that says how a file is read; empty for an unknown one."""
     plain = path.with_suffix("") if path.suffix in _COMPRESSED else path
@@ -114,7 +122,11 @@ def _items(path: Path) -> Iterator[Row]:
     """The rows of a JSON list, by number."""
     rows = _list_of(b"".join(row.raw for row in _lines(path, _json)), path)
     for number, row in enumerate(rows, start=1):
-        yield Row(f"{path}:item {number}", _name(path, number), row, lambda raw: raw, path.parent)
+        yield Row(f"{path}:item {number}", _name(path, number), row, _as_it_is, path.parent)
+
+
+def _as_it_is(raw: Any) -> Any:
+    return raw
 
 
 def _list_of(text: bytes, path: Path) -> list[Any]:

@@ -116,13 +116,16 @@ def check_printed(
         BadLineError: the template does not print a system, developer or tool message, or the tools.
         TargetError: there is no chat template.
     """
+    others = [i for i, message in enumerate(messages) if message["role"] in ("system", "developer", "tool")]
+    if not others and "tools" not in arguments:
+        return
     text = render(tokenizer, messages, arguments, images=images, answer_next=False)
-    for i, message in enumerate(messages):
-        if message["role"] in ("system", "developer", "tool"):
-            other = {**message, "content": message["content"] + _OTHER}
-            changed = [*messages[:i], other, *messages[i + 1 :]]
-            if render(tokenizer, changed, arguments, images=images, answer_next=False) == text:
-                raise BadLineError(f"the chat template does not print the {message['role']} message (message {i + 1})")
+    for i in others:
+        message = messages[i]
+        other = {**message, "content": message["content"] + _OTHER}
+        changed = [*messages[:i], other, *messages[i + 1 :]]
+        if render(tokenizer, changed, arguments, images=images, answer_next=False) == text:
+            raise BadLineError(f"the chat template does not print the {message['role']} message (message {i + 1})")
     if "tools" in arguments:
         without = {name: value for name, value in arguments.items() if name != "tools"}
         if render(tokenizer, messages, without, images=images, answer_next=False) == text:

@@ -135,7 +135,7 @@ def write(
         settings: of the trainings, with `minutes` and `seed`.
         options: of the command, beside minutes, seed and folder.
     """
-    size = {"conversations": len(text.dataset), "supervised_tokens": len(text.dataset.drafted_tokens())}
+    size = {"conversations": len(text.dataset), "supervised_tokens": text.dataset.drafted_tokens}
     words = [*options, "--minutes", f"{settings['minutes']:g}", "--seed", str(settings["seed"]), "--out", str(out)]
     report = {**report, "training": {**settings, **size}, "command": shlex.join(["vsd", "demo", *words])}
     write_json(report, out / "results.json")

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from vsd.demo.parts import Plan, Text, measure, packaged, train_both, write
-from vsd.drafters import draft_vocabulary, new_drafter
+from vsd.drafters import new_drafter
 from vsd.features import FeatureStore, affordable
 from vsd.targets import load_target
 from vsd.training import DraftDataset
@@ -54,7 +54,7 @@ def from_scratch(minutes: float, out: Path, seed: int = 0) -> dict[str, Any]:
     set_seed(seed)
     used = examples[: affordable(target, examples, _FEATURE_SHARE * 60 * minutes)]
     dataset = DraftDataset(used)
-    vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, DRAFT_VOCABULARY)
+    vocabulary = dataset.draft_vocabulary(target.vocab_size, DRAFT_VOCABULARY)
     drafter = new_drafter(target, vocabulary)
     text = Text(dataset, FeatureStore.build(out / "features", target, used, drafter.needs.layers))
     spent = (time.perf_counter() - start) / 60

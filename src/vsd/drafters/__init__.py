@@ -2,7 +2,7 @@
 
 from vsd.drafters.base import Drafter, FeatureSpec
 from vsd.drafters.load import FAMILIES, load_drafter, new_drafter
-from vsd.drafters.vocabulary import DraftVocabulary, draft_vocabulary, of_label
+from vsd.drafters.vocabulary import DraftVocabulary, draft_vocabulary, most_frequent, of_label
 
 __all__ = [
     "FAMILIES",
@@ -11,6 +11,7 @@ __all__ = [
     "FeatureSpec",
     "draft_vocabulary",
     "load_drafter",
+    "most_frequent",
     "new_drafter",
     "of_label",
 ]

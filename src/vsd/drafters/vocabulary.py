@@ -81,16 +81,21 @@ def of_label(values: Tensor, labels: Tensor, missing: float) -> Tensor:
 
 
 def draft_vocabulary(tokens: Tensor, vocab_size: int, size: int) -> DraftVocabulary:
-    """The `size` most frequent of `tokens` [n]; ties, and places left over, go to the smaller id.
+    """The `size` most frequent of `tokens` [n]; see `most_frequent`."""
+    return most_frequent(torch.bincount(tokens.flatten().cpu(), minlength=vocab_size), size)
+
+
+def most_frequent(counts: Tensor, size: int) -> DraftVocabulary:
+    """The `size` tokens with the largest counts [V]; ties, and places left over, go to the smaller id.
 
     Raises:
-        ConfigurationError: `size` is not within 1 … `vocab_size`.
+        ConfigurationError: `size` is not within 1 … V.
         DataError: there are no tokens.
     """
+    vocab_size = len(counts)
     if not 0 < size <= vocab_size:
         raise ConfigurationError(f"a draft vocabulary of {size} does not fit a target vocabulary of {vocab_size}")
-    if tokens.numel() == 0:
+    if not counts.any():
         raise DataError("there are no supervised tokens to build a draft vocabulary from")
-    counts = torch.bincount(tokens.flatten().cpu(), minlength=vocab_size)
     chosen = counts.argsort(descending=True, stable=True)[:size].sort().values
     return DraftVocabulary(chosen, vocab_size, float(counts[chosen].sum() / counts.sum()))

@@ -13,19 +13,20 @@ import json
 import os
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vsd.data import Example
+from vsd.data import Example, Examples
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 from vsd.features.base import Features, Texts, compute_features, stacked
 from vsd.files import lock, write_text, writing
@@ -54,13 +55,13 @@ class FeatureStore:
         layers: tuple[int, ...],
         temperature: float = 1.0,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, examples = Path(folder), Examples.of(examples)
         if not self.complete(folder, examples):
             raise MismatchError(f"no complete feature store at '{folder}'")
         _compare(self.folder, _read_manifest(self.folder), _manifest(target, examples, layers, temperature))
-        for s, indices in enumerate(_shards(examples)):
-            _check_shard(self.folder / _name(s), [examples[i] for i in indices], target.hidden_size, len(layers))
-        self._places = dict(_places(examples))
+        self._plan = Plan.of(examples)
+        for s, (tokens, rows) in enumerate(self._plan.sizes):
+            _check_shard(self.folder / _name(s), tokens, rows, target.hidden_size, len(layers))
         self._shards: dict[int, Any] = {}
 
     @classmethod
@@ -84,7 +85,7 @@ class FeatureStore:
             ConfigurationError: the disk has no room for them.
             MismatchError: see the class.
         """
-        folder = Path(folder)
+        folder, examples = Path(folder), Examples.of(examples)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         manifest, path = _manifest(target, examples, layers, temperature), folder / "manifest.json"
@@ -93,20 +94,20 @@ class FeatureStore:
         _check_room(folder, cls.missing_bytes(folder, target, examples, layers))
         if not path.exists():
             write_text(path, json.dumps(manifest, indent=1))
-        shards, (index, workers) = _shards(examples), worker
-        missing = [s for s in range(index, len(shards), workers) if not (folder / _name(s)).exists()]
+        plan, (index, workers) = Plan.of(examples), worker
+        missing = [s for s in range(index, len(plan.sizes), workers) if not (folder / _name(s)).exists()]
         for s in track(missing, "target features", disable=not missing or index > 0):
-            chosen = [examples[i] for i in shards[s]]
+            chosen = list(examples[plan.first[s] : plan.first[s + 1]])
             _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()
-        for s in range(len(shards)):  # of runs that were killed before they deleted it
+        for s in range(len(plan.sizes)):  # of runs that were killed before they deleted it
             _gate(folder / _name(s)).unlink(missing_ok=True)
         return cls(folder, target, examples, layers, temperature)
 
     @staticmethod
     def complete(folder: str | Path, examples: Sequence[Example]) -> bool:
         """Whether all shards of a store of these examples are there."""
-        files = ["manifest.json", *(_name(s) for s in range(len(_shards(examples))))]
+        files = ["manifest.json", *(_name(s) for s in range(len(Plan.of(examples).sizes)))]
         return all((Path(folder) / file).exists() for file in files)
 
     @staticmethod
@@ -115,19 +116,15 @@ class FeatureStore:
     ) -> int:
         """What `build` will add to `folder`: bfloat16 features of every token, of drafted ones hidden states, too."""
         token, row = 2 * target.hidden_size * len(layers), 2 * target.hidden_size + 4
-        return sum(
-            len(examples[i].inputs.ids) * token + sum(examples[i].drafted) * row
-            for s, indices in enumerate(_shards(examples))
-            if not (Path(folder) / _name(s)).exists()
-            for i in indices
-        )
+        sizes = [size for s, size in enumerate(Plan.of(examples).sizes) if not (Path(folder) / _name(s)).exists()]
+        return sum(tokens * token + rows * row for tokens, rows in sizes)
 
     def batch(self, texts: Texts) -> Features:
         """See `FeatureSource.batch`."""
         return stacked([self._read(i) for i in texts.examples.tolist()], texts)
 
     def _read(self, index: int) -> Features:
-        s, (token, tokens), (row, rows) = self._places[index]
+        s, (token, tokens), (row, rows) = self._plan.place(index)
         if s not in self._shards:
             self._shards[s] = safe_open(self.folder / _name(s), "pt")
         shard = self._shards[s]
@@ -140,12 +137,12 @@ class FeatureStore:
 
 def affordable(target: Target, examples: Sequence[Example], seconds: float) -> int:
     """How many of the first `examples` have their features computed within `seconds`, by timing a few."""
-    probe = list(examples[:16])
+    examples = Examples.of(examples)
+    probe = examples[:16]
     start = time.perf_counter()
-    _shard(target, probe, (), 1.0)
-    cost = (time.perf_counter() - start) / sum(len(example.inputs.ids) for example in probe)
-    lengths = accumulate(len(example.inputs.ids) for example in examples)
-    return max(len(probe), sum(length * cost <= seconds for length in lengths))
+    _shard(target, list(probe), (), 1.0)
+    cost = (time.perf_counter() - start) / int(probe.lengths.sum())
+    return max(len(probe), int((examples.lengths.cumsum(0) * cost <= seconds).sum()))
 
 
 def _write_shard(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
@@ -202,53 +199,60 @@ def _batches(items: list[int], lengths: list[int], limit: int) -> Iterator[list[
         yield batch
 
 
-def _shards(examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of the examples of every shard."""
-    shards: list[list[int]] = [[]]
-    tokens = 0
-    for i, example in enumerate(examples):
-        if shards[-1] and tokens + len(example.inputs.ids) > _SHARD_TOKENS:
-            shards.append([])
-            tokens = 0
-        shards[-1].append(i)
-        tokens += len(example.inputs.ids)
-    return shards
+class Plan(NamedTuple):
+    """Which examples a shard holds, and where.
+
+    Attributes:
+        first: of every shard the first example, and behind them the number of examples.
+        sizes: tokens and drafted tokens of every shard.
+        ends: tokens and drafted tokens before every example, and of all, each [n + 1].
+    """
+
+    first: list[int]
+    sizes: list[tuple[int, int]]
+    ends: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Plan":
+        """Examples in their order, as many as a shard takes."""
+        found = Examples.of(examples)
+        first, tokens = [0], 0
+        for i, length in enumerate(found.lengths.tolist()):
+            if tokens and tokens + length > _SHARD_TOKENS:
+                first.append(i)
+                tokens = 0
+            tokens += length
+        first.append(len(found))
+        ends = (F.pad(lengths.cumsum(0), (1, 0)) for lengths in (found.lengths, found.drafted_lengths))
+        token, row = ends
+        sizes = zip(token[first].diff().tolist(), row[first].diff().tolist())
+        return cls(first, list(sizes), (token, row))
+
+    def place(self, index: int) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """An example's shard, (first token, tokens) and (first drafted row, drafted rows) in it."""
+        s = bisect_right(self.first, index) - 1
+        token, row = (
+            (int(ends[index] - ends[self.first[s]]), int(ends[index + 1] - ends[index])) for ends in self.ends
+        )
+        return s, token, row
 
 
-def _places(
-    examples: Sequence[Example],
-) -> Iterator[tuple[int, tuple[int, tuple[int, int], tuple[int, int]]]]:
-    """For every example its shard, (first token, tokens) and (first drafted row, drafted rows) in it."""
-    for s, indices in enumerate(_shards(examples)):
-        token = row = 0
-        for i in indices:
-            tokens, rows = len(examples[i].inputs.ids), sum(examples[i].drafted)
-            yield i, (s, (token, tokens), (row, rows))
-            token, row = token + tokens, row + rows
-
-
-def _manifest(
-    target: TargetInfo, examples: Sequence[Example], layers: tuple[int, ...], temperature: float
-) -> dict[str, str]:
-    text = hashlib.sha256()
-    for inputs, drafted in examples:
-        text.update(json.dumps([inputs.ids, [int(d) for d in drafted]]).encode() + inputs.digest)
+def _manifest(target: TargetInfo, examples: Examples, layers: tuple[int, ...], temperature: float) -> dict[str, str]:
     template = str(getattr(target.tokenizer, "chat_template", None)).encode()
     return {
         "target": target.fingerprint(layers),
         "template": hashlib.sha256(template).hexdigest()[:16],
-        "text": text.hexdigest()[:16],
+        "text": examples.digest(),
         "temperature": f"{temperature:g}",
     }
 
 
-def _check_shard(path: Path, examples: list[Example], width: int, layers: int) -> None:
-    """Refuse a file that does not hold the features of these examples; only its header is read.
+def _check_shard(path: Path, tokens: int, rows: int, width: int, layers: int) -> None:
+    """Refuse a file that does not hold features of so many tokens and drafted tokens; only its header is read.
 
     Raises:
         MismatchError: it is truncated, or tensors have another shape.
     """
-    tokens, rows = sum(len(e.inputs.ids) for e in examples), sum(sum(e.drafted) for e in examples)
     wanted = {"aux": [tokens, layers * width], "hidden": [rows, width], "log_normaliser": [rows]}
     try:
         with safe_open(path, "pt") as shard:

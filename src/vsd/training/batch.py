@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from vsd.data import Example
+from vsd.data import Example, Examples
+from vsd.drafters import DraftVocabulary, most_frequent
 from vsd.errors import DataError
 from vsd.features import Texts
 from vsd.targets import Padded
@@ -22,9 +23,9 @@ class DraftDataset(Dataset[dict[str, Any]]):
     """Examples, indexed for the trainer's sampler."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        if not examples:
+        if not len(examples):
             raise DataError("there is nothing to train on")
-        self.examples = examples
+        self.examples = Examples.of(examples)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -37,11 +38,16 @@ class DraftDataset(Dataset[dict[str, Any]]):
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(len(example.inputs.ids) for example in self.examples)
+        return int(self.examples.lengths.max())
 
-    def drafted_tokens(self) -> Tensor:
-        """All supervised tokens, [n], from which a draft vocabulary is built."""
-        return torch.cat([torch.tensor(inputs.ids)[torch.tensor(mask)] for inputs, mask in self.examples])
+    @property
+    def drafted_tokens(self) -> int:
+        """Number of supervised tokens."""
+        return int(self.examples.drafted_lengths.sum())
+
+    def draft_vocabulary(self, vocab_size: int, size: int) -> DraftVocabulary:
+        """The `size` supervised tokens that are most frequent; see `vsd.drafters.most_frequent`."""
+        return most_frequent(self.examples.drafted_counts(vocab_size), size)
 
 
 class ByLength(Sampler[int]):
@@ -49,7 +55,7 @@ class ByLength(Sampler[int]):
 
     def __init__(self, batch_size: int, dataset: DraftDataset, seed: Callable[[], int]) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self.lengths = torch.tensor([len(example.inputs.ids) for example in dataset.examples])
+        self.lengths = dataset.examples.lengths
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -3,7 +3,7 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,8 +14,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from vsd.data import Example, load_examples
-from vsd.drafters import draft_vocabulary, load_drafter, new_drafter
+from vsd.data import Example, Examples, training_text
+from vsd.drafters import load_drafter, new_drafter
 from vsd.drafters.load import family_named, family_of, start_drafter
 from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
@@ -30,7 +30,7 @@ from vsd.training.online import OnlineText, load_prompts
 from vsd.training.recipe import check_resumable, write_recipe
 from vsd.training.trainer import VSDTrainer
 
-Text = TypeVar("Text")
+Texts = TypeVar("Texts", bound=Sequence[Any])
 
 _LARGE = 1e9  # parameters of a target whose features outgrow disks: one of 8 billion has 33 kB a token
 
@@ -59,19 +59,9 @@ def _train(
         return _finish(_online(job, config, report), job, checkpoint)
     where = _where(job, config)
     info = load_target_info(job.target, **where)
-    examples = [
-        example
-        for source in job.data
-        for example in load_examples(
-            source,
-            info.tokenizer,
-            job.max_length,
-            job.on_bad_line,
-            report,
-            images=info.images,
-            download_images=job.download_images,
-        )
-    ]
+    examples = training_text(
+        job.data, info, job.max_length, job.on_bad_line, report, download_images=job.download_images
+    )
     kept, held_out = hold_out(examples, job.held_out)
     dataset = DraftDataset(kept)
     served = job.server is not None or (job.store is not None and TextStore.is_at(job.store))
@@ -181,7 +171,7 @@ def _sound(checkpoint: str | None) -> Iterator[None]:
 
 
 def _features(
-    job: TrainJob, target: TargetInfo, examples: list[Example], layers: tuple[int, ...], temperature: float
+    job: TrainJob, target: TargetInfo, examples: Examples, layers: tuple[int, ...], temperature: float
 ) -> FeatureSource | None:
     """The server or the store of a job, a store's missing shards computed by all processes; None: the target itself."""
     if job.server is not None:
@@ -226,12 +216,22 @@ def end_processes() -> None:
     PartialState().destroy_process_group()
 
 
-def hold_out(examples: list[Text], count: int) -> tuple[list[Text], list[Text]]:
-    """(training, held-out) examples or conversations; the held-out ones are spread evenly over the text."""
-    if count >= len(examples):
-        raise VSDError(f"{count} of {len(examples)} conversations are to be held out: nothing is left to train on")
-    picked = {i * len(examples) // count for i in range(count)}
-    return [e for i, e in enumerate(examples) if i not in picked], [examples[i] for i in sorted(picked)]
+def hold_out(texts: Texts, count: int) -> tuple[Texts, Texts]:
+    """(training, held-out) examples or conversations; the held-out ones are spread evenly over the text.
+
+    Raises:
+        VSDError: nothing is left to train on.
+    """
+    size = len(texts)
+    if count >= size:
+        raise VSDError(f"{count} of {size} conversations are to be held out: nothing is left to train on")
+    picked = {i * size // count for i in range(count)}
+    kept = [i for i in range(size) if i not in picked]
+    return _chosen(texts, kept), _chosen(texts, sorted(picked))
+
+
+def _chosen(texts: Any, indices: list[int]) -> Any:
+    return texts.chosen(indices) if isinstance(texts, Examples) else [texts[i] for i in indices]
 
 
 def prompt_of(example: Example) -> Inputs:
@@ -244,8 +244,7 @@ def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
     options = job.drafter_options
     if job.drafter is None:
         size = draft_vocabulary_size(job.draft_vocab_size, target.hidden_size, target.vocab_size)
-        vocabulary = draft_vocabulary(dataset.drafted_tokens(), target.vocab_size, size)
-        return new_drafter(target, vocabulary, job.family, **options)
+        return new_drafter(target, dataset.draft_vocabulary(target.vocab_size, size), job.family, **options)
     if job.family is not None and family_of(job.drafter) is not family_named(job.family):
         return start_drafter(job.drafter, target, job.family, **options)
     return load_drafter(job.drafter, target, trainable=True)
