@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from vsd.training import DraftDataset, VSDConfig, VSDTrainer
 from vsd.training.e_step import Batch
 
 
-def trainer(target: Target, a: argparse.Namespace, examples: list[Example], **objective: Any) -> VSDTrainer:
+def trainer(target: Target, a: argparse.Namespace, examples: Sequence[Example], **objective: Any) -> VSDTrainer:
     """A trainer for one of the two objectives."""
     config = VSDConfig(
         output_dir=tempfile.mkdtemp(), report_to="none", draft_steps=a.steps, per_device_train_batch_size=4, **objective

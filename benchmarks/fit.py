@@ -9,6 +9,7 @@ the prompts of --prompts.
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,14 +31,14 @@ from vsd.training.batch import Collator, DraftDataset, texts_of
 _BATCH = 16
 
 
-def answered_prompts(target: Target, a: argparse.Namespace) -> list[Example]:
+def answered_prompts(target: Target, a: argparse.Namespace) -> Sequence[Example]:
     """The prompts of --prompts with the target's greedy answers."""
     turns = plain_answers(target, load_prompts(a.prompts), 128, a.answers)
     return [Example(Inputs(q + r), [False] * (len(q) + 1) + [True] * (len(r) - 1)) for _, q, r in turns if len(r) > 1]
 
 
 @torch.no_grad()
-def accuracy(target: Target, drafter: Drafter, examples: list[Example], steps: int) -> Tensor:
+def accuracy(target: Target, drafter: Drafter, examples: Sequence[Example], steps: int) -> Tensor:
     """Share of tokens that are the drafter's best proposal, and among its best four, [2, K]."""
     found, count = torch.zeros(2, steps), torch.zeros(steps)
     dataset, draft_of = DraftDataset(examples), drafter.vocabulary.rows
@@ -68,7 +69,9 @@ def main() -> None:
     a = parser.parse_args()
     keep_freed_memory()
     target = load_target(a.target)
-    texts = {Path(path).name: load_examples(path, target.tokenizer, 2048, "skip") for path in a.text}
+    texts: dict[str, Sequence[Example]] = {
+        Path(path).name: load_examples(path, target.tokenizer, 2048, "skip") for path in a.text
+    }
     if a.prompts:
         texts["prompts"] = answered_prompts(target, a)
     table = Table("drafter", "text", "best proposal right, step 1, 2, …", "among the best four")

@@ -55,7 +55,7 @@ def run_in_peer(*words: object) -> None:
     subprocess.run([str(PEER), *map(str, words)], env={**os.environ, **OFFLINE}, check=True)
 
 
-def training_text(target: Target, a: argparse.Namespace) -> list[Example]:
+def training_text(target: Target, a: argparse.Namespace) -> Sequence[Example]:
     """The training text of both sides."""
     return load_examples(a.text, target.tokenizer, 384, "skip", lambda line: None)[: a.examples]
 

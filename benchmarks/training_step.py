@@ -184,10 +184,9 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
     except VSDError:
         target = None
     if text is not None and target is not None:
-        examples = load_examples(text, target.tokenizer, 1024)[: B * batches]
+        dataset = DraftDataset(load_examples(text, target.tokenizer, 1024)[: B * batches])
     else:
-        examples = random_examples(B * batches)
-    dataset = DraftDataset(examples)
+        dataset = DraftDataset(random_examples(B * batches))
     vocabulary = dataset.draft_vocabulary(V, VD)
     if target is not None:
         drafter = Eagle3Drafter.for_target(target, vocabulary)
@@ -200,8 +199,8 @@ def prepare(text: Path | None, batches: int) -> tuple[Eagle3Drafter, Frozen, lis
         frozen = Frozen(embedding, embedding.clone())
     drafter.embed = partial(F.embedding, weight=frozen.embedding)
     layers, prepared = drafter.needs.layers, []
-    for start in range(0, len(examples), B):
-        items = [dataset[i] for i in range(start, min(start + B, len(examples)))]
+    for start in range(0, len(dataset), B):
+        items = [dataset[i] for i in range(start, min(start + B, len(dataset)))]
         prepared.append(_batch(Collator()(items), target, frozen, layers))
     return drafter.train(), frozen, prepared
 
