@@ -25,8 +25,7 @@ from vsd.training.advice import advice
     ],
 )
 def test_text_is_exhausted_when_tau_does_not_rise(taus: list[float], epochs: float, adds: bool, given: bool) -> None:
-    log = [{"loss": 1.0}, *({"eval_tau": tau} for tau in taus)]
-    line = advice(log, epochs, adds)
+    line = advice(taus, epochs, adds)
     assert (line is not None) == given
     assert line is None or f"{epochs:.0f} times" in line
 

@@ -1,14 +1,13 @@
 """What to do about a drafter that further epochs of the same text no longer improve."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 FEW = 4  # measurements of τ that say nothing yet
 MANY_EPOCHS = 8.0  # of text, where τ was not measured
 VSD = "--objective vsd --objective-options '{recorded: false, anchors: 32, length: 8}'"
 
 
-def advice(log: Sequence[Mapping[str, Any]], epochs: float, adds_paths: bool) -> str | None:
+def advice(measured: Sequence[float], epochs: float, adds_paths: bool) -> str | None:
     """One line for the end of a training; None while the text still teaches something.
 
     The text is exhausted if held-out τ has not risen in the last half of its measurements, or, without measurements,
@@ -16,11 +15,10 @@ def advice(log: Sequence[Mapping[str, Any]], epochs: float, adds_paths: bool) ->
     "Objectives on a converged drafter").
 
     Args:
-        log: the trainer's log history.
+        measured: held-out τ, as often as it was measured.
         epochs: how often the text was read.
         adds_paths: the objective has an E-step, which adds paths to the text.
     """
-    measured = [float(entry["eval_tau"]) for entry in log if "eval_tau" in entry]
     if len(measured) > FEW:
         half = len(measured) // 2
         exhausted = max(measured[half:]) <= max(measured[:half])

@@ -143,7 +143,7 @@ def _finish(trainer: VSDTrainer, job: TrainJob, checkpoint: str | None) -> Path:
     folder = Path(job.output_dir)
     with writing(folder), _sound(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
-        if job.held_out and trainer.measured_at != trainer.state.global_step:
+        if job.held_out and trainer.state.global_step not in trainer.measured:
             trainer.evaluate()
         if job.held_out:
             trainer.accelerator.wait_for_everyone()

@@ -198,21 +198,20 @@ class VSDTrainer(Trainer):
         if self.state.best_metric is None or tau > self.state.best_metric:
             self.state.best_metric = tau
             self.save_model(str(self.best), _internal_call=True)
-        measured = [entry["eval_tau"] for entry in self.state.log_history if "eval_tau" in entry]
+        measured = list(self.measured.values())
         since = len(measured) - 1 - measured.index(max(measured)) if measured else 0
         self.control.should_training_stop |= self.args.patience is not None and since >= self.args.patience
 
     @property
-    def measured_at(self) -> int | None:
-        """Step of the last measurement of τ."""
-        steps = [int(entry["step"]) for entry in self.state.log_history if "eval_tau" in entry]
-        return steps[-1] if steps else None
+    def measured(self) -> dict[int, float]:
+        """Held-out τ by step."""
+        return {int(entry["step"]): entry["eval_tau"] for entry in self.state.log_history if "eval_tau" in entry}
 
     def advice(self) -> str | None:
         """See `vsd.training.advice`; answers of online training are new in every round."""
         added = [step for step in self._e_steps if not isinstance(step.part.paths, Recorded)]
         grows = bool(added) or isinstance(self.train_dataset, OnlineText)
-        return advice(self.state.log_history, self.state.epoch or 0.0, grows)
+        return advice(list(self.measured.values()), self.state.epoch or 0.0, grows)
 
     def _tau(self, drafter: Any) -> float:
         config = self.args
