@@ -170,6 +170,7 @@ USAGE = {
     "too many": (["generate", "a", "b"], "unknown argument b"),
     "empty": (["generate", "a", ""], "unknown argument"),
     "two lines": (["generate", "a", "b\nc"], "unknown argument b c"),
+    "newline": (["bench", "--max-new-tokens", "\n"], "--max-new-tokens must be an integer, not"),
     "integer": (["train", "--max-steps", "2.5"], "--max-steps must be an integer, not '2.5'"),
     "number": (["train", "--learning-rate", "fast"], "--learning-rate must be a number, not 'fast'"),
     "optional number": (["train", "--max-minutes", "soon"], "--max-minutes must be a number, not 'soon'"),

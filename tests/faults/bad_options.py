@@ -65,7 +65,7 @@ TRAINING = {
         "device": ["abacus"],
     },
     **{
-        "drafter": ["nowhere"],
+        "drafter": ["nowhere", "''"],
         "target": ["./nowhere", "no.gguf", "''"],
         "dtype": ["float7"],
         "data": ["[]", "[7]", "''"],
@@ -296,12 +296,13 @@ SETTINGS = {
 }
 FLAGS = {"target", "dtype", "device", "data", "output_dir", "held_out", "draft_vocab_size"}  # of `Workshop.train`
 NOT_FLAGS = {name: kind for name, kind in SETTINGS.items() if name not in FLAGS}  # a flag has precedence over --set
+NOT_FLAG_RANGES = {name: values for name, values in TRAINING.items() if name not in FLAGS}
 RULES: dict[str, Rule] = {
     **{f"recipe: {name}": whole_recipe(name) for name in RECIPES},
     **{f"recipe: type {n}": typed(in_recipe, SETTINGS) for n in range(3)},
     **{f"recipe: range {n}": ranged(in_recipe, TRAINING) for n in range(8)},
     **{f"--set: type {n}": typed(setting, NOT_FLAGS) for n in range(6)},
-    **{f"--set: range {n}": ranged(setting, TRAINING) for n in range(16)},
+    **{f"--set: range {n}": ranged(setting, NOT_FLAG_RANGES) for n in range(16)},
     **{f"drafter option {n}": ranged(of_drafter, DRAFTER) for n in range(8)},
     **{f"objective option {n}": objective_option for n in range(4)},
     **{f"impossible: {name}": impossible(name) for name in IMPOSSIBLE},

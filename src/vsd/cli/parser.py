@@ -100,7 +100,7 @@ class Parser(jsonargparse.ArgumentParser):
     def _in_words(self, message: str) -> str:
         """A message of jsonargparse or argparse in one line."""
         if found := re.search(r'Parser key "(?:.*\.)?(\w+)":.*?(?:Got|Given) value: (.*)', message, re.S):
-            return f"{flag(found[1])} must be {described(self.kinds.get(found[1]))}, not '{found[2]}'"
+            return f"{flag(found[1])} must be {described(self.kinds.get(found[1]))}, not {found[2]!r}"
         if found := re.fullmatch(r"unrecognized arguments: (([^\s=]*).*)", message, re.S):
             near = difflib.get_close_matches(found[2], map(flag, self.kinds), n=1)
             return f"unknown argument {' '.join(found[1].split())}" + (f": did you mean {near[0]}?" if near else "")

@@ -20,8 +20,10 @@ def drafter_folder(name: str | Path) -> Path:
         name: a folder, a hub id, or "smollm2-135m-eagle3" (EAGLE-3 for SmolLM2-135M-Instruct, in the package).
 
     Raises:
-        MismatchError: the hub does not give it.
+        MismatchError: the hub does not give it, or the name is empty.
     """
+    if not str(name).strip():
+        raise MismatchError("--drafter is empty: give a folder or a hub id")
     folder = Path(name).expanduser()
     if folder.exists():
         return folder

@@ -101,8 +101,10 @@ def resolve(name: str) -> str:
     """The folder or hub id from which transformers reads the target `name`.
 
     Raises:
-        TargetError: a path without a target, or an unreadable GGUF file.
+        TargetError: an empty name, a path without a target, or an unreadable GGUF file.
     """
+    if not name.strip():
+        raise TargetError("--target is empty: give a hub id, a folder or a .gguf file")
     if name == EMBEDDED:
         return str(_converted(_embedded_gguf()))
     if name == EMBEDDED_VISION:
