@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import along
+import seeing
 import tiny
 from architectures import ARCHITECTURES
 from vsd.drafters import draft_vocabulary, new_drafter
@@ -34,7 +35,7 @@ def greedy(target: Target, prompt: list[int], count: int, *, endless: bool = Fal
 @torch.enable_grad()
 def fluent_pair(name: str, family: str = "eagle3", length: int = 24, steps: int = 80, K: int = 3) -> tuple[Target, Any]:
     """A target, and a drafter trained on its greedy answers to PROMPTS at every position where decoding drafts."""
-    target = ARCHITECTURES[name]()
+    target = ARCHITECTURES[name]() if name in ARCHITECTURES else seeing.target(name)
     drafter = random_drafter(target, size=tiny.VOCAB, family=family).train().requires_grad_(True)
     rows = [prompt + greedy(target, prompt, length, endless=True) for prompt in PROMPTS]
     longest = max(map(len, rows))

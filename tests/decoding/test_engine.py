@@ -20,7 +20,7 @@ LENGTH = 24
 Pair = tuple[Target, Any]
 
 
-OTHERS = [("llama", family) for family in FAMILIES if family != "eagle3"]
+OTHERS = [("llava" if family == "vispec" else "llama", family) for family in FAMILIES if family != "eagle3"]
 
 
 @pytest.fixture(scope="module", params=[*((name, "eagle3") for name in sorted(ARCHITECTURES)), *OTHERS], ids="-".join)

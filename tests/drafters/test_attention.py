@@ -150,7 +150,8 @@ def test_a_drafters_gradients_are_those_of_the_plain_formula(
         return {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.grad is not None}
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"vsd.drafters.{drafter.config.model_type.removeprefix('vsd_')}.model.attend_block", plain_block)
+        module = "eagle3.recurrent" if drafter.config.model_type == "vsd_eagle3" else "dflash.model"
+        patch.setattr(f"vsd.drafters.{module}.attend_block", plain_block)
         wanted = gradients()
     if checkpointing:
         drafter.gradient_checkpointing_enable()

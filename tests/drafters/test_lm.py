@@ -57,7 +57,7 @@ def test_a_new_drafter_has_the_targets_ends(tiny_target: Target) -> None:
     with pytest.raises(VSDError, match="no field number_of_layers"):
         drafter_of(tiny_target, number_of_layers=1)
     with pytest.raises(
-        VSDError, match="unknown drafter family 'ngram': choose eagle3, peagle, dflash, dflash2, dspark, lm"
+        VSDError, match="unknown drafter family 'ngram': choose eagle3, peagle, dflash, dflash2, dspark, vispec, lm"
     ):
         new_drafter(tiny_target, drafter.vocabulary, "ngram")
 

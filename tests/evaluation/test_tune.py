@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import seeing
 from architectures import llama
 from overfit import PROMPTS, fluent_pair
 from vsd.decoding import Engine, Result, Sampling
@@ -99,8 +100,9 @@ def test_a_block_costs_one_pass_however_deep_the_tree_gets() -> None:
     block = replace(COSTS, one_pass=True)
     assert block.step(TreeShape(4, 2, 9, 0.1), 3, 2) == pytest.approx(0.08 + 0.12 + 0.01)
     assert block.step(TreeShape(4, 2, 9, lookup=8), 9, 0) == pytest.approx(0.2 + 0.01)
-    found = {family: new_drafter(llama(), EVERY, family).one_pass for family in FAMILIES}
-    assert found == {family: family not in ("eagle3", "lm") for family in FAMILIES}
+    targets = {family: llama() for family in FAMILIES} | {"vispec": seeing.target("llava")}
+    found = {family: new_drafter(target, EVERY, family).one_pass for family, target in targets.items()}
+    assert found == {family: family not in ("eagle3", "vispec", "lm") for family in FAMILIES}
 
 
 def test_among_equally_fast_trees_the_longest_accepted_is_best() -> None:

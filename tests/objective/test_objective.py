@@ -149,6 +149,18 @@ def plain_griffin(path: Path) -> Tensor:
     return loss
 
 
+def plain_vispec(path: Path) -> Tensor:
+    """Σ |p - q| over the whole vocabulary: q has nothing outside the draft vocabulary."""
+    loss = torch.zeros(())
+    for log_q, p, _ in path:
+        loss = loss + 10 * ((p - log_q.exp()).abs().sum() + 1 - p.sum())
+        left = p.argsort(descending=True).tolist()[:10]
+        while left:
+            loss = loss - 0.1 * log_q[left].log_softmax(0)[0]
+            left = left[1:]
+    return loss
+
+
 def plain_vsd(path: Path, hard: bool = False) -> Tensor:
     """ARW and CAR at temperature 0; the running acceptance is 0.6."""
     a = [0.4 + 0.6 * q_of(log_q, label) for log_q, _, label in path]
@@ -183,6 +195,7 @@ PLAIN: list[tuple[str, dict, Callable[[Path], Tensor]]] = [
     ("dpace", {}, plain_dpace),
     ("vat", {}, plain_vat),
     ("griffin", {}, plain_griffin),
+    ("vispec", {}, plain_vispec),
     ("vsd", {"arw": True, "car": 0.5}, plain_vsd),
     ("vsd", {"arw": True, "car": 0.5, "hard": True}, plain_vsd_hard),
     ("vsd", {"arw": True, "hard": True, "cut": -3.0, "width": 1.5, "alpha": 0.2}, plain_vsd_tree),

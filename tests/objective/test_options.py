@@ -119,6 +119,7 @@ def text() -> Part:
         (lambda: objective("vsd", {"rule": "majority"}), "greedy, target"),
         (lambda: objective("vsd", {"e_step": "copied"}), "continued, drafted"),
         (lambda: objective("distillspec", {"divergence": "l2"}), "fkl, rkl, jsd"),
+        (lambda: objective("vispec", {"best": 1}), "best must be at least 2"),
         (lambda: objective("vsd", {"rule": "rejection", "arw": True, "cut": -3.0}), "verify trees"),
         (lambda: objective("vsd", {"arw": True, "cut": -3.0, "smoothing": 0.5}), "whole paths"),
         (lambda: objective("vsd", {"rule": "rejection", "smoothing": 0.5}), "not for rule rejection"),

@@ -1,5 +1,7 @@
 """Properties of utilities, divergences and weights on any input, and of the weights of single kinds by hand."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ from vsd.objective.utility import (
     utility,
 )
 from vsd.objective.vat import Anchored
+from vsd.objective.vispec import PlackettLuce
 
 SEEDS = st.integers(0, 10**6)
 reproducible = settings(deadline=None, derandomize=True)
@@ -96,7 +99,8 @@ def test_divergences_are_zero_at_p_and_positive_elsewhere(seed: int, divergence:
 
 
 @pytest.mark.parametrize(
-    "divergence", [total_variation, jensen_shannon, reverse_kl, negative_log_acceptance, TopCrossEntropy(3)]
+    "divergence",
+    [total_variation, jensen_shannon, reverse_kl, negative_log_acceptance, TopCrossEntropy(3), PlackettLuce(4)],
 )
 @reproducible
 @given(SEEDS)
@@ -112,6 +116,39 @@ def test_gradients_are_those_of_finite_differences(divergence: Divergence, seed:
     found = (divergence(rows)[1] * direction).sum(-1)
     near_tie = (rows.q - rows.p).abs().amin(-1) < 1e-4  # min(p, q) has a kink at q = p
     torch.testing.assert_close(found[~near_tie], slope[~near_tie], atol=1e-7, rtol=1e-5)
+
+
+def ordered(log_q: Tensor, order: tuple[int, ...]) -> PathRows:
+    """One step where the target ranks the tokens of an order first, in it; q = softmax(log_q [Vd])."""
+    p = torch.full_like(log_q, 1e-3)
+    p[list(order)] = 0.1 * torch.arange(len(order), 0, -1, dtype=log_q.dtype)
+    return PathRows(log_q.clone()[None, None], p[None, None], torch.zeros(1, 1).long(), torch.ones(1, 1).bool())
+
+
+@reproducible
+@given(SEEDS)
+def test_plackett_luce_is_the_law_of_draws_without_replacement(seed: int) -> None:
+    """Of every order of four tokens among seven: draw by draw; all orders together have probability 1."""
+    log_q = 2 * torch.randn(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    total = 0.0
+    for order in itertools.permutations((1, 2, 4, 6)):
+        chance, left = 1.0, list(order)
+        while left:
+            chance *= float(log_q[left[0]].exp() / log_q[left].exp().sum())
+            left = left[1:]
+        loss, _ = PlackettLuce(4)(ordered(log_q, order))
+        assert float((-loss).exp()) == pytest.approx(chance)
+        total += chance
+    assert total == pytest.approx(1)
+
+
+def test_plackett_luce_moves_tokens_towards_the_targets_order() -> None:
+    """From equal logits the best token rises most, the last one falls most; tokens outside the ten keep theirs."""
+    order = (3, 0, 5, 1)
+    _, gradient = PlackettLuce(4)(ordered(torch.zeros(7, dtype=torch.float64), order))
+    moves = (-gradient[0, 0]).tolist()
+    assert moves[3] > moves[0] > moves[5] > moves[1] and moves[3] > 0 > moves[1]
+    assert [moves[i] for i in (2, 4, 6)] == [0, 0, 0] and sum(moves) == pytest.approx(0)
 
 
 # ---- weights

@@ -214,7 +214,7 @@ def test_compiled_passes_equal_plain_ones_and_are_compiled_once(name: str, stati
         nodes, parents, depths = random_forest(rng, 2, count)
         above = ancestors(parents, int(depths.max()))
         found = [
-            one.forward(nodes, cache.next[:, None] + depths, above, cache, layers=LAYERS)
+            one.forward(nodes, cache.next[:, None] + depths, above, cache, layers=(*LAYERS, 4))
             for one, cache in zip((target, compiled), caches)
         ]
         torch.testing.assert_close(found[1].hidden, found[0].hidden, **CLOSE)
@@ -335,7 +335,7 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 def test_a_pass_yields_the_layers_it_is_asked_for() -> None:
     target, row = llama(), tokens(random.Random(4), 6)
-    for layers in ((1, 3), (0,), ()):
+    for layers in ((1, 3), (0,), (0, 4), ()):  # behind the four layers the LM head reads
         aux = target.features(padded(row), layers).aux
         assert aux.shape == (1, 6, 32 * len(layers))
         if layers:

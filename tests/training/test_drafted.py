@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import along
+import seeing
 import tiny
 from vsd.drafters import FAMILIES, draft_vocabulary, lattice, new_drafter, of_label
 from vsd.features import Features, Texts
@@ -21,10 +22,21 @@ ROOTS = torch.tensor([[2, 9, 18], [0, 5, 11]])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def drafter(request: pytest.FixtureRequest, tiny_target: Target) -> Any:
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def target(family: str) -> Target:
+    return seeing.target("llava") if family == "vispec" else tiny.tiny_target()
+
+
+@pytest.fixture(scope="module")
+def drafter(family: str, target: Target) -> Any:
     torch.manual_seed(2)
-    vocabulary = draft_vocabulary(torch.arange(15, 90), tiny_target.vocab_size, 50)
-    return new_drafter(tiny_target, vocabulary, request.param, initializer_range=0.5).eval()
+    vocabulary = draft_vocabulary(torch.arange(15, 90), target.vocab_size, 50)
+    scale = 0.1 if family == "vispec" else 0.5  # its states have no norm
+    return new_drafter(target, vocabulary, family, initializer_range=scale).eval()
 
 
 def models(target: Target, drafter: Any, temperature: float = 1.0) -> Models:
@@ -48,22 +60,22 @@ def law(drafter: Any, entries: Entries, roots: torch.Tensor, tokens: torch.Tenso
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampled_paths_carry_the_drafters_probabilities(tiny_target: Target, drafter: Any, temperature: float) -> None:
+def test_sampled_paths_carry_the_drafters_probabilities(target: Target, drafter: Any, temperature: float) -> None:
     """log q of sampling is log q of the training pass along the same paths."""
-    some, roots = batch(tiny_target, drafter, 4), ROOTS.repeat_interleave(4, 1)
+    some, roots = batch(target, drafter, 4), ROOTS.repeat_interleave(4, 1)
     generator = torch.Generator().manual_seed(0)
-    tokens, log_q = sample_paths(models(tiny_target, drafter, temperature), some, roots, 1.0, generator)
+    tokens, log_q = sample_paths(models(target, drafter, temperature), some, roots, 1.0, generator)
     labels = drafter.vocabulary.rows[tokens]
     assert int(labels.min()) >= 0
     wanted = of_label(law(drafter, some.entries, roots, tokens, temperature), labels, 0.0)
     torch.testing.assert_close(log_q, wanted, rtol=1e-4, atol=1e-5)
-    asked = models(tiny_target, drafter).log_q(drafter, some, along.paths(roots, tokens))
+    asked = models(target, drafter).log_q(drafter, some, along.paths(roots, tokens))
     torch.testing.assert_close(asked, of_label(law(drafter, some.entries, roots, tokens, 1.0), labels, 0.0))
 
 
-def test_paths_are_sampled_from_q_at_the_temperature(tiny_target: Target, drafter: Any) -> None:
+def test_paths_are_sampled_from_q_at_the_temperature(target: Target, drafter: Any) -> None:
     """First tokens of 4,000 paths below one root; total variation from the law is within chance (about 0.03)."""
-    some, none = batch(tiny_target, drafter, 1, rows=1), torch.zeros(1, 1, 1, dtype=torch.long)
+    some, none = batch(target, drafter, 1, rows=1), torch.zeros(1, 1, 1, dtype=torch.long)
 
     def law_at(root: int, temperature: float) -> torch.Tensor:
         q = law(drafter, some.entries, torch.tensor([[root]]), none, 1.0)[0, 0, 0]
@@ -73,17 +85,17 @@ def test_paths_are_sampled_from_q_at_the_temperature(tiny_target: Target, drafte
     root = next(apart)
     for temperature in (1.0, 0.5):
         generator, roots = torch.Generator().manual_seed(0), torch.full((1, 4000), root)
-        tokens, _ = sample_paths(models(tiny_target, drafter), some, roots, temperature, generator)
+        tokens, _ = sample_paths(models(target, drafter), some, roots, temperature, generator)
         labels = drafter.vocabulary.rows[tokens[0, :, 0]]
         found = torch.bincount(labels, minlength=drafter.vocabulary.size) / 4000
         assert (found - law_at(root, temperature)).abs().sum() / 2 < 0.06
 
 
-def test_trees_at_roots_are_decodings_trees(tiny_target: Target, drafter: Any) -> None:
+def test_trees_at_roots_are_decodings_trees(target: Target, drafter: Any) -> None:
     """Against the state that decoding would have reached, root by root."""
-    some, shape, roots = batch(tiny_target, drafter, 4), TreeShape(4, 3, 12), torch.tensor([[2, 17, 9], [0, 5, 11]])
+    some, shape, roots = batch(target, drafter, 4), TreeShape(4, 3, 12), torch.tensor([[2, 17, 9], [0, 5, 11]])
     with torch.no_grad():
-        tokens, fresh = trees(models(tiny_target, drafter), drafter, shape, some, roots)
+        tokens, fresh = trees(models(target, drafter), drafter, shape, some, roots)
     ids = some.texts.inputs.ids
     for b, a in itertools.product(range(2), range(3)):
         n = int(roots[b, a]) + 1

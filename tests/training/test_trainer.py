@@ -195,6 +195,7 @@ def test_time_before_an_interruption_counts(tiny_target: Target, examples: list[
         ("dpace", {}),
         ("vat", {}),
         ("griffin", {}),
+        ("vispec", {}),
         ("lk_alpha", {}),
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),

@@ -25,6 +25,7 @@ def examples(tiny_target: Target) -> list[Example]:
         ("lk_lambda", {}),
         ("dpace", {}),
         ("griffin", {}),
+        ("vispec", {}),
         ("elbo", {"samples": 4}),
         ("vsd", {}),
         ("vsd", {"rule": "rejection", "arw": True, "e_step": "drafted", "samples": 4}),

@@ -61,13 +61,14 @@ class FeatureDrafter(Proposals, PreTrainedModel):
 
     Attributes:
         title: of the family, for messages.
+        reads_final: whether the final hidden states, index L of `aux_layers`, are among its features.
     """
 
     title: ClassVar[str]
+    reads_final: ClassVar[bool] = False
     config_class: Any
     base_model_prefix = ""
     config: Any
-    norm: Any
     d2t: Tensor
     t2d: Tensor
 
@@ -165,7 +166,8 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         """Without entries."""
         config = self.config
         heads, layers = config.num_key_value_heads, len(self.decoder_layers())
-        return EntryCache(layers, rows, heads, capacity, config.head_dim, self.norm.weight)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return EntryCache(layers, rows, heads, capacity, config.head_dim, like)
 
     def freeze(self) -> None:
         """See `Drafter.freeze`; queries are asked of fewer entries than keys and values."""
@@ -184,7 +186,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
             if mine != theirs:
                 raise MismatchError(f"this drafter was trained for another target: {name} {mine}, not {theirs}")
         count = target.config.num_hidden_layers
-        if not all(0 <= layer < count for layer in config.aux_layers):
+        if not all(0 <= layer < count + self.reads_final for layer in config.aux_layers):
             raise MismatchError(f"aux_layers are {list(config.aux_layers)}, and the target has {count} layers")
         if hasattr(config, "mask_token_id"):
             _check_mask(config.mask_token_id, len(target.embedding_weight))

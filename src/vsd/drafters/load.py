@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vsd.drafters import dflash, dflash2, dspark, eagle3, lm, peagle
+from vsd.drafters import dflash, dflash2, dspark, eagle3, lm, peagle, vispec
 from vsd.drafters.family import Family
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.drafters.where import drafter_folder
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "dflash": dflash.FAMILY,
     "dflash2": dflash2.FAMILY,
     "dspark": dspark.FAMILY,
+    "vispec": vispec.FAMILY,
     "lm": lm.FAMILY,
 }
 DEFAULT = "eagle3"

@@ -21,10 +21,13 @@ def export_drafter(drafter: Any, target: TargetInfo, out: str | Path, kind: str)
     """Write `drafter` to the folder `out` in one of `FORMATS`; returns the folder.
 
     Raises:
-        ConfigurationError: a format that the drafter's family does not have, or a folder that is not empty.
+        ConfigurationError: a format that the drafter's family does not have, a family that no engine serves, or a
+            folder that is not empty.
         MismatchError: a drafter of another target, or one that engines would load incorrectly.
     """
     out, family = Path(out), family_for(drafter)
+    if not family.formats:
+        raise ConfigurationError(f"no engine serves a {family.title}: there is nothing to export")
     if kind not in family.formats:
         raise ConfigurationError(f"a {family.title} has no format '{kind}': choose {', '.join(family.formats)}")
     check_new(out)

@@ -57,7 +57,13 @@ class States(NamedTuple):
 
 
 def command(target: str, layers: Sequence[int], depth: int, folder: str) -> str:
-    """The command that starts vLLM with `target`, of `depth` layers, to give the inputs of `layers` in a folder."""
+    """The command that starts vLLM with `target`, of `depth` layers, to give the inputs of `layers` in a folder.
+
+    Raises:
+        ConfigurationError: the final hidden states are among them.
+    """
+    if depth in layers:
+        raise ConfigurationError("a server gives no final hidden states of whole texts: train with --features online")
     extracted = [*sorted(layers), depth]
     draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": extracted}}
     speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}

@@ -16,6 +16,7 @@ from vsd.objective.griffin import griffin
 from vsd.objective.gto import gto
 from vsd.objective.lk import lk_alpha, lk_lambda
 from vsd.objective.vat import vat
+from vsd.objective.vispec import vispec
 from vsd.objective.vsd import vsd
 from vsd.options.values import checked, described, documented
 
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "dpace": dpace,
     "vat": vat,
     "griffin": griffin,
+    "vispec": vispec,
     "distillspec": distillspec,
     "gto": gto,
     "elbo": elbo,

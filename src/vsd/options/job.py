@@ -69,8 +69,9 @@ class DrafterOptions:
 
     Attributes:
         drafter: folder or hub id of a drafter to continue from; without it a new drafter starts from random weights
-        family: family of a new drafter: eagle3 (default), peagle, dflash, dflash2, dspark or lm. With a --drafter of
-            another family the new drafter starts from it: peagle from eagle3, dflash2 from dflash
+        family: family of a new drafter: eagle3 (default), peagle, dflash, dflash2, dspark, vispec (for targets that
+            read images) or lm. With a --drafter of another family the new drafter starts from it: peagle from eagle3,
+            dflash2 from dflash
         drafter_options: fields of a new drafter's configuration, such as num_hidden_layers
         draft_vocab_size: number of target tokens that a new drafter can draft; by default 8192, and 32000 for a target
             with hidden states of 2048 numbers or more

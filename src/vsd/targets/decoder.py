@@ -7,7 +7,7 @@ Legend: B batch, N tokens or nodes of one pass, L keys, R rows of positions, h h
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,10 @@ Masks = Tensor | dict[str, Tensor] | None
 
 
 class Output(NamedTuple):
-    """Of one pass: `hidden` [B, N, h] enters the LM head; `aux` [B, N, n h] holds the inputs of n decoder layers."""
+    """Of one pass: `hidden` [B, N, h] enters the LM head; `aux` [B, N, n h] holds the inputs of n decoder layers.
+
+    The layer behind the last one is the LM head: its input is `hidden`.
+    """
 
     hidden: Tensor
     aux: Tensor
@@ -140,14 +143,14 @@ class Decoder:
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.model.base_model(input_ids=probe, output_hidden_states=True)  # transformers sets up its hooks for it now
         self._static = self.device.type == "cuda" if static is None else static
-        base = torch.compile(self.model.base_model, dynamic=not self._static, **options)
+        base, last = torch.compile(self.model.base_model, dynamic=not self._static, **options), len(self.layers)
 
         def run(ids: Tensor, positions: Tensor, masks: Masks, cache: TreeCache, layers: Sequence[int]) -> Output:
             with torch.no_grad(), inductor_config.patch(freezing=self.device.type == "cpu"):
                 inputs = self._inputs(ids, positions, masks, cache)
                 output = base(**inputs, output_hidden_states=True)  # the compiler would not see hooks
             hidden = output.last_hidden_state
-            return Output(hidden, _joined([output.hidden_states[i] for i in layers], hidden))
+            return Output(hidden, _joined(dict(enumerate(output.hidden_states[:last])), layers, hidden))
 
         self._compiled = run
 
@@ -168,14 +171,15 @@ class Decoder:
 
             return hook
 
-        hooks = [self.layers[i].register_forward_pre_hook(take(i), with_kwargs=True) for i in layers]
+        inner = [i for i in layers if i < len(self.layers)]
+        hooks = [self.layers[i].register_forward_pre_hook(take(i), with_kwargs=True) for i in inner]
         try:
             inputs = self._inputs(ids, positions, masks, cache)
             hidden: Tensor = self.model.base_model(**inputs, **extras).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        return Output(hidden, _joined([taken[i] for i in layers], hidden))
+        return Output(hidden, _joined(taken, layers, hidden))
 
     def extras(self, inputs: Padded) -> dict[str, Tensor]:
         """What only a pass over images reads; some models also ask which tokens are images', such as Gemma 3."""
@@ -205,8 +209,9 @@ class Decoder:
         return mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)[:, None]
 
 
-def _joined(taken: list[Tensor], hidden: Tensor) -> Tensor:
-    """Features [B, N, n h]; of width 0 where no layer is asked for."""
+def _joined(inputs: Mapping[int, Tensor], layers: Sequence[int], hidden: Tensor) -> Tensor:
+    """Features [B, N, n h] of n layers; of width 0 where no layer is asked for."""
+    taken = [inputs.get(i, hidden) for i in layers]
     return torch.cat(taken, dim=-1) if taken else hidden.new_empty(*hidden.shape[:-1], 0)
 
 
