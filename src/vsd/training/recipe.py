@@ -108,7 +108,9 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
         config = VSDConfig(**{**own, "output_dir": job.output_dir})
         config.given |= given
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"bad training option: {' '.join(str(error).split())}") from error
+        named = [name for name, value in own.items() if isinstance(value, str) and value and value in str(error)]
+        which = f" {' or '.join(named)}" if named else ""
+        raise ConfigurationError(f"bad training option{which}: {' '.join(str(error).split())}") from error
     if job.device not in ("auto", str(config.device), config.device.type):
         raise ConfigurationError(
             f"device '{job.device}': this process would train on {config.device}; "
