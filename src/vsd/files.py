@@ -147,6 +147,28 @@ def lock(file: IO[Any] | int, refusal: str | None = None) -> None:
 
 
 @contextmanager
+def gated(path: Path) -> Iterator[None]:
+    """Hold a path that several processes want to make, by the lock of `gate_of(path)`; others wait.
+
+    The lock's file is deleted when the block ends without an error: whoever waits for it, or makes another, finds the
+    path. A process that was killed holds it no more.
+
+    Raises:
+        FileError: the lock's file cannot be written.
+    """
+    gate = gate_of(path)
+    with writing(path), gate.open("ab") as file:
+        lock(file)
+        yield
+        gate.unlink(missing_ok=True)
+
+
+def gate_of(path: Path) -> Path:
+    """The file whose lock a process holds while it makes `path`."""
+    return path.with_name(f"{path.name}.lock")
+
+
+@contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder, which is made, for one run.
 

@@ -95,8 +95,8 @@ def test_replay_drafts_behind_images_what_the_engine_drafts(family: str, kind: s
     results = Engine(target, drafter, TreeShape(3, 3, 8)).generate(prompts, Sampling(LENGTH, eos_ids=()))
     replayed = Replay(target, [(result.prompt, result.tokens) for result in results])(drafter, TreeShape(3, 3, 8))
     assert [result.delivered for result in replayed] == [result.delivered for result in results]
-    accepted = ([result.accepted[:-1] for result in some] for some in (replayed, results))  # the last may go on
-    assert next(accepted) == next(accepted)
+    end = -1 if kind == "vispec" else None  # its last pass accepts tokens behind the answer's end
+    assert [result.accepted[:end] for result in replayed] == [result.accepted[:end] for result in results]
 
 
 def test_training_text_is_generated_behind_images() -> None:

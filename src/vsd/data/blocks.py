@@ -13,10 +13,10 @@ from typing import NamedTuple
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from vsd.data.chat import conversation_of
-from vsd.data.examples import encode
-from vsd.data.lines import BadLineError, OnBadLine, handle_bad_line
-from vsd.data.sequences import Example, Examples
+from vsd.data.chat import conversations_of
+from vsd.data.examples import encode_all
+from vsd.data.lines import OnBadLine
+from vsd.data.sequences import Examples
 from vsd.data.sources import Row, read_rows
 from vsd.errors import DataError
 
@@ -57,13 +57,10 @@ def encode_block(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length
     Raises:
         DataError: a bad line, when fatal.
     """
-    examples, skipped = list[Example](), list[str]()
-    for row in rows:
-        try:
-            examples += encode(tokenizer, conversation_of(row, need_answer=True, download_images=False), max_length)
-        except BadLineError as error:
-            handle_bad_line(f"{row.where}: {error}", on_bad_line, skipped.append)
-    return Block(Examples.of(examples), skipped)
+    skipped: list[str] = []
+    conversations = conversations_of(rows, on_bad_line, skipped.append, need_answer=True, download_images=False)
+    found = encode_all(conversations, tokenizer, max_length, on_bad_line, skipped.append)
+    return Block(Examples.of(example for _, examples in found for example in examples), skipped)
 
 
 def _in_blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:

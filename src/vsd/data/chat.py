@@ -15,7 +15,7 @@ with optional fields: "id"; "system", a system message; "tools" and "chat_templa
 reported and skipped; it is never changed to fit.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,30 +70,37 @@ def read_conversations(
         DataError: a bad line, when fatal; no usable line in the source; no such source.
     """
     usable = 0
-    for row in read_rows(source, report or LOG.warning, need_answer=need_answer):
-        try:
-            conversation = conversation_of(row, need_answer=need_answer, download_images=download_images)
-        except BadLineError as error:
-            handle_bad_line(f"{row.where}: {error}", on_bad_line, report)
-            continue
+    rows = read_rows(source, report or LOG.warning, need_answer=need_answer)
+    for conversation in conversations_of(rows, on_bad_line, report, need_answer, download_images):
         usable += 1
         yield conversation
     if not usable:
         raise DataError(f"{source} holds no usable conversation")
 
 
-def conversation_of(place: Row, *, need_answer: bool, download_images: bool) -> Conversation:
-    """The conversation of one row; arguments as in `read_conversations`.
+def conversations_of(
+    rows: Iterable[Row], on_bad_line: OnBadLine, report: Report | None, need_answer: bool, download_images: bool
+) -> Iterator[Conversation]:
+    """The conversations of rows; arguments as in `read_conversations`.
 
     Raises:
-        BadLineError: it has none that can be used.
+        DataError: a bad line, when fatal.
     """
-    row = place.parse(place.raw)
+    for row in rows:
+        try:
+            conversation = _conversation(row.parse(row.raw), row, need_answer, download_images)
+        except BadLineError as error:
+            handle_bad_line(f"{row.where}: {error}", on_bad_line, report)
+            continue
+        yield conversation
+
+
+def _conversation(row: Any, place: Row, need_answer: bool, download: bool) -> Conversation:
     if not isinstance(row, dict):
         raise BadLineError(f"expected a JSON object, found {type(row).__name__}")
     exact = row.get("prompt_ids") is not None
     prompt_ids, response_ids = _exact_ids(row, need_answer) if exact else (None, None)
-    messages = messages_of(row, exact=exact, need_answer=need_answer, folder=place.folder, download=download_images)
+    messages = messages_of(row, exact=exact, need_answer=need_answer, folder=place.folder, download=download)
     arguments = template_arguments(row)
     if messages and need_answer:
         _check_answer([m["role"] for m in messages])

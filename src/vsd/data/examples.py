@@ -21,7 +21,7 @@ messages follow. A template that rewrites earlier turns yields a sequence of its
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,16 +77,34 @@ def encoded(
     """
     usable = 0
     found = read_conversations(source, on_bad_line=on_bad_line, report=report, download_images=download_images)
-    for conversation in found:
+    for pair in encode_all(found, tokenizer, max_length, on_bad_line, report, images):
+        usable += 1
+        yield pair
+    if not usable:
+        raise DataError(f"{source} holds no usable conversation")
+
+
+def encode_all(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    on_bad_line: OnBadLine,
+    report: Report | None,
+    images: ImageReader | None = None,
+) -> Iterator[tuple[Conversation, list[Example]]]:
+    """Every conversation that `encode` takes, with its sequences.
+
+    Raises:
+        DataError: one that it refuses, when fatal.
+        TargetError: as in `encoded`.
+    """
+    for conversation in conversations:
         try:
             examples = encode(tokenizer, conversation, max_length, images)
         except BadLineError as error:
             handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
             continue
-        usable += 1
         yield conversation, examples
-    if not usable:
-        raise DataError(f"{source} holds no usable conversation")
 
 
 def encode(

@@ -7,6 +7,7 @@ A token takes five bytes here, and none of the process's own where the arrays ar
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -113,6 +114,7 @@ class Examples(Sequence[Example]):
         for start, count, _ in spans.tolist():
             yield self.ids[start : start + count][self.drafted[start : start + count]]
 
+    @cached_property
     def digest(self) -> str:
         """16 hex digits that change with the sequences, their order and their images."""
         found = hashlib.sha256()

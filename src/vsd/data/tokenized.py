@@ -22,7 +22,7 @@ from vsd.data.examples import load_examples
 from vsd.data.lines import LOG, OnBadLine, Report
 from vsd.data.sequences import FILES, Examples
 from vsd.data.sources import files_of
-from vsd.files import lock, write_text, writing
+from vsd.files import gated, write_text, writing
 from vsd.targets import TargetInfo
 from vsd.targets.load import cache_directory
 
@@ -95,20 +95,18 @@ def _code() -> str:
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> None:
     """Make a folder unless it is there; of several processes one makes it, and the others wait."""
-    gate, half = (folder.with_name(f"{folder.name}.{end}") for end in ("lock", f"{platform.node()}.part"))
+    half = folder.with_name(f"{folder.name}.{platform.node()}.part")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with gate.open("ab") as file:
-            lock(file)  # a process that was killed holds it no more
-            try:
-                if not folder.exists():
-                    shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
-                    half.mkdir()
-                    make(half)
-                    os.replace(half, folder)
-            finally:
-                shutil.rmtree(half, ignore_errors=True)
-            gate.unlink(missing_ok=True)  # whoever waits for it, or makes another, finds the folder
+    with gated(folder):
+        try:
+            if not folder.exists():
+                shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+                half.mkdir()
+                make(half)
+                os.replace(half, folder)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
 
 
 def _write(folder: Path, blocks: Iterable[Block]) -> None:

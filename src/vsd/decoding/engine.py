@@ -18,7 +18,7 @@ from vsd.decoding.lookup import SURE, Lookup
 from vsd.decoding.sampling import Sampling
 from vsd.drafters import Drafter
 from vsd.errors import ConfigurationError, TargetError
-from vsd.paths import Chain, Tree, TreeShape, ancestors, graft
+from vsd.paths import Chain, Tree, TreeShape, ancestors, graft, rows_at
 from vsd.targets import Inputs, Output, Padded, Target, TreeCache
 from vsd.verification import Law, Verdict, verify
 
@@ -174,7 +174,7 @@ class Engine:
             verified = clock.lap()
             self._commit(state, verdict, output, path)
             if keep is not None:
-                keep(States(state.rows, counts, Output(*(_at(x, verdict.nodes) for x in output))))
+                keep(States(state.rows, counts, Output(*(rows_at(x, verdict.nodes) for x in output))))
             new, size = {}, (tree.tokens.shape[1], levels)
             for i, count, tokens in zip(state.rows, counts, decided):
                 results[i].accepted.append(count - 1)
@@ -257,7 +257,7 @@ class Engine:
         state.cache.commit(verdict.nodes, verdict.counts)
         state.root = verdict.bonus
         if self.drafter is not None:
-            self.drafter.advance(state.draft, _at(output.aux, verdict.nodes), path, verdict.counts)
+            self.drafter.advance(state.draft, rows_at(output.aux, verdict.nodes), path, verdict.counts)
 
     @staticmethod
     def _retire(state: _State, results: list[Result]) -> bool:
@@ -281,11 +281,6 @@ class Engine:
                 raise ConfigurationError(f"prompt {i} is empty")
             if window is not None and length >= window:
                 raise ConfigurationError(f"prompt {i} has {length} tokens; the target's window is {window}")
-
-
-def _at(x: Tensor, nodes: Tensor) -> Tensor:
-    """Rows x [B, N, w] of nodes [B, A], [B, A, w]."""
-    return x.gather(1, nodes[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _sound(tree: Tree) -> Tree:

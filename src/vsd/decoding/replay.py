@@ -25,7 +25,7 @@ from vsd.decoding.engine import Result
 from vsd.decoding.lookup import SURE, Lookup
 from vsd.drafters import Drafter
 from vsd.errors import ConfigurationError
-from vsd.paths import NO_TOKEN, Entries, Tree, TreeShape, graft
+from vsd.paths import NO_TOKEN, Entries, Tree, TreeShape, graft, rows_at
 from vsd.targets import Inputs, Padded, Target
 from vsd.verification import follow
 from vsd.verification.rejection import acceptance
@@ -228,5 +228,5 @@ class Replay:
         aux, next_ids = walk.entries.aux, walk.entries.next_ids
         places = start[:, None] + torch.arange(int(counts.max()), device=start.device)
         places = places.clamp(max=next_ids.shape[1] - 1)
-        features = aux.gather(1, places[..., None].expand(-1, -1, aux.shape[-1]))
+        features = rows_at(aux, places)
         walk.drafter.advance(walk.state, features, next_ids.gather(1, places), counts)

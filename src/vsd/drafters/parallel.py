@@ -19,7 +19,7 @@ from torch import Tensor
 from vsd.drafters.base import Objective
 from vsd.drafters.lattice import Head
 from vsd.drafters.proposals import Conditional, Conditionals, Proposals
-from vsd.paths import Entries, Paths, TreeShape
+from vsd.paths import Entries, Paths, TreeShape, rows_at
 
 
 class Parallel(Proposals):
@@ -58,7 +58,7 @@ class Parallel(Proposals):
         found = self.blocks(entries, some, steps)
         before, ids = entries.next_ids.gather(1, roots), self.vocabulary.ids
         for states in found.unbind(2):
-            own = states.gather(1, which[..., None].expand(-1, -1, states.shape[-1]))
+            own = rows_at(states, which)
             before = ids[choose(self.log_probs(own, before))]
 
     def log_probs(self, states: Tensor, before: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from vsd.data import Example, Examples
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 from vsd.features.base import Features, Texts, compute_features, stacked
-from vsd.files import lock, write_text, writing
+from vsd.files import gate_of, gated, write_text, writing
 from vsd.targets import Padded, Target, TargetInfo
 
 _SHARD_TOKENS = 32768
@@ -101,7 +101,7 @@ class FeatureStore:
             _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()
         for s in range(len(plan.sizes)):  # of runs that were killed before they deleted it
-            _gate(folder / _name(s)).unlink(missing_ok=True)
+            gate_of(folder / _name(s)).unlink(missing_ok=True)
         return cls(folder, target, examples, layers, temperature)
 
     @staticmethod
@@ -151,21 +151,14 @@ def _write_shard(path: Path, compute: Callable[[], dict[str, Tensor]]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    half, gate = path.with_name(f"{path.name}.part"), _gate(path)
-    with writing(path), gate.open("ab") as file:  # not `half`: saving may put another file in its place
-        lock(file)  # a process that was killed holds it no more
+    half = path.with_name(f"{path.name}.part")
+    with gated(path):  # the lock is not `half`'s: saving may put another file in its place
         try:
             if not path.exists():
                 save_file(compute(), half)
                 os.replace(half, path)
         finally:
             half.unlink(missing_ok=True)
-        gate.unlink(missing_ok=True)  # whoever waits for it, or makes another, finds the shard
-
-
-def _gate(shard: Path) -> Path:
-    """The file whose lock a run holds while it computes a shard."""
-    return shard.with_name(f"{shard.name}.lock")
 
 
 def _shard(target: Target, examples: list[Example], layers: tuple[int, ...], temperature: float) -> dict[str, Tensor]:
@@ -242,7 +235,7 @@ def _manifest(target: TargetInfo, examples: Examples, layers: tuple[int, ...], t
     return {
         "target": target.fingerprint(layers),
         "template": hashlib.sha256(template).hexdigest()[:16],
-        "text": examples.digest(),
+        "text": examples.digest,
         "temperature": f"{temperature:g}",
     }
 

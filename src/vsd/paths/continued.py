@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsd.errors import DataError
-from vsd.paths.entries import Entries
+from vsd.paths.entries import Entries, rows_at
 from vsd.paths.recorded import Paths
 from vsd.targets import Padded, Target, TargetInfo
 from vsd.targets.sampling import drawn_at
@@ -81,7 +81,7 @@ def continue_text(
     behind = text.first_row.gather(1, roots + 1)  # [B, P]
     seen = torch.arange(T, device=ids.device) < (roots + 2)[..., None]  # [B, P, T], then T + P, …
     own = torch.eye(P, dtype=torch.bool, device=ids.device)[None]
-    last = read.hidden.gather(1, (roots + 1)[..., None].expand(-1, -1, read.hidden.shape[-1]))
+    last = rows_at(read.hidden, roots + 1)
     tokens: list[Tensor] = []
     hidden, normalisers, aux = [last], [], []
     for step in range(length):
@@ -106,7 +106,7 @@ def extended(text: Entries, found: Continuations) -> Entries:
     """
     B, T = text.next_ids.shape
     P, L = found.tokens.shape[1:]
-    last = text.aux.gather(1, (found.roots + 1)[..., None].expand(-1, -1, text.aux.shape[-1]))
+    last = rows_at(text.aux, found.roots + 1)
     before = torch.cat([last[:, :, None], found.aux], dim=2)[:, :, : L - 1]  # [B, P, L - 1, n h]
     places = torch.arange(T, device=text.aux.device)
     order = torch.arange(L - 1, device=text.aux.device)

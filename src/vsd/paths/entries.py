@@ -48,4 +48,9 @@ class Entries(NamedTuple):
         """The entries that those at roots [B, P] attend to, [B, P, E] bool."""
         if self.seen is None:
             return torch.arange(self.next_ids.shape[1], device=roots.device) <= roots[..., None]
-        return self.seen.gather(1, roots[..., None].expand(-1, -1, self.seen.shape[-1]))
+        return rows_at(self.seen, roots)
+
+
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, N, w] at places [B, P], [B, P, w]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

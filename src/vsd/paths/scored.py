@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vsd.paths.entries import rows_at
 from vsd.targets import Padded, Target
 
 
@@ -91,7 +92,7 @@ def score_paths(target: Target, text: Padded, roots: Tensor, tokens: Tensor, tem
     nodes = 0 if trie is None else trie.tokens.shape[1]
     cache = target.new_cache(B, text.ids.shape[1] + nodes)
     read = target.prefill(text, cache).hidden
-    hidden = read.gather(1, (roots + 1)[..., None].expand(-1, -1, read.shape[-1]))  # predicts the first tokens
+    hidden = rows_at(read, roots + 1)  # predicts the first tokens
     rows = (roots[:, :, None] == roots[:, None]).long().argmax(2)[..., None]  # [B, P, 1] the first path of the anchor
     if trie is not None and nodes:
         behind = text.first_row.gather(1, trie.top + 1) + 1 + trie.depths  # [B, N]

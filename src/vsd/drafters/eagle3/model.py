@@ -20,7 +20,7 @@ from vsd.drafters.eagle3.body import EagleBody
 from vsd.drafters.eagle3.layer import EagleLayer
 from vsd.drafters.eagle3.recurrent import Recurrent, Roots
 from vsd.drafters.feature_drafter import FeatureDrafterConfig
-from vsd.paths import Entries
+from vsd.paths import Entries, rows_at
 
 
 class Eagle3Config(FeatureDrafterConfig):
@@ -52,7 +52,7 @@ class Eagle3Drafter(Recurrent, EagleBody):
         fused = self.fc(entries.aux)  # [B, E, h]
         _, a = self.read(self.embed(entries.next_ids), fused)
         shared = self.midlayer.self_attn.keys_values(a, self.rotary_emb(fused, entries.positions))
-        hidden = fused.gather(1, roots[..., None].expand(-1, -1, fused.shape[-1]))
+        hidden = rows_at(fused, roots)
         return Roots(hidden, shared, entries.seen_from(roots), entries.positions.gather(1, roots), roots + 1)
 
     def read(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from vsd.drafters.autoregressive import Autoregressive
 from vsd.drafters.base import FeatureSpec, Objective
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import ConfigurationError, MismatchError
-from vsd.paths import Entries, Paths
+from vsd.paths import Entries, Paths, rows_at
 from vsd.targets import Decoder, Inputs, Padded, TargetInfo, TreeCache
 from vsd.targets.load import first_line
 from vsd.targets.packed import pack_linears
@@ -170,7 +170,7 @@ class LMDrafter(Autoregressive, nn.Module):
         else:
             hidden = self._pass(entries)
         reach = torch.cat([paths.roots[..., None], nodes], dim=-1).clamp(0, hidden.shape[1] - 1)  # [B, P, K]
-        found = hidden.gather(1, reach.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1]))
+        found = rows_at(hidden, reach.flatten(1))
         return found.view(B, P, K, -1).permute(2, 0, 1, 3)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class LMDrafter(Autoregressive, nn.Module):
         state.cache.select(torch.arange(B, device=ids.device).repeat_interleave(P))
         at = roots.flatten() + 1  # the token that the root entry holds
         state.cache.truncate(at + 1)
-        state.hidden = hidden.gather(1, (roots + 1)[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)[:, None]
+        state.hidden = rows_at(hidden, roots + 1).flatten(0, 1)[:, None]
         return state
 
     def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> LMState:

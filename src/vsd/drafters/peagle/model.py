@@ -25,7 +25,7 @@ from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.feature_drafter import FeatureDrafterConfig
 from vsd.drafters.mask_token import mask_token
 from vsd.drafters.parallel import Parallel
-from vsd.paths import Entries
+from vsd.paths import Entries, rows_at
 from vsd.targets import TargetInfo
 
 Rotary = tuple[Tensor, Tensor]
@@ -111,7 +111,7 @@ class PeagleDrafter(Parallel, EagleBody):
         wanted, allowed = queried
         own_rotary = rotary[0]
         if wanted is not None:
-            a, hidden, *own = (_rows(x, wanted) for x in (a, hidden, *rotary[0]))
+            a, hidden, *own = (rows_at(x.expand(len(wanted), -1, -1), wanted) for x in (a, hidden, *rotary[0]))
             own_rotary = (own[0], own[1])
         queries = attention.queries(a, own_rotary)
         attended = F.scaled_dot_product_attention(queries, *shared, attn_mask=allowed[:, None], enable_gqa=True)
@@ -160,9 +160,3 @@ class PeagleDrafter(Parallel, EagleBody):
         embeds: Tensor = self.embed(token).to(self.dtype)
         fused: Tensor = self.fc(self.mask_hidden)[None]
         return embeds, fused
-
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B or 1, E, ·] at rows [B, P]."""
-    x = x.expand(len(rows), -1, -1)
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))

@@ -36,7 +36,7 @@ from vsd.drafters.feature_drafter import FeatureDrafterConfig
 from vsd.drafters.vispec.images import Images
 from vsd.drafters.vocabulary import DraftVocabulary
 from vsd.errors import ConfigurationError, MismatchError
-from vsd.paths import Entries
+from vsd.paths import Entries, rows_at
 from vsd.targets import Padded, TargetInfo
 
 _DECIDED = ("aux_layers", "hidden_size", "target_hidden_size", "image_token_id")
@@ -202,7 +202,7 @@ class ViSpecDrafter(Recurrent):
         shared = self.layer.self_attn.keys_values(found.inputs, self.rotary_emb(found.inputs, positions))
         seen = entries.seen_from(roots).gather(2, found.order[:, None].expand(-1, roots.shape[1], -1))
         counts = found.counts.gather(1, roots)
-        fed = _rows(found.fed, counts - 1)
+        fed = rows_at(found.fed, counts - 1)
         return Roots(fed, shared, seen & found.real[:, None], entries.positions.gather(1, roots), counts)
 
     def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> EntryCache:
@@ -231,10 +231,10 @@ class ViSpecDrafter(Recurrent):
         order = (~read).long().argsort(dim=1, stable=True)[:, : int(read.sum(1).max())]
         here, begun, left, ids = (x.gather(1, order) for x in (found.here, found.begun, found.left, entries.next_ids))
         last = F.pad(vectors[:, :, -1], (0, 0, 1, 0))  # [B, R + 1, h], of no image first
-        fed = torch.cat([_rows(entries.aux[..., h:], order), _rows(last, begun)], dim=-1)
+        fed = torch.cat([rows_at(entries.aux[..., h:], order), rows_at(last, begun)], dim=-1)
         inputs, _ = self.read(self.embed(ids).to(fed.dtype), fed)
         place = ((begun - 1) * Q + Q - 2 - left).clamp(min=0, max=vectors.shape[1] * Q - 1)
-        inputs = torch.where(here[..., None], _rows(vectors.flatten(1, 2), place), inputs)
+        inputs = torch.where(here[..., None], rows_at(vectors.flatten(1, 2), place), inputs)
         return Reading(order, read.gather(1, order), read.cumsum(1), fed, inputs)
 
     def _extend(self, state: EntryCache, inputs: Tensor, fed: Tensor, counts: Tensor, positions: Tensor) -> None:
@@ -243,11 +243,6 @@ class ViSpecDrafter(Recurrent):
         rotary = self.rotary_emb(inputs, positions)
         state.append(0, slots, *attention.keys_values(inputs, rotary))
         state.commit(state.lengths + counts, positions.gather(1, last)[:, 0] + 1)
-        x, (cos, sin) = _rows(inputs, last), (_rows(part, last) for part in rotary)
+        x, (cos, sin) = rows_at(inputs, last), (rows_at(part, last) for part in rotary)
         attended = state.attend(0, attention.queries(x, (cos, sin)), state.committed[:, None])
-        state.hidden = self.fed_back(_rows(fed, last), self.layer.finish(x, attended))
-
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B, N, w] at rows [B, M], [B, M, w]."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+        state.hidden = self.fed_back(rows_at(fed, last), self.layer.finish(x, attended))
