@@ -53,7 +53,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache of text; every text counts as large, and threads take the place of processes."""
     monkeypatch.setenv("VSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tokenized, "_SMALL", 0)
-    monkeypatch.setattr(blocks, "ProcessPoolExecutor", lambda cores, context: ThreadPoolExecutor(cores))
+    monkeypatch.setattr(
+        blocks, "ProcessPoolExecutor", lambda cores, context, *begin: ThreadPoolExecutor(cores, "", *begin)
+    )
     return tmp_path / "cache" / "text"
 
 

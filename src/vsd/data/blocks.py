@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
@@ -29,6 +29,10 @@ class Block(NamedTuple):
 
     examples: Examples
     skipped: list[str]
+
+
+_Work = Callable[[list[Row]], Block]
+_work: _Work  # of a worker process
 
 
 def blocks_of(
@@ -68,19 +72,32 @@ def _in_blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-def _worked(work: "partial[Block]", blocks: Iterator[list[Row]]) -> Iterator[Block]:
-    """`work` on every block, in order, a few blocks ahead of the one that is taken."""
-    with _bar() as bar, ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+def _worked(work: _Work, blocks: Iterator[list[Row]]) -> Iterator[Block]:
+    """`work` on every block, in order, a few blocks ahead of the one that is taken.
+
+    A process is given `work` once: the tokenizer in it takes longer to copy than a block to encode.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with _bar() as bar, ProcessPoolExecutor(cores(), spawn, _begin, (work,)) as pool:
         task = bar.add_task("conversations encoded", total=None)
-        waiting = deque(pool.submit(work, rows) for rows in islice(blocks, _AHEAD * cores()))
+        waiting = deque(pool.submit(_in_worker, rows) for rows in islice(blocks, _AHEAD * cores()))
         try:
             while waiting:
                 yield waiting.popleft().result()
                 bar.advance(task, _ROWS)
-                waiting.extend(pool.submit(work, rows) for rows in islice(blocks, 1))
+                waiting.extend(pool.submit(_in_worker, rows) for rows in islice(blocks, 1))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin(work: _Work) -> None:
+    global _work
+    _work = work
+
+
+def _in_worker(rows: list[Row]) -> Block:
+    return _work(rows)
 
 
 def _bar() -> Progress:
