@@ -36,45 +36,46 @@ from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target, load_target
 
 DEFAULT = ("3x3x8", "5x4x16", "7x10x60")
-Turn = tuple[int, list[int], list[int]]  # index of the prompt, token ids of the request and of its answer
+Turn = tuple[int, Inputs, list[int]]  # index of the prompt, the request, token ids of the answer
 
 
 def plain_answers(
     target: Target, prompts: Sequence[Prompt], max_new_tokens: int, path: Path, temperature: float = 0.0
 ) -> list[Turn]:
     """Request and answer of every turn; earlier answers of the target are the history of later turns."""
-    request = {"prompts": [list(p.turns) for p in prompts], "max_new_tokens": max_new_tokens}
-    request["target"] = target.fingerprint()
+    asked_for = [[str(turn) for turn in p.turns] for p in prompts]
+    request = {"turns": asked_for, "max_new_tokens": max_new_tokens, "target": target.fingerprint()}
     if temperature:
         request["temperature"] = temperature
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["request"] == request:
-            return [tuple(turn) for turn in kept["turns"]]
-    engine = Engine(target)
+    kept = json.loads(path.read_text()) if path.exists() else None
+    recorded = kept["answers"] if kept and kept["request"] == request else None
+    engine, answers = Engine(target), recorded or []
     histories = [[{"role": "system", "content": p.system}] if p.system else [] for p in prompts]
     turns: list[Turn] = []
     for number in range(max(len(p.turns) for p in prompts)):
-        open_prompts = [i for i, p in enumerate(prompts) if number < len(p.turns)]
-        for i in open_prompts:
+        asked = {}
+        for i in (i for i, p in enumerate(prompts) if number < len(p.turns)):
             histories[i].append({"role": "user", "content": prompts[i].turns[number]})
-        ids = {i: prompt_inputs(target.tokenizer, histories[i]).ids for i in open_prompts}
-        open_prompts.sort(key=lambda i: len(ids[i]))
-        for start in track(range(0, len(open_prompts), 32), f"answers, turn {number + 1}"):
-            batch = open_prompts[start : start + 32]
-            samplings = [Sampling(max_new_tokens, temperature, seed=i) for i in batch]
-            for i, result in zip(batch, engine.generate([ids[i] for i in batch], samplings)):
-                turns.append((i, ids[i], result.tokens))
-                text = str(target.tokenizer.decode(result.tokens, skip_special_tokens=True)).strip()
+            asked[i] = prompt_inputs(target.tokenizer, histories[i], target.images)
+        order = sorted(asked, key=lambda i: len(asked[i].ids))
+        for start in track(range(0, len(order), 32), f"answers, turn {number + 1}"):
+            batch = order[start : start + 32]
+            if recorded is None:
+                samplings = [Sampling(max_new_tokens, temperature, seed=i) for i in batch]
+                answers += [found.tokens for found in engine.generate([asked[i] for i in batch], samplings)]
+            for i in batch:
+                tokens = answers[len(turns)]
+                turns.append((i, asked[i], tokens))
+                text = str(target.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
                 histories[i].append({"role": "assistant", "content": text or "…"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"request": request, "turns": turns}))
+    path.write_text(json.dumps({"request": request, "answers": answers}))
     return turns
 
 
 def replay_of(target: Target, turns: Sequence[Turn], temperature: float = 0.0) -> Replay:
     """The replay of drafters along the answers of all turns."""
-    return Replay(target, [(Inputs(request), answer) for _, request, answer in turns], temperature)
+    return Replay(target, [(request, answer) for _, request, answer in turns], temperature)
 
 
 @contextmanager

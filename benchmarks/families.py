@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from study import CONTROL, VARIANTS, formatted_ratio
+from study import VARIANTS, formatted_ratio
 from vsd.allocator import keep_freed_memory
 from vsd.drafters import load_drafter
 from vsd.evaluation import Contender, bench, load_prompts, write_json
@@ -78,7 +78,7 @@ def speed(starts: dict[str, Path], a: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], timed: dict[str, Any]) -> None:
-    table = Table("family", "objective", "decoding", "T", "τ", f"× {CONTROL}", title="continued from one start")
+    table = Table("family", "objective", "decoding", "T", "τ", "× eagle3", title="continued from one start")
     for row in rows:
         temperature, tau = f"{row['temperature']:g}", f"{row['tau']:.3f}"
         table.add_row(row["family"], row["objective"], row["decoding"], temperature, tau, formatted_ratio(row))
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--objectives", nargs="+", choices=VARIANTS, default=[CONTROL, "dpace", "lk_lambda", "vsd", "vsd with ARW"]
+        "--objectives", nargs="+", choices=VARIANTS, default=["eagle3", "dpace", "lk_lambda", "vsd", "vsd with ARW"]
     )
     parser.add_argument("--draft-steps", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=8)

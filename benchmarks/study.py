@@ -1,14 +1,15 @@
 """Compare objectives: one drafter, trained further with each for the same wall-clock time, then measured.
 
     python benchmarks/study.py --text TEXT … --start DRAFTER --prompts FILE … --out runs/study \\
-        [--minutes 10] [--seeds 0] [--objectives eagle3 vsd …] [--limit 24] [--temperatures 0 1] [--speed 8]
+        [--target T] [--control eagle3] [--objectives eagle3 vsd …] [--minutes 10] [--seeds 0] [--limit 24]
+        [--temperatures 0 1] [--speed 8]
 
 Every pair (objective, seed) is one `vsd train` from the same drafter, text and features; the time of the E-step
 counts. Then every drafter drafts along the same answers of the target, by replay (`vsd.decoding.replay`): with trees,
 with a chain and, above temperature 0, with a chain verified by rejection sampling. Reported are τ and its ratio to the
-control, `eagle3` trained further with the same seeds, with 95 % paired bootstrap intervals over prompts; seeds are
-pooled. --speed N: the drafters of the first seed also answer N prompts of each file in the decoder, alternately, with
-the first of --decodings. Results are stored in --out; an interrupted command can be repeated.
+control, the family's own objective trained further with the same seeds, with 95 % paired bootstrap intervals over
+prompts; seeds are pooled. --speed N: the drafters of the first seed also answer N prompts of each file in the decoder,
+alternately, with the first of --decodings. Results are stored in --out; an interrupted command can be repeated.
 
 "new states only" trains on continuations alone, without recorded paths. "eagle3, more answers" uses the first third of
 its minutes for further answers of the target to the prompts of the text.
@@ -40,13 +41,13 @@ from vsd.targets import Target, load_target
 
 Read = tuple[list[Turn], Replay]
 
-CONTROL = "eagle3"
 MORE_ANSWERS = "eagle3, more answers"
 SOMETIMES = {"anchors": 4, "every": 2, "weight": 0.5}
 DRAFTED = {"e_step": "drafted", "samples": 8, **SOMETIMES}
 FULL = {"arw": True, "car": 0.5}  # the paper's M-step, in our reading
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
+    "vispec": ("vispec", {}),
     MORE_ANSWERS: ("eagle3", {}),
     "eagle3, cut paths": ("eagle3", {"smoothing": 0.3}),
     "lk_lambda": ("lk_lambda", {}),
@@ -90,7 +91,7 @@ DECODINGS: dict[str, tuple[TreeShape, str, bool]] = {  # shape, verification, wh
 REJECTION_SEEDS = 2  # replays of a chain verified by rejection sampling
 
 
-_TRAINING = ("text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
+_TRAINING = ("target", "text", "start", "minutes", "learning_rate", "draft_steps", "batch_size", "held_out")
 SETTINGS = (*_TRAINING, "prompts", "limit", "max_new_tokens")  # that all runs of a study share
 
 
@@ -117,7 +118,7 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         if name == MORE_ANSWERS:
             more, spent = more_answers(folder, seed, a)
             text, features, minutes = [*text, *more], folder / "features", minutes - spent
-        words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--data", *text]
+        words = [sys.executable, "-m", "vsd.cli", "train", "--target", a.target, "--drafter", a.start, "--data", *text]
         words += ["--output-dir", folder, "--features", features]
         words += ["--on-bad-line", "skip", "--held-out", a.held_out]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
@@ -134,7 +135,7 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
     path = folder / "more.json"
     if not path.exists():
         prompts = [chat for text in a.text for chat in read_conversations(text, on_bad_line="skip")]
-        target, files, minutes = load_target(), list[str](), 0.0
+        target, files, minutes = load_target(a.target), list[str](), 0.0
         start = time.perf_counter()
         while minutes < a.minutes / 3:
             files.append(str(folder / f"more-{len(files)}.jsonl"))
@@ -171,17 +172,18 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
     drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
     questions = [
-        prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}]).ids for prompt in prompts
+        prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}], target.images)
+        for prompt in prompts
     ]
     for engine in engines:  # warm-up
         engine.generate(questions[:1], Sampling(a.max_new_tokens))
     found = {}
     for temperature in a.temperatures:
         spent = np.zeros((len(engines), len(questions), 2))
-        for n, ids in enumerate(questions):
+        for n, asked in enumerate(questions):
             for i in [(i + n) % len(engines) for i in range(len(engines))]:
                 start = time.perf_counter()
-                (result,) = engines[i].generate([ids], Sampling(a.max_new_tokens, temperature, seed=n))
+                (result,) = engines[i].generate([asked], Sampling(a.max_new_tokens, temperature, seed=n))
                 spent[i, n] = len(result.tokens), time.perf_counter() - start
         found[f"{temperature:g}"] = {name: spent[i].tolist() for i, name in enumerate(drafters)}
     path.write_text(json.dumps(found))
@@ -191,7 +193,7 @@ def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second of every objective, and the ratio to the control."""
     rows = []
     for temperature, found in json.loads((a.out / "speed.json").read_text()).items():
-        base = np.array(found[CONTROL]).T
+        base = np.array(found[a.control]).T
         for name, spent in found.items():
             mine = np.array(spent).T
             row = {"objective": name, "temperature": temperature, "tokens_per_second": pooled_rate(*mine)}
@@ -223,9 +225,9 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
         for name in a.decodings:
             file = f"{name}-{temperature:g}.json"
             have = {variant: folders for variant, folders in runs.items() if all((f / file).exists() for f in folders)}
-            if CONTROL not in have:
+            if a.control not in have:
                 continue
-            base = counts(have[CONTROL], file).T
+            base = counts(have[a.control], file).T
             for variant, folders in have.items():
                 mine = counts(folders, file).T
                 rows.append(
@@ -241,9 +243,9 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]], control: str) -> None:
     table = Table(title="τ after equal training time from the same drafter")
-    for column in ("objective", "decoding", "T", "τ", "× eagle3"):
+    for column in ("objective", "decoding", "T", "τ", f"× {control}"):
         table.add_column(column)
     for row in rows:
         temperature, tau = f"{row['temperature']:g}", f"{row['tau']:.3f}"
@@ -251,8 +253,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def show_speed(rows: list[dict[str, Any]]) -> None:
-    table = Table("objective", "T", "tokens/s", "× eagle3", title="one request at a time, drafters alternate")
+def show_speed(rows: list[dict[str, Any]], control: str) -> None:
+    table = Table("objective", "T", "tokens/s", f"× {control}", title="one request at a time, drafters alternate")
     for row in rows:
         table.add_row(row["objective"], row["temperature"], f"{row['tokens_per_second']:.1f}", formatted_ratio(row))
     Console(width=120).print(table)
@@ -265,6 +267,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True, help="prompt files of the measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--features", help="folder of the text's features (default OUT/features)")
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--control", choices=VARIANTS, default="eagle3", metavar="NAME", help="one of --objectives")
     parser.add_argument("--objectives", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -278,12 +282,12 @@ def main() -> None:
     parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time (default none)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     a = parser.parse_args()
-    if CONTROL not in a.objectives:
-        parser.error(f"the control is missing: add {CONTROL} to --objectives")
+    if a.control not in a.objectives:
+        parser.error(f"the control is missing: add {a.control} to --objectives")
     check_settings(a, SETTINGS)
     keep_freed_memory()
     runs = {name: [train(name, seed, a) for seed in a.seeds] for name in a.objectives}
-    target = load_target()
+    target = load_target(a.target)
     prompts = load_prompts(a.prompts, a.limit)
 
     @cache
@@ -296,11 +300,11 @@ def main() -> None:
         for folder in folders:
             decode(folder, target, read, a)
     found: dict[str, Any] = {"rows": report(runs, a), "settings": {k: str(v) for k, v in vars(a).items()}}
-    show(found["rows"])
+    show(found["rows"], a.control)
     if a.speed:
         speed(runs, target, load_prompts(a.prompts, a.speed), a)
         found["speed"] = speed_rows(a)
-        show_speed(found["speed"])
+        show_speed(found["speed"], a.control)
     write_json(found, a.out / "study.json")
 
 
