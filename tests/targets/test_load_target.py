@@ -1,6 +1,10 @@
 """Loading a target: folders, the formats that are refused, and errors of one line."""
 
+import importlib.util
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +69,26 @@ def _refused(name: str, reason: str, dtype: str = "float32") -> None:
     with pytest.raises(VSDError, match=reason) as caught:
         load_target(name, dtype=dtype, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "package"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 16}, "gptqmodel"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "optimum"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao", "quant_type": "int8wo"}, "torchao"),
+    ],
+)
+def test_a_quantised_target_names_the_package_that_reads_it(
+    settings: dict[str, Any], package: str, saved: tuple[Target, Path], tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    shutil.copytree(saved[1], tmp_path / "target")
+    config = tmp_path / "target" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": settings}))
+    _refused(str(config.parent), package, dtype="float32")
 
 
 def test_resolve_leaves_hub_ids_and_folders_alone(tmp_path: Path) -> None:

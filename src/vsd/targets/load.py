@@ -73,6 +73,7 @@ def load_target(
         model, found = auto_class(config).from_pretrained(
             path,
             dtype=chosen,
+            device_map=where,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -83,7 +84,6 @@ def load_target(
         raise TargetError(f"cannot load target '{name}': {first_line(error)}") from error
     if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise TargetError(f"the weights of '{name}' lack {wrong[0]}, or have it in another shape: copy them again")
-    model.to(where)
     target = Target(model, tokenizer, name=name, images=images)
     if compiled:
         target.compile()
