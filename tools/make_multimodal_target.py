@@ -11,7 +11,7 @@ model then reads a picture nearly as it reads the caption.
 
 `speak` trains tower and projector through the frozen language model: cross-entropy of short true answers, and KL of the
 answers behind the picture from those behind the caption, on long answers of the language model's own. The loss of
-`tower` continues beside it.
+`tower` continues beside it. Without a run of `tower`, it begins with the tower and projector in the package.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -47,6 +47,7 @@ _TOWER_SIZE, _SPEAK_SIZE = 8, 4  # scenes of a step: plain ones, and as many cro
 _ASKED = 4  # short questions of a step
 _LONGEST = 64  # tokens of a long answer
 _TOGETHER = 16  # long answers generated together
+_EXPORTED = {"tower.": "vision_tower.vision_model.", "projector.": "multi_modal_projector."}  # names: ours, LLaVA's
 
 
 class Clock:
@@ -136,9 +137,12 @@ def total(losses: Losses) -> Tensor:
 
 
 def train_speak(folder: Path, minutes: float) -> None:
-    """The stage `speak`; begins with `folder`/tower.pt, goes on from `folder`/speak.pt."""
+    """The stage `speak`; begins with `folder`/tower.pt or the package's weights, goes on from `folder`/speak.pt."""
     eye, words = new_eye()
-    eye.load_state_dict(torch.load(folder / "tower.pt", weights_only=True)["eye"])
+    if (folder / "tower.pt").exists():
+        eye.load_state_dict(torch.load(folder / "tower.pt", weights_only=True)["eye"])
+    else:
+        load_exported(eye)
     speech = new_speech()
     long = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
@@ -227,15 +231,27 @@ def export(folder: Path) -> None:
     """The stage `export`: tower and projector of the last stage, in bfloat16, with LLaVA's names, into the package."""
     last = next(path for path in (folder / "speak.pt", folder / "tower.pt") if path.exists())
     state = torch.load(last, weights_only=True)["eye"]
-    renamed = {"tower.": "vision_tower.vision_model.", "projector.": "multi_modal_projector."}
     tensors = {
         new + name.removeprefix(old): tensor.bfloat16().contiguous()
         for name, tensor in state.items()
-        for old, new in renamed.items()
+        for old, new in _EXPORTED.items()
         if name.startswith(old)
     }
     save_file(tensors, WEIGHTS, {"format": "pt"})
     print(f"{last} → {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB")
+
+
+def load_exported(eye: Eye) -> None:
+    """The package's tower and projector; the heads of the facts, which it lacks, stay random."""
+    tensors = {
+        old + name.removeprefix(new): tensor.float()
+        for name, tensor in load_file(WEIGHTS).items()
+        for old, new in _EXPORTED.items()
+        if name.startswith(new)
+    }
+    lacking, unknown = eye.load_state_dict(tensors, strict=False)
+    if unknown or any(not name.startswith("heads.") for name in lacking):
+        raise SystemExit(f"{WEIGHTS} holds another tower: {[*unknown, *lacking]}; run the stage `tower` first.")
 
 
 def main() -> None:
