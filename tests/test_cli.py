@@ -162,6 +162,10 @@ USAGE = {
     "unknown command": (["trian"], "invalid choice: 'trian'"),
     "missing": (["data", "regenerate"], "missing source, --out (see vsd data regenerate --help)"),
     "missing list": (["bench"], "missing --prompts"),
+    "a flag that is none": (
+        ["export", "D", "--out", "E"],
+        "there is no --out: give the value alone, as in vsd export DRAFTER OUT [OPTIONS]",
+    ),
     "unknown flag": (
         ["train", "--lerning-rate", "1"],
         "unknown argument --lerning-rate 1: did you mean --learning-rate",

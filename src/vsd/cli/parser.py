@@ -103,6 +103,8 @@ class Parser(jsonargparse.ArgumentParser):
             return f"{flag(found[1])} must be {described(self.kinds.get(found[1]))}, not {found[2]!r}"
         if found := re.fullmatch(r"unrecognized arguments: (([^\s=]*).*)", message, re.S):
             near = difflib.get_close_matches(found[2], map(flag, self.kinds), n=1)
+            if found[2] in near:  # an argument without a flag
+                return f"there is no {found[2]}: give the value alone, as in {self.usage}"
             return f"unknown argument {' '.join(found[1].split())}" + (f": did you mean {near[0]}?" if near else "")
         return " ".join(message.removeprefix("argument ").split())
 
