@@ -51,14 +51,17 @@ class Plain(NamedTuple):
 
 
 @torch.inference_mode()
-def plain(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list[Plain]:
+def plain(target: Target, prompts: Sequence[Inputs], max_new_tokens: int) -> list[Plain]:
     """Transformers' `generate` on a left-padded batch, then one pass over each whole text."""
-    pad, longest = next(iter(target.eos_ids), 0), max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=target.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=target.device)
+    pad, longest = next(iter(target.eos_ids), 0), max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts], device=target.device)
+    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=target.device)
+    names = {name for p in prompts for name in p.extras}
+    extras = {name: torch.cat([p.extras[name] for p in prompts if p.extras]).to(target.device) for name in names}
     output = target.model.generate(
         ids,
         attention_mask=mask,
+        **extras,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
@@ -72,12 +75,12 @@ def plain(target: Target, prompts: list[list[int]], max_new_tokens: int) -> list
     ]
 
 
-def _with_deviations(target: Target, prompt: list[int], answer: list[int], values: Tensor, indices: Tensor) -> Plain:
+def _with_deviations(target: Target, prompt: Inputs, answer: list[int], values: Tensor, indices: Tensor) -> Plain:
     """An answer up to its end-of-sequence token; gaps of its two best logits, compared with those of one pass."""
     end = next((i + 1 for i, token in enumerate(answer) if token in target.eos_ids), len(answer))
     answer = answer[:end]
-    text = Padded.of([Inputs(prompt + answer)], target.device)
-    hidden = target.features(text).hidden[0, len(prompt) - 1 : -1]
+    text = Padded.of([prompt.followed_by(answer)], target.device)
+    hidden = target.features(text).hidden[0, len(prompt.ids) - 1 : -1]
     again = target.logits(hidden).gather(1, indices[:end])
     gaps = values[:end, 0] - values[:end, 1]
     deviations = (gaps - (again[:, 0] - again[:, 1])).abs()
@@ -91,7 +94,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def compare(target: Target, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int) -> list[Record]:
+def compare(target: Target, drafter: Drafter, prompts: Sequence[Inputs], max_new_tokens: int) -> list[Record]:
     """One record for each prompt of a batch."""
     references = plain(target, prompts, max_new_tokens)
     sampling, answers = Sampling(max_new_tokens), {}
@@ -119,11 +122,12 @@ def measure(
 ) -> list[Record]:
     """Records of all prompts, or of those that `minutes` suffice for; those in `out` are not computed again."""
     records, end = finished(out, request, len(prompts)), time.monotonic() + 60 * minutes
-    ids = [prompt_inputs(target.tokenizer, [{"role": "user", "content": p.turns[0]}]).ids for p in prompts]
-    for start in track(range(len(records), len(ids), request["batch"]), "prompts"):
+    messages = [[{"role": "user", "content": p.turns[0]}] for p in prompts]
+    asked = [prompt_inputs(target.tokenizer, message, target.images) for message in messages]
+    for start in track(range(len(records), len(asked), request["batch"]), "prompts"):
         if time.monotonic() > end:
             break
-        done = compare(target, drafter, ids[start : start + request["batch"]], request["max_new_tokens"])
+        done = compare(target, drafter, asked[start : start + request["batch"]], request["max_new_tokens"])
         with out.open("a") as file:
             file.write("".join(json.dumps(record) + "\n" for record in done))
         records += done

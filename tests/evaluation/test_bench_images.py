@@ -36,6 +36,8 @@ def test_every_decoder_gives_the_same_answers(family: str, tmp_path: Path, monke
     prompts = load_prompts([tmp_path / "suite.jsonl"])
     report = bench(target, [drafter], prompts, max_new_tokens=6, progress=False)
     assert [run["identical"] for run in report["runs"]] == [1.0, 1.0]
+    counts = {value: found["answers"] for value, found in report["runs"][1]["slices"]["images"].items()}
+    assert counts == {"with": 3, "without": 1}
     asked = prompt_inputs(target.tokenizer, [{"role": "user", "content": prompts[-1].turns[0]}], target.images)
     assert asked.extras
     (ours,) = Engine(target).generate([asked], Sampling(6))

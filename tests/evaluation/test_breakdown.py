@@ -19,6 +19,7 @@ from vsd.evaluation import Prompt, load_prompts, trained_length
 from vsd.evaluation.answers import Answers
 from vsd.evaluation.breakdown import (
     Passes,
+    by_answer,
     by_context,
     by_position,
     by_slice,
@@ -99,6 +100,19 @@ def test_contexts_equal_a_loop_over_passes(given_: tuple[list[Prompt], Answers])
     for row, k in zip(rows, sorted(tokens)):
         assert row["passes"] == len(tokens[k]) and row["tau"] == pytest.approx(np.mean(tokens[k]))
     json.dumps(rows, allow_nan=False)
+
+
+@settings(deadline=None, max_examples=30)
+@given(everything())
+def test_answers_are_binned_by_their_length(given_: tuple[list[Prompt], Answers]) -> None:
+    _, answers = given_
+    found: dict[int, list[int]] = {}
+    for result in answers.results:
+        found.setdefault(int(math.log2(len(result.tokens))), []).extend(result.delivered)
+    rows = by_answer(Passes.of(answers))
+    assert [row["from"] for row in rows] == [2**k for k in sorted(found) if found[k]]
+    for row in rows:
+        assert row["tau"] == pytest.approx(np.mean(found[int(math.log2(row["from"]))]))
 
 
 @settings(deadline=None, max_examples=30)

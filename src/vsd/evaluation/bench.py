@@ -23,8 +23,8 @@ from vsd.drafters import Drafter
 from vsd.errors import ConfigurationError, VSDError
 from vsd.evaluation.answers import Answers
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
-from vsd.evaluation.breakdown import Passes, by_context, by_position, by_slice, samples
-from vsd.evaluation.prompts import Prompt
+from vsd.evaluation.breakdown import Passes, by_answer, by_context, by_position, by_slice, samples
+from vsd.evaluation.prompts import Prompt, has_images
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target
 
@@ -56,8 +56,9 @@ class Run:
         speedup: over plain decoding in this engine; `speedup_generate`: over transformers' `generate` of the same
             model, packed weights included (benchmarks/against.py compares with an unmodified model).
         acceptance_per_position: share of passes that accepted at least 1, 2, … drafted tokens.
-        slices: τ by field and value: the file of the prompts, and their labels.
+        slices: τ by field and value: the file of the prompts, their labels, and whether they have images.
         by_context: τ by the length of prompt and answer before a pass, from ≤ length < to.
+        by_answer: τ by the length of the whole answer, likewise.
         by_concurrency: τ and speed by number of prompts decoded together.
         trained_length: longest text in the drafter's training, in tokens; null if unknown.
         samples: answers in runs of text: [text, drafted and accepted].
@@ -80,6 +81,7 @@ class Run:
     acceptance_per_position_ci: list[tuple[float, float]]
     slices: dict[str, dict[str, Any]]
     by_context: list[dict[str, Any]]
+    by_answer: list[dict[str, Any]]
     by_concurrency: list[dict[str, Any]]
     trained_length: int | None
     samples: list[dict[str, Any]]
@@ -145,7 +147,7 @@ def measure(
     if not concurrency or min(concurrency) < 1:
         raise ConfigurationError(f"concurrency is a number of prompts, 1 or more, not {min(concurrency, default=0)}")
     engines = [Engine(target, c.drafter, c.shape, c.verification) for c in everyone]
-    if max(concurrency) > 1 and not all(isinstance(turn, str) for prompt in prompts for turn in prompt.turns):
+    if max(concurrency) > 1 and any(map(has_images, prompts)):
         raise ConfigurationError("prompts with images are measured one at a time: use concurrency 1")
     found = {size: Measured([Answers() for _ in everyone], Answers()) for size in concurrency}
     _warm_up(engines, target, prompts, sampling, concurrency)
@@ -329,6 +331,7 @@ def _run(
         acceptance_per_position_ci=by_position(passes, depth),
         slices=by_slice(passes, mine, prompts),
         by_context=by_context(passes),
+        by_answer=by_answer(passes),
         by_concurrency=[_at(size, at.answers[number], at.answers[0]) for size, at in measured.items()],
         trained_length=contender.trained,
         samples=samples(mine, prompts, lambda tokens: str(target.tokenizer.decode(tokens, skip_special_tokens=True))),

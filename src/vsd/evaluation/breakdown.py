@@ -1,4 +1,4 @@
-"""Where τ comes from: by slice of the prompts, by drafted position, by context length, and answers to look at.
+"""Where τ comes from: by slice of the prompts, drafted position, context and answer length, and answers to look at.
 
 Every number is a mean over verification passes; intervals are 95 % bootstrap intervals over prompts. Only prompts that
 have a pass in a slice are resampled for its interval.
@@ -17,7 +17,7 @@ from vsd.data.pictures import text_of
 from vsd.decoding import Result
 from vsd.evaluation.answers import Answers, totals
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval
-from vsd.evaluation.prompts import Prompt
+from vsd.evaluation.prompts import Prompt, has_images
 
 _SAMPLES = 3  # answers to look at
 _SHORT = 32  # tokens; shorter answers show little
@@ -31,12 +31,14 @@ class Passes(NamedTuple):
     Attributes:
         prompt: number of the prompt.
         context: tokens of prompt and answer before the pass, the root included.
+        answer: tokens of the whole answer.
         accepted: drafted tokens that the pass accepted.
         delivered: tokens that it added to the answer.
     """
 
     prompt: Numbers
     context: Numbers
+    answer: Numbers
     accepted: Numbers
     delivered: Numbers
 
@@ -44,11 +46,11 @@ class Passes(NamedTuple):
     def of(cls, answers: Answers) -> "Passes":
         """The passes of all answers, in their order."""
         rows = [
-            (prompt, context, accepted, delivered)
+            (prompt, context, len(result.tokens), accepted, delivered)
             for prompt, result in zip(answers.prompts, answers.results)
             for context, accepted, delivered in zip(contexts(result), result.accepted, result.delivered)
         ]
-        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
 
     def only(self, which: npt.NDArray[np.bool_]) -> "Passes":
         """The passes of a mask [P]."""
@@ -81,9 +83,12 @@ def by_position(passes: Passes, depth: int) -> list[tuple[float, float]]:
 
 
 def by_slice(passes: Passes, answers: Answers, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
-    """τ of the prompts of each file and of each value of their labels; values without a pass are left out."""
+    """τ of the prompts of each file and of each value of their labels, and with images and without, where some have
+    images; values without a pass are left out."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.labels)
     values: dict[str, list[str | None]] = {"file": [p.suite for p in prompts]}
+    if any(seen := [has_images(p) for p in prompts]):
+        values["images"] = ["with" if images else "without" for images in seen]
     values |= {name: [p.labels.get(name) for p in prompts] for name in names}
     return {name: _split(passes, answers, given) for name, given in values.items()}
 
@@ -103,7 +108,17 @@ def _split(passes: Passes, answers: Answers, values: Sequence[str | None]) -> di
 
 def by_context(passes: Passes) -> list[dict[str, Any]]:
     """τ by context length, from ≤ length < to, in powers of two."""
-    power = np.frexp(passes.context)[1] - 1  # floor of log2, exact
+    return _in_powers(passes, passes.context)
+
+
+def by_answer(passes: Passes) -> list[dict[str, Any]]:
+    """τ by the length of the whole answer, from ≤ length < to, in powers of two."""
+    return _in_powers(passes, passes.answer)
+
+
+def _in_powers(passes: Passes, lengths: Numbers) -> list[dict[str, Any]]:
+    """τ by a length of every pass [P]."""
+    power = np.frexp(lengths)[1] - 1  # floor of log2, exact
     rows = []
     for k in np.unique(power).tolist():
         part = passes.only(power == k)

@@ -25,6 +25,11 @@ class Prompt(NamedTuple):
     labels: Mapping[str, str] = {}
 
 
+def has_images(prompt: Prompt) -> bool:
+    """Whether some turn has an image."""
+    return any(not isinstance(turn, str) for turn in prompt.turns)
+
+
 def load_prompts(files: Sequence[str | Path], limit: int | None = None) -> list[Prompt]:
     """The prompts of all files; at most `limit` of each, evenly spaced over the file.
 

@@ -39,6 +39,7 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
         "× plain",
         "× generate",
         "draft/verify/commit ms",
+        "prefill ms",
     ):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     for run in report["runs"]:
@@ -57,6 +58,7 @@ def print_details(report: dict[str, Any], console: Console | None = None) -> Non
         _print(console, f"τ by {field}", field, runs, [_by_slice(run, field) for run in runs])
     _print(console, "accepted, of all passes", "drafted tokens", runs, [_by_position(run) for run in runs])
     _print(console, "τ by tokens of prompt and answer", "context", runs, [_by_context(run) for run in runs])
+    _print(console, "τ by tokens of the answer", "answer", runs, [_by_answer(run) for run in runs])
     if len(report["settings"]["concurrency"]) > 1:
         found = [_by_concurrency(run) for run in report["runs"]]
         title = "tokens/s, × plain at the same concurrency, ms a target pass"
@@ -112,6 +114,7 @@ def _cells(run: Run) -> list[str]:
         _with_interval(run["speedup"], run["speedup_ci"]) if tree else "1",
         _with_interval(run["speedup_generate"], run["speedup_generate_ci"]),
         " / ".join(f"{latency[part]:.0f}" for part in ("draft", "verify", "commit")),
+        f"{latency['prefill']:.0f}",
     ]
 
 
@@ -175,6 +178,10 @@ def _by_context(run: Run) -> dict[str, str]:
         note = f"\n{'falls ' * falls}beyond the {trained} trained" if beyond else ""
         cells[f"{row['from']} to {row['to'] - 1}"] = _with_interval(row["tau"], row["tau_ci"]) + note
     return cells
+
+
+def _by_answer(run: Run) -> dict[str, str]:
+    return {f"{row['from']} to {row['to'] - 1}": _with_interval(row["tau"], row["tau_ci"]) for row in run["by_answer"]}
 
 
 def _by_concurrency(run: Run) -> dict[str, str]:
