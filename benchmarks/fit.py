@@ -25,7 +25,7 @@ from vsd.drafters.lattice import logits
 from vsd.evaluation import load_prompts
 from vsd.features import compute_features
 from vsd.paths import Entries, recorded
-from vsd.targets import Inputs, Target, load_target
+from vsd.targets import Target, load_target
 from vsd.training.batch import Collator, DraftDataset, texts_of
 
 _BATCH = 16
@@ -34,7 +34,11 @@ _BATCH = 16
 def answered_prompts(target: Target, a: argparse.Namespace) -> Sequence[Example]:
     """The prompts of --prompts with the target's greedy answers."""
     turns = plain_answers(target, load_prompts(a.prompts), 128, a.answers)
-    return [Example(Inputs(q + r), [False] * (len(q) + 1) + [True] * (len(r) - 1)) for _, q, r in turns if len(r) > 1]
+    return [
+        Example(asked.followed_by(answer), [False] * (len(asked.ids) + 1) + [True] * (len(answer) - 1))
+        for _, asked, answer in turns
+        if len(answer) > 1
+    ]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Where alternative continuations begin, and how long they are kept."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import tiny_run
 from vsd.data import Example
 from vsd.features import Features
 from vsd.targets import Inputs, Target
-from vsd.training.e_step import Batch, continued
+from vsd.training.e_step import Batch, kept
 from vsd.training.e_step.continued import ContinuedStep
 from vsd.training.job import prompt_of
 from vsd.training.random_source import RandomSource
@@ -60,7 +61,7 @@ def test_they_begin_where_the_target_is_unsure(tiny_target: Target, examples: li
 
 
 def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in epochs 0 and 1, others in 2; texts without room are drawn again, and are the same again."""
+    """The same in epochs 0 and 1, others in 2; beyond memory from the disk; without room drawn again, and the same."""
     batch, step, drawn = whole(trainer), trainer._e_steps[1], []
     real_one = ContinuedStep._draw
 
@@ -79,11 +80,17 @@ def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.
     names = batch.texts.examples.tolist()
     assert drawn == [names[:2], names[2:3]]
     assert not torch.equal(tokens(2, [0, 1]), first)
-    monkeypatch.setattr(continued, "_MEMORY", 1)
-    again = tokens(4, [0, 1, 2, 3])
+    monkeypatch.setattr(kept, "_MEMORY", sum(field.nbytes for field in step.kept.get(names[0])))
+    on_disk = tokens(4, [0, 1, 2, 3])
+    folder = step.kept._folder
+    assert len(step.kept.memory) == 1 and len(list(folder.iterdir())) == 3
     drawn.clear()
-    assert torch.equal(tokens(4, [0, 1, 2, 3]), again)
-    assert drawn == [names]
+    assert torch.equal(tokens(5, [0, 1, 2, 3]), on_disk) and drawn == []
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    again = tokens(6, [0, 1, 2, 3])
+    assert not folder.exists()
+    drawn.clear()
+    assert torch.equal(tokens(7, [0, 1, 2, 3]), again) and drawn == [names[1:]]
 
 
 def test_measuring_stops_the_clock(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import tiny_run
 from vsd import cli
 from vsd.data import Example
+from vsd.drafters import load_drafter
 from vsd.errors import VSDError
-from vsd.targets import Inputs, Target
+from vsd.targets import Inputs, Target, load_target, load_target_info
 from vsd.training.job import hold_out, prompt_of
 
 
@@ -189,6 +190,28 @@ def test_the_revision_of_the_target_is_loaded(workshop: Path, tmp_path: Path, mo
     monkeypatch.setattr("vsd.training.job.load_target", refuse)
     assert cli.main(arguments(workshop, tmp_path, "--revision", "v2", "--trust-remote-code")) == 1
     assert (asked["revision"], asked["trust_remote_code"]) == ("v2", True)
+
+
+def test_a_drafter_of_another_target_is_trained_further_for_this_one(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a fine-tuned target: the drafter of the plain one is the start, and the result belongs to the new one."""
+    plain, tuned = load_target(str(workshop / "target"), dtype="float32", pack=False), tmp_path / "tuned"
+    shutil.copytree(workshop / "target", tuned)
+    with torch.no_grad():
+        plain.model.lm_head.weight.mul_(1.5)
+    tiny_run.write_target(plain, tuned)
+    assert cli.main(arguments(workshop, tmp_path / "first", "--set", "max_steps=1")) == 0
+    start = str(tmp_path / "first" / "drafter")
+    assert "another target" not in capsys.readouterr().out
+    given = arguments(workshop, tmp_path / "second", "--drafter", start, "--set", "max_steps=1")
+    given[given.index("--target") + 1] = str(tuned)
+    assert cli.main(given) == 0
+    assert "was trained for another target" in capsys.readouterr().out
+    found, info = tmp_path / "second" / "drafter", load_target_info(str(tuned))
+    assert load_drafter(found, info).config.target_fingerprint != load_drafter(start, plain).config.target_fingerprint
+    with pytest.raises(VSDError, match="trained for another target: fingerprint"):
+        load_drafter(found, load_target_info(str(workshop / "target")))
 
 
 def test_training_starts_from_a_given_drafter(workshop: Path, tmp_path: Path) -> None:

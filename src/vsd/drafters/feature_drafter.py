@@ -174,7 +174,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         pack_linears(self.eval().requires_grad_(False), together=(("k_proj", "v_proj"), ("gate_proj", "up_proj")))
 
     def attach(self, target: TargetInfo) -> None:
-        """See `Drafter.attach`; the drafter embeds tokens as the target does."""
+        """See `Drafter.attach`; the drafter embeds tokens as the target does. One without a target takes this one."""
         config = self.config
         fingerprint = target.fingerprint(config.aux_layers)
         pairs = {
@@ -190,6 +190,8 @@ class FeatureDrafter(Proposals, PreTrainedModel):
             raise MismatchError(f"aux_layers are {list(config.aux_layers)}, and the target has {count} layers")
         if hasattr(config, "mask_token_id"):
             _check_mask(config.mask_token_id, len(target.embedding_weight))
+        if config.target_fingerprint is None:
+            config.target_fingerprint, config.image_inputs = fingerprint, self.fields_for(target, {})["image_inputs"]
         self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
 
 

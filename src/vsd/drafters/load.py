@@ -79,6 +79,18 @@ def _made(family: str, options: dict[str, Any], make: Callable[[], Any]) -> Any:
         raise ConfigurationError(f"drafter options {options} do not fit family {family}: {in_a_line(error)}") from error
 
 
+def adopted_drafter(path: str | Path, target: TargetInfo) -> tuple[Any, bool]:
+    """A drafter to train further for a target, and whether it was trained for another one of the same sizes.
+
+    Raises:
+        MismatchError: as `load_drafter`, but for weights of the target that differ.
+    """
+    drafter = _read(path, target, torch.float32)
+    before, drafter.config.target_fingerprint = getattr(drafter.config, "target_fingerprint", None), None
+    drafter.attach(target)
+    return drafter, before not in (None, drafter.config.target_fingerprint)
+
+
 def load_drafter(path: str | Path, target: TargetInfo, *, trainable: bool = False) -> Any:
     """A saved or released drafter, attached to its target and on its device.
 
@@ -105,7 +117,14 @@ def read_drafter(path: str | Path, target: TargetInfo) -> Any:
 
 
 def _loaded(path: str | Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
-    """A drafter in a dtype (None: its own), attached.
+    """A drafter in a dtype (None: its own), attached."""
+    drafter = _read(path, target, dtype)
+    drafter.attach(target)
+    return drafter
+
+
+def _read(path: str | Path, target: TargetInfo, dtype: torch.dtype | None) -> Any:
+    """A drafter in a dtype (None: its own).
 
     Raises:
         MismatchError: as `load_drafter`; weights that hold NaN or infinity.
@@ -120,7 +139,6 @@ def _loaded(path: str | Path, target: TargetInfo, dtype: torch.dtype | None) -> 
     broken = [name for name, x in drafter.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     if broken:
         raise MismatchError(f"{broken[0]} in '{path}' holds NaN or infinity: the training failed, or the file broke")
-    drafter.attach(target)
     return drafter
 
 

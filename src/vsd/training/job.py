@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from vsd.data import Example, Examples, training_text
 from vsd.drafters import load_drafter, new_drafter
-from vsd.drafters.load import family_named, family_of, start_drafter
+from vsd.drafters.load import adopted_drafter, family_named, family_of, start_drafter
 from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
 from vsd.files import alone, writing
@@ -247,7 +247,10 @@ def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
         return new_drafter(target, dataset.draft_vocabulary(target.vocab_size, size), job.family, **options)
     if job.family is not None and family_of(job.drafter) is not family_named(job.family):
         return start_drafter(job.drafter, target, job.family, **options)
-    return load_drafter(job.drafter, target, trainable=True)
+    drafter, adopted = adopted_drafter(job.drafter, target)
+    if adopted:
+        print(f"'{job.drafter}' was trained for another target of these sizes; it is trained further for this one")
+    return drafter
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:

@@ -1,7 +1,7 @@
 """E-step of alternative continuations, sampled from the target at positions where its confidence is low.
 
 The target states p of the new states as it writes them, so no further pass scores them. The continuations of a text are
-kept for some epochs.
+kept for some epochs (`vsd.training.e_step.kept`).
 
 Legend: B batch, Q drafted tokens of a sequence, A anchors, L tokens of a continuation.
 """
@@ -12,9 +12,9 @@ from vsd.objective import Continued, Part
 from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
 from vsd.targets.sampling import drawn_at
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
+from vsd.training.e_step.kept import Kept
 from vsd.training.random_source import RandomSource
 
-_MEMORY = 4 << 30  # bytes of continuations that a process keeps
 _LEAST_DOUBT = 1e-3  # weight of a position where the target is sure: every text has anchors
 
 
@@ -24,7 +24,7 @@ class ContinuedStep:
     def __init__(self, part: Part, draw: Continued, models: Models, longest: int) -> None:
         check_length(models.target, longest, draw.length)
         self.part, self.draw, self.models = part, draw, models
-        self.period, self.kept = 0, dict[int, Continuations]()  # by example
+        self.period, self.kept = 0, Kept()
 
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """The continuations of a text weigh as much as the text, times `draw.weight`."""
@@ -43,17 +43,16 @@ class ContinuedStep:
         """Those kept, and new ones for texts that have none."""
         period = random.epoch // self.draw.epochs
         if period != self.period:
-            self.period, self.kept = period, {}
+            self.period, self.kept = period, Kept()
         examples = batch.texts.examples.tolist()
-        new = [row for row, example in enumerate(examples) if example not in self.kept]
+        found = [self.kept.get(example) for example in examples]
+        new = [row for row, one in enumerate(found) if one is None]
         if new:
             generators = [random.seeded(f"{examples[row]}, {period}") for row in new]
             for row, *fields in zip(new, *self._draw(batch, new, generators)):
-                self.kept[examples[row]] = Continuations(*(field.to("cpu", copy=True) for field in fields))
-        rows = zip(*(self.kept[example] for example in examples))
-        found = Continuations(*(torch.stack(fields).to(batch.texts.real.device) for fields in rows))
-        self._evict()
-        return found
+                found[row] = Continuations(*(field.to("cpu", copy=True) for field in fields))
+                self.kept.add(examples[row], found[row])
+        return Continuations(*(torch.stack(fields).to(batch.texts.real.device) for fields in zip(*found)))
 
     def _draw(self, batch: Batch, rows: list[int], generators: list[torch.Generator]) -> Continuations:
         """Every text by a generator of its own: but for rounding, its batch does not matter."""
@@ -67,9 +66,3 @@ class ContinuedStep:
         return continue_text(
             models.target, texts.inputs, roots, draw.length, models.temperature, uniform[..., 1:], layers
         )
-
-    def _evict(self) -> None:
-        """Forget the newest texts above the memory limit: the oldest ones then stay for all their epochs."""
-        room = _MEMORY // sum(field.nbytes for field in next(iter(self.kept.values())))
-        for example in list(self.kept)[room:]:
-            del self.kept[example]
