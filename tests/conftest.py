@@ -3,15 +3,23 @@
 Tiny models are fastest on one thread; tests on the real one ask for more.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes tests start
+gc.disable()  # until all modules are imported
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from vsd.targets.target import Target
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, of which every training asks for one, pass over all that is imported by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
