@@ -7,13 +7,17 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes tests start
-gc.disable()  # until all modules are imported
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 import tiny
 from vsd.targets.target import Target
+
+
+def pytest_collection() -> None:
+    """Imports leave no garbage behind."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
