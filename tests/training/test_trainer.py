@@ -22,6 +22,7 @@ from vsd.training.e_step.proposed import trees
 from vsd.training.job import prompt_of
 
 LAYERS = (0, 2, 3)
+FEW = {"anchors": 3, "length": 4}  # of continuations
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
 
 
@@ -196,12 +197,12 @@ def test_time_before_an_interruption_counts(tiny_target: Target, examples: list[
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),
         ("vsd", {}),
-        ("vsd", {"recorded": False, "arw": True, "car": 0.5}),
-        ("vsd", {"arw": True, "car": 0.5}),
-        ("vsd", {"arw": True, "smoothing": 0.3}),
-        ("vsd", {"arw": True, "cut": -3.0}),
+        ("vsd", {**FEW, "recorded": False, "arw": True, "car": 0.5}),
+        ("vsd", {**FEW, "arw": True, "car": 0.5}),
+        ("vsd", {**FEW, "arw": True, "smoothing": 0.3}),
+        ("vsd", {**FEW, "arw": True, "cut": -3.0}),
         ("vsd", {"arw": True, "lookup": True, "hard": True, "e_step": None}),
-        ("vsd", {"rule": "target", "smoothing": 0.3, "car": 0.5}),
+        ("vsd", {**FEW, "rule": "target", "smoothing": 0.3, "car": 0.5}),
         ("vsd", {"rule": "rejection", "arw": True, "anchors": 3, "length": 5}),
         ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "car": 0.5}),
         ("vsd", {"rule": "rejection", "arw": True, "e_step": "drafted", "samples": 4, "every": 2}),
@@ -423,9 +424,11 @@ def test_cut_paths_train_on_fewer_steps(tiny_target: Target, examples: list[Exam
 
 def test_vsd_raises_acceptance_in_the_real_decoder(tiny_target: Target, tmp_path: Path) -> None:
     text = tiny_run.tiny_examples(tiny_target, 110, 32)
-    options = {"objective": "vsd", "learning_rate": 1e-2, "num_train_epochs": 8, "eval_max_new_tokens": 24}
+    options = {"objective": "vsd", "objective_options": FEW, "learning_rate": 1e-2, "num_train_epochs": 8}
     prompts = [prompt_of(example) for example in text[94:]]
-    trainer = tiny_run.tiny_trainer(tiny_target, text[:94], tmp_path, eval_prompts=prompts, **options)
+    trainer = tiny_run.tiny_trainer(
+        tiny_target, text[:94], tmp_path, eval_prompts=prompts, eval_max_new_tokens=24, **options
+    )
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     assert before < 1.3
