@@ -64,9 +64,9 @@ def _asked(shop: Workshop) -> Path:
 
 
 def synthesize(shop: Workshop, out: Path) -> list[str]:
-    """Twenty conversations, eight at a time."""
+    """Twenty conversations of sixteen tries at a time."""
     words = ["data", "synthesize", "--out", str(out / "text.jsonl"), *shop.named, "--conversations", "20"]
-    return [*words, "--max-new-tokens", "8", "--batch-size", "8", "--temperature", "1"]
+    return [*words, "--max-new-tokens", "8", "--batch-size", "16", "--temperature", "1"]
 
 
 COMMANDS = {"train": train, "online": online, "regenerate": regenerate, "synthesize": synthesize}
