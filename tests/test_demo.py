@@ -1,15 +1,14 @@
-"""`vsd demo` on the embedded target: a minute of training, a short measurement."""
+"""`vsd demo` on the embedded target: seconds of training, a short measurement."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from vsd import cli
+from vsd import cli, demo
 from vsd.demo import logs, parts, scratch
 from vsd.drafters import load_drafter
 from vsd.evaluation.tune import SHAPES
@@ -19,25 +18,31 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All threads; a few texts, questions and trees."""
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few seconds, short texts, questions and trees."""
 
     def packaged(*given: Any) -> Any:
         examples, held_out = parts.packaged(*given)
-        return examples[:8], held_out
+        return sorted(examples, key=lambda example: len(example.drafted))[:8], held_out
 
     for module in (logs, scratch):
         monkeypatch.setattr(module, "packaged", packaged)
     monkeypatch.setattr(parts, "HELD_OUT", 2)
     monkeypatch.setattr(parts, "ANSWER_TOKENS", 24)
     monkeypatch.setattr(parts, "TREES", SHAPES[4:6])
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
+    monkeypatch.setitem(logs.PLAN.ways["VSD"]["objective_options"], "anchors", 4)
+    for name, share in {"demo": 0.2, "from_scratch": 0.5}.items():
+        shorter = partial(timed, getattr(demo, name), share)
+        monkeypatch.setattr(demo, name, shorter)
+
+
+def timed(run: Callable[..., Any], share: float, minutes: float, *given: Any) -> Any:
+    """A demo in a share of the minutes: the command takes no less than one."""
+    return run(share * minutes, *given)
 
 
 def ran(out: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """results.json and the page of a demo of one minute."""
+    """results.json and the page of a demo."""
     assert cli.main(["demo", *options, "--minutes", "1", "--out", str(out)]) == 0
     load_drafter(out / "drafter", load_target())
     return json.loads((out / "results.json").read_text()), (out / "report.html").read_text()

@@ -1,10 +1,8 @@
 """Generation, regeneration and synthesis: right tokens, and files that a killed run leaves usable."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import warm
 from tiny import tiny_target as build_target
 from vsd.data import (
     Conversation,
@@ -34,6 +33,22 @@ from vsd.targets.target import Target
 
 REGENERATE = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 4, "progress": False}
 SYNTHESIZE = {"max_new_tokens": 8, "temperature": 1.0, "batch_size": 8, "progress": False}
+
+
+TURNS = sys.modules["vsd.data.synthesize"]
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """A target that ends most turns within a few tokens, and others are cut: synthesis needs few passes."""
+    monkeypatch.setattr(TURNS, "_MAX_TURN_TOKENS", 32)
+    return brief_target()
+
+
+def brief_target() -> Target:
+    target = build_target()
+    target.model.lm_head.weight.data[target.tokenizer.eos_token_id, 0] = 3.0
+    return target
 
 
 def answer(target: Target, given: list[Conversation], out: Path, batch_size: int = 64, **options) -> Summary:
@@ -142,34 +157,27 @@ def test_stopped_after_any_batch_and_resumed_equals_straight(
     assert out.read_bytes() == straight.read_bytes()
 
 
-CHILD = """
-import sys
-from pathlib import Path
-import test_generation as t
-folder, target = Path(sys.argv[1]), t.build_target()
-t.answer(target, t.chats(40), folder / "regenerated.jsonl", **t.REGENERATE)
-t.make(target, folder / "synthesized.jsonl", conversations=16, **t.SYNTHESIZE)
-"""
+def write_both(folder: Path) -> None:
+    """In a process of its own."""
+    vars(TURNS)["_MAX_TURN_TOKENS"] = 32
+    target = brief_target()
+    answer(target, chats(40), folder / "regenerated.jsonl", **REGENERATE)
+    make(target, folder / "synthesized.jsonl", conversations=40, **SYNTHESIZE)
 
 
 def test_sigkill_at_a_random_moment_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    command = [sys.executable, "-c", CHILD]
-    subprocess.run([*command, str(straight)], env=environment, check=True)
-    moments = random.Random(0)
+    straight, killed, moments = tmp_path / "straight", tmp_path / "killed", random.Random(0)
+    warm.start(write_both, straight, log=tmp_path / "log").join()
     for name in ("regenerated.jsonl", "synthesized.jsonl"):
         out = killed / name
-        child = subprocess.Popen([*command, str(killed)], env=environment)
-        while child.poll() is None and (not out.exists() or out.stat().st_size == 0):
+        child = warm.start(write_both, killed, log=tmp_path / "log")
+        while child.is_alive() and (not out.exists() or out.stat().st_size == 0):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.15))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert out.stat().st_size > 0
-    subprocess.run([*command, str(killed)], env=environment, check=True)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL and out.stat().st_size > 0
+    warm.start(write_both, killed, log=tmp_path / "log").join()
     for name in ("regenerated.jsonl", "synthesized.jsonl"):
         assert (killed / name).read_bytes() == (straight / name).read_bytes()
 
@@ -252,29 +260,29 @@ def test_repeated_ids_are_told_apart(tiny_target: Target, tmp_path: Path) -> Non
     assert [r["id"] for r in records(out)] == ["c0/0", "c0~2/0"]
 
 
-def test_synthesis_is_determined_by_its_settings(tiny_target: Target, tmp_path: Path) -> None:
+def test_synthesis_is_determined_by_its_settings(brief: Target, tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
-    summary = make(tiny_target, a, conversations=12, **SYNTHESIZE)
+    summary = make(brief, a, conversations=12, **SYNTHESIZE)
     assert summary.written == len(records(a)) == 12
-    make(tiny_target, b, conversations=12, **SYNTHESIZE)
+    make(brief, b, conversations=12, **SYNTHESIZE)
     assert a.read_bytes() == b.read_bytes()
-    make(tiny_target, c, conversations=12, seed=1, **SYNTHESIZE)
+    make(brief, c, conversations=12, seed=1, **SYNTHESIZE)
     assert a.read_bytes() != c.read_bytes()
     asked = [r["messages"][0]["content"] for r in records(a)]
     assert len(set(asked)) == 12
-    assert not any(token in text for text in asked for token in tiny_target.tokenizer.all_special_tokens)
-    assert len(load_examples(a, tiny_target.tokenizer, 1000)) == 12
+    assert not any(token in text for text in asked for token in brief.tokenizer.all_special_tokens)
+    assert len(load_examples(a, brief.tokenizer, 1000)) == 12
 
 
-def test_synthesis_goes_on_where_it_stopped(tiny_target: Target, tmp_path: Path) -> None:
+def test_synthesis_goes_on_where_it_stopped(brief: Target, tmp_path: Path) -> None:
     short, out = tmp_path / "short.jsonl", tmp_path / "out.jsonl"
     greedy = {**SYNTHESIZE, "temperature": 0.0}
-    make(tiny_target, short, conversations=15, **greedy)
+    make(brief, short, conversations=15, **greedy)
     for count in (3, 4, 15):
-        make(tiny_target, out, conversations=count, **greedy)
+        make(brief, out, conversations=count, **greedy)
         assert len(records(out)) == count
     assert out.read_bytes() == short.read_bytes()
-    enough = make(tiny_target, out, tokens=200, **greedy)
+    enough = make(brief, out, tokens=200, **greedy)
     assert enough.tokens >= 200
     assert enough.written == len({r["id"] for r in records(out)}) == len(records(out))
 

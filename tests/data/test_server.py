@@ -4,8 +4,6 @@ import email.utils
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from fake_server import END, INFO, FakeServer, Handler, completion
 from vsd.data import Conversation, Server, ServerTeacher, encode, load_examples, prompt_inputs, regenerate
 from vsd.data import server as client
@@ -255,28 +254,23 @@ def test_answers_of_a_server_that_fails_for_good_are_kept(
 
 BODY = {"messages": [{"role": "user", "content": "0.0"}], "return_token_ids": True}
 
-CHILD = """
-import signal, sys
-from pathlib import Path
-import test_server as t
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
-server = t.Server(sys.argv[1], "tiny")
-t.regenerate(t.ServerTeacher(server, t.INFO, 4), t.chats(30), Path(sys.argv[2]), max_new_tokens=40)
-"""
+
+def client_of(url: str, out: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
+    regenerate(ServerTeacher(Server(url, "tiny"), INFO, 4), chats(30), out, max_new_tokens=40)
 
 
 def test_a_killed_client_continues_where_it_stopped(fake: Any, tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     server, out = fake(delay=0.2), tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", CHILD, server.url, str(out)]
     for how, count in ((signal.SIGKILL, 5), (signal.SIGINT, 15)):
-        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL)
-        while child.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count):
+        child = warm.start(client_of, server.url, out, log=tmp_path / "log")
+        while child.is_alive() and (not out.exists() or out.read_bytes().count(b"\n") < count):
             time.sleep(0.01)
-        child.send_signal(how)
-        child.wait(timeout=20)
-        assert count <= out.read_bytes().count(b"\n") < 45
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
-    assert len(records(out)) == 45
+        assert child.pid is not None
+        os.kill(child.pid, how)
+        child.join(20)
+        assert child.exitcode is not None and count <= out.read_bytes().count(b"\n") < 45
+    child = warm.start(client_of, server.url, out, log=tmp_path / "log")
+    child.join()
+    assert child.exitcode == 0 and len(records(out)) == 45
     assert len(server.asked) <= 45 + 2 * 2 * 4  # questions in progress at a kill are asked again, no others

@@ -6,6 +6,7 @@ answer is token for token that of transformers' `generate`, with or without a dr
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from goodness import p_value
 from overfit import PROMPTS, fluent_pair, random_drafter
 from processors import PROCESSORS, alternate, positional
 from vsd.decoding import Engine, Result, Sampling
-from vsd.drafters.eagle3 import Eagle3Drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target
 
@@ -165,31 +165,34 @@ def by_transformers(target: Target, prompt: list[int], count: int, sampling: Sam
 SHAPES = {"plain": None, "tree": TreeShape(4, 3, 12), "chain": TreeShape.chain(3)}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
-def pair(request: pytest.FixtureRequest) -> tuple[Target, Eagle3Drafter]:
-    return fluent_pair(request.param)
-
-
-def asked(make: Callable[[], Any], temperature: float, **more: Any) -> list[Sampling]:
+def asked(processor: str, temperature: float, **more: Any) -> list[Sampling]:
     """One request a prompt, each with a processor of its own."""
+    make = PROCESSORS[processor]
     return [
         Sampling(28, temperature, eos_ids=(), seed=seed, processors=(make(),), **more) for seed in range(len(PROMPTS))
     ]
 
 
+def biased(processor: str, temperature: float) -> list[Sampling]:
+    return asked(processor, temperature, repetition_penalty=1.1, logit_bias={40: 0.5}, min_p=0.02)
+
+
+@cache
+def wanted(name: str, ask: Callable[[str, float], list[Sampling]], processor: str, temperature: float) -> Any:
+    """Transformers' answers to PROMPTS with a target."""
+    target, _ = fluent_pair(name)
+    return [by_transformers(target, prompt, 28, one) for prompt, one in zip(PROMPTS, ask(processor, temperature))]
+
+
+@pytest.mark.parametrize("target_name", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("shape", ["tree", "chain"])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_answers_are_those_of_transformers(
-    pair: tuple[Target, Eagle3Drafter], name: str, temperature: float, shape: str
-) -> None:
+def test_answers_are_those_of_transformers(target_name: str, name: str, temperature: float, shape: str) -> None:
     """Ragged prompts in one batch; greedy and sampled, with every kind of processor, stateful ones included."""
-    target, drafter = pair
-    more = {"temperature": temperature, "repetition_penalty": 1.1, "logit_bias": {40: 0.5}, "min_p": 0.02}
-    engine = Engine(target, drafter, SHAPES[shape])
-    results = engine.generate(PROMPTS, asked(PROCESSORS[name], **more))
-    for prompt, result, sampling in zip(PROMPTS, results, asked(PROCESSORS[name], **more)):
-        assert result.tokens == by_transformers(target, prompt, 28, sampling)
+    target, drafter = fluent_pair(target_name)
+    results = Engine(target, drafter, SHAPES[shape]).generate(PROMPTS, biased(name, temperature))
+    assert [result.tokens for result in results] == wanted(target_name, biased, name, temperature)
     if name in ("penalty", "typical") and shape == "tree":  # the others lead away from what the drafter knows
         assert max(a for r in results for a in r.accepted) >= 1
 
@@ -199,12 +202,11 @@ def test_answers_are_those_of_transformers(
 def test_at_temperature_zero_processed_answers_do_not_depend_on_the_rule(name: str, rule: str) -> None:
     """A row at temperature 0 beside one that samples: its chain is drafted and verified as a certain one."""
     target, drafter = fluent_pair("llama")
-    requests = asked(PROCESSORS[name], 0.0)
+    requests = asked(name, 0.0)
     requests[1] = Sampling(28, 1.0, eos_ids=(), processors=(PROCESSORS[name](),))
     results = Engine(target, drafter, TreeShape.chain(3), rule).generate(PROMPTS, requests)
-    for i, sampling in enumerate(asked(PROCESSORS[name], 0.0)):
-        if i != 1:
-            assert results[i].tokens == by_transformers(target, PROMPTS[i], 28, sampling)
+    for i, tokens in enumerate(wanted("llama", asked, name, 0.0)):
+        assert i == 1 or results[i].tokens == tokens
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

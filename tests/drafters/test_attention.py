@@ -67,7 +67,8 @@ def test_gradients_are_those_of_the_output(J: int, M: int, monkeypatch: pytest.M
     states, (seen, own_seen) = case(J, M)
     seen[0, 2], seen[1, 0] = False, False  # these paths see no entry
     own_seen[:1] = False  # and this query nothing at all
-    torch.autograd.gradcheck(lambda q, k, v, ok, ov: attend_block(q, (k, v), seen, (ok, ov), own_seen), states)
+    run = lambda q, k, v, ok, ov: attend_block(q, (k, v), seen, (ok, ov), own_seen)  # noqa: E731
+    torch.autograd.gradcheck(run, states, fast_mode=True)  # along random directions
 
 
 def test_a_query_that_sees_nothing_has_output_and_gradient_zero() -> None:

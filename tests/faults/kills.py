@@ -5,7 +5,6 @@ removal), so that the moments within a write, which are short, are met as well. 
 """
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,9 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import warm
 from case import Workshop
 
-PRELOADED = ["vsd.cli", "vsd.training.job", "vsd.data", "vsd.export", "tiny_run"]
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
 
@@ -65,9 +64,9 @@ def _asked(shop: Workshop) -> Path:
 
 
 def synthesize(shop: Workshop, out: Path) -> list[str]:
-    """Twenty conversations, eight at a time."""
+    """Twenty conversations of sixteen tries at a time."""
     words = ["data", "synthesize", "--out", str(out / "text.jsonl"), *shop.named, "--conversations", "20"]
-    return [*words, "--max-new-tokens", "8", "--batch-size", "8", "--temperature", "1"]
+    return [*words, "--max-new-tokens", "8", "--batch-size", "16", "--temperature", "1"]
 
 
 COMMANDS = {"train": train, "online": online, "regenerate": regenerate, "synthesize": synthesize}
@@ -140,21 +139,14 @@ def _log(out: Path) -> str:
 
 
 def _start(words: list[str], out: Path, *, kill_at: int | None = None, count: Path | None = None) -> Any:
-    """The command in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_run, args=(words, out.with_name(f"{out.name}.log"), kill_at, count))
-    process.start()
-    return process
+    """The command in a process of its own."""
+    return warm.start(_run, words, kill_at, count, log=out.with_name(f"{out.name}.log"))
 
 
-def _run(words: list[str], log: Path, kill_at: int | None, count: Path | None) -> None:
-    """The command, with its output in a file; killed at the n-th touch of the file system, or counting them."""
+def _run(words: list[str], kill_at: int | None, count: Path | None) -> None:
+    """The command, killed at the n-th touch of the file system, or counting them."""
     from vsd import cli
 
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
     touches = 0
 
     def touched(event: str, arguments: tuple[Any, ...]) -> None:

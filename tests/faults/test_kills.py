@@ -16,11 +16,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @pytest.mark.parametrize("command", kills.COMMANDS)
-def test_a_killed_command_ends_with_the_files_of_an_unkilled_one(
-    shop: Workshop, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent}", prepend=":")
+def test_a_killed_command_ends_with_the_files_of_an_unkilled_one(shop: Workshop, tmp_path: Path, command: str) -> None:
     cost = kills.straight(shop, command, tmp_path / "straight")
     assert cost[1] > 2, "it touches the file system"
     trials = [kills.trial(shop, command, tmp_path / "straight", cost, tmp_path / str(i), Random(i)) for i in range(2)]

@@ -70,7 +70,14 @@ class Setting:
         return state
 
     def log_probs(self, row: int, path: Path, depth: int) -> Tensor:
-        """log q of the token after the root and `path`, in a draft of `depth`, by the training pass alone, [Vd]."""
+        """log q of the token after the root and `path`, [Vd]."""
+        return self.laws(row, [path], depth)[0]
+
+    def laws(self, row: int, paths: list[Path], depth: int) -> Tensor:
+        """log q of the token after the root and each of some paths of a length, in a draft of `depth`, [P, Vd].
+
+        By the training pass alone.
+        """
         n = int(self.lengths[row])
         some = Entries(
             self.entries.aux[row : row + 1, :n],
@@ -78,9 +85,10 @@ class Setting:
             self.ids[row : row + 1, 0],
             self.entries.positions[row : row + 1, :n],
         )
-        tokens = [*path, *[0] * (depth - len(path))]  # the law of a block may depend on its length
-        paths = along.paths(torch.tensor([[n - 1]]), torch.tensor([[tokens]]))
-        found: Tensor = self.drafter(some, paths, lambda states, head: lattice.logits(states[len(path), 0, 0], head))
+        length = len(paths[0])
+        tokens = [[*path, *[0] * (depth - length)] for path in paths]  # the law of a block may depend on its length
+        drafted = along.paths(torch.full((1, len(paths)), n - 1), torch.tensor([tokens]))
+        found: Tensor = self.drafter(some, drafted, lambda states, head: lattice.logits(states[length, 0], head))
         return found.log_softmax(-1)
 
     def tree(self, shape: TreeShape) -> Tree:
@@ -88,22 +96,24 @@ class Setting:
 
 
 def reference_tree(
-    log_probs: Callable[[Path], Tensor], ids: list[int], shape: TreeShape, beam: int
+    laws: Callable[[list[Path]], Tensor], ids: list[int], shape: TreeShape, beam: int
 ) -> list[tuple[Path, float]]:
     """EAGLE-2's tree by loops: the best `nodes` - 1 paths of the pool and their cumulative log-probabilities."""
 
-    def children(path: Path, score: float) -> list[tuple[Path, float]]:
-        logp = log_probs(path).tolist()
-        best = sorted(range(len(ids)), key=lambda i: -logp[i])[: shape.top_k]
-        return [((*path, ids[i]), score + logp[i]) for i in best]
+    def children(nodes: list[tuple[Path, float]]) -> list[tuple[Path, float]]:
+        found = []
+        for (path, score), logp in zip(nodes, laws([path for path, _ in nodes]).tolist()):
+            likely = sorted(range(len(ids)), key=lambda i: -logp[i])[: shape.top_k]
+            found += [((*path, ids[i]), score + logp[i]) for i in likely]
+        return found
 
     def best(nodes: list[tuple[Path, float]], count: int) -> list[tuple[Path, float]]:
         return sorted(nodes, key=lambda node: -node[1])[:count]
 
-    newest = children((), 0.0)
+    newest = children([((), 0.0)])
     pool = list(newest)
     for _ in range(shape.depth - 1):
-        newest = [child for path, score in best(newest, beam) for child in children(path, score)]
+        newest = children(best(newest, beam))
         pool += newest
     return best(pool, shape.nodes - 1)
 
@@ -132,8 +142,8 @@ def test_proposed_tree_is_the_reference_tree(name: str, family: str, shape: Tree
     setting = Setting(target_for(family, name), family)
     tree, ids = setting.tree(shape), setting.drafter.vocabulary.ids.tolist()
     for row in range(3):
-        law, beam = partial(setting.log_probs, row, depth=shape.depth), setting.drafter.beam(shape)
-        expected = dict(reference_tree(law, ids, shape, beam))
+        laws, beam = partial(setting.laws, row, depth=shape.depth), setting.drafter.beam(shape)
+        expected = dict(reference_tree(laws, ids, shape, beam))
         found = dict(zip(paths_of(tree, row)[1:], tree.log_q[row, 1:].tolist()))
         assert found.keys() == expected.keys()
         for path, score in found.items():

@@ -3,12 +3,11 @@
 Paths are drawn by seed, step, batch and process, so a step on one batch of eight differs from a step on two batches of
 four. These properties hold for every E-step: the gradient of an accumulated step is the sum over its batches, the
 gradient of several processes is the mean over theirs, and all replicas stay equal. Continuations are drawn by the text
-alone, so with them the division into batches and processes changes nothing.
+alone: with them, as with recorded texts, the division into batches and processes changes nothing.
 """
 
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tiny
 import tiny_run
+import warm
 from vsd.data import Example
 from vsd.targets import Inputs, Target
 from vsd.training import VSDTrainer
+from vsd.training.job import end_processes
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "recorded": ("eagle3", {}),
@@ -125,64 +127,62 @@ def test_batches_of_a_step_draw_different_paths(
 
 # ---- two processes
 
-WORKER = """
-import sys
-from pathlib import Path
+TWO = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
 
-import torch
 
-import test_distributed as shared
-import tiny, tiny_run
-from vsd.training.job import end_processes
+def work(rank: int, port: int, out: Path) -> None:
+    """One of two processes, as `torchrun` starts them: `KIND-RANK.pt` for every kind of E-step."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+    target = tiny.tiny_target()
+    examples = uneven(tiny_run.tiny_examples(target, 8))
+    for kind in KINDS:
+        torch.save(seen(kind, rank, target, examples, out), out / f"{kind}-{rank}.pt")
+    end_processes()
+    threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads  # one alive at exit aborts the process, now and then
 
-out, target = Path(sys.argv[1]), tiny.tiny_target()
-examples = shared.uneven(tiny_run.tiny_examples(target, 8))
-two = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
-for kind in shared.KINDS:
-    def trainer_of(text, **options):
-        return shared.trainer_of(kind, target, text, out, **{**two, **options})
 
-    trainer = trainer_of(examples, **shared.ONE_STEP)
-    assert trainer.accelerator.num_processes == 2
-    rank = trainer.accelerator.process_index
-    found = {"start": shared.weights_of(trainer)}
+def seen(kind: str, rank: int, target: Target, examples: list[Example], out: Path) -> dict[str, Any]:
+    """Weights, gradients and losses of this process in a step, on two equal texts, and in three steps."""
+    trainer = trainer_of(kind, target, examples, out, **TWO, **ONE_STEP)
+    assert (trainer.accelerator.num_processes, trainer.accelerator.process_index) == (2, rank)
+    found: dict[str, Any] = {"start": weights_of(trainer)}
     trainer.train()
-    found["one step"] = shared.weights_of(trainer)
-    (found["gradient"],) = shared.gradients(trainer_of(examples, **shared.ONE_STEP), shared.supervised(examples))
+    found["one step"] = weights_of(trainer)
+    again = trainer_of(kind, target, examples, out, **TWO, **ONE_STEP)
+    (found["gradient"],) = gradients(again, supervised(examples))
     twins = [examples[-1]] * 2
-    alone = trainer_of(twins, **shared.ONE_STEP, per_device_train_batch_size=1)
-    (found["gradient of twins"],) = shared.gradients(alone, shared.supervised(twins))
+    alone = trainer_of(kind, target, twins, out, **{**TWO, **ONE_STEP, "per_device_train_batch_size": 1})
+    (found["gradient of twins"],) = gradients(alone, supervised(twins))
+    steps = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "gradient_accumulation_steps": 2}
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_max_new_tokens": 4}
+    asked = [Inputs(examples[0].inputs.ids[:8])]
     trainer = trainer_of(
-        examples, max_steps=3, learning_rate=1e-2, logging_steps=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, eval_prompts=[shared.Inputs(examples[0].inputs.ids[:8])],
-        eval_strategy="steps", eval_steps=1, eval_max_new_tokens=4,
+        kind,
+        target,
+        examples,
+        out,
+        eval_prompts=asked,
+        **{**TWO, **steps, **measured, "per_device_train_batch_size": 2},
     )
     trainer.train()
-    found["three steps"] = shared.weights_of(trainer)
+    found["three steps"] = weights_of(trainer)
     found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    torch.save(found, out / f"{kind}-{rank}.pt")
-    del trainer, alone
-end_processes()
-"""
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `KIND-RANK.pt` for every kind of E-step and both processes."""
     folder = tmp_path_factory.mktemp("two")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    here = Path(__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, str(script), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [warm.start(work, rank, port, folder, log=folder / f"{rank}.log") for rank in (0, 1)]
+    for rank, process in enumerate(started):
+        process.join(600)
+        assert process.exitcode == 0, (folder / f"{rank}.log").read_text()[-3000:]
     return folder
 
 
@@ -215,20 +215,19 @@ def test_processes_draw_different_paths(two_processes: Path, kind: str) -> None:
     assert any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
 
 
-def test_continuations_are_drawn_by_the_text_alone(
-    tiny_target: Target, examples: list[Example], tmp_path: Path, two_processes: Path
+@pytest.mark.parametrize("kind", ["recorded", "continued"])
+def test_the_division_of_a_step_changes_nothing(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, two_processes: Path, kind: str
 ) -> None:
-    """One batch of 8, four batches of 2, two processes of 4: the same step."""
-    whole, cut = (
-        {"per_device_train_batch_size": 8},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    )
+    """One batch of 8, four batches of 2, two processes of 4: the same step, of texts of very different lengths."""
+    whole = {"per_device_train_batch_size": 8}
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     found = []
     for division in (whole, cut):
-        trainer = trainer_of("continued", tiny_target, examples, tmp_path, **ONE_STEP, **division)
+        trainer = trainer_of(kind, tiny_target, examples, tmp_path, **ONE_STEP, **division)
         trainer.train()
         found.append(weights_of(trainer))
-    found.append(ranks(two_processes, "continued")[0]["one step"])
+    found.append(ranks(two_processes, kind)[0]["one step"])
     for other in found[1:]:
         for name, weight in found[0].items():
             torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-5, msg=name)

@@ -1,10 +1,7 @@
 """`vsd train`: a killed run that ends with the very drafter of a straight one."""
 
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,14 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import tiny_run
+import warm
 from vsd import cli
 from vsd.data import Example
 from vsd.drafters import load_drafter
 from vsd.errors import VSDError
 from vsd.targets import Inputs, Target, load_target, load_target_info
 from vsd.training.job import hold_out, prompt_of
+from vsd.training.trainer import VSDTrainer
 
 
 def test_held_out_conversations_are_spread_over_the_text() -> None:
@@ -69,20 +69,16 @@ def arguments(workshop: Path, out: Path, *more: str) -> list[str]:
     return ["train", *flags, "--set", *options, "use_cpu=true", *more]
 
 
-KILLED = """
-import sys, time
-from transformers import TrainerCallback
-from vsd import cli
-from vsd.training.trainer import VSDTrainer
-
 class Slow(TrainerCallback):
-    def on_step_end(self, *args, **kwargs):
+    def on_step_end(self, *args: object, **options: object) -> None:
         time.sleep(0.05)
 
-real = VSDTrainer.__init__
-VSDTrainer.__init__ = lambda self, *a, **kw: real(self, *a, **{**kw, "callbacks": [Slow()]})
-sys.exit(cli.main(sys.argv[1:]))
-"""
+
+def train_slowly(words: list[str]) -> None:
+    """The command, in a process that is killed."""
+    real = VSDTrainer.__init__
+    VSDTrainer.__init__ = lambda self, *a, **kw: real(self, *a, **{**kw, "callbacks": [Slow()]})
+    sys.exit(cli.main(words))
 
 
 @pytest.mark.parametrize(
@@ -101,17 +97,17 @@ def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Pa
     round otherwise on some processors: only there the weights may differ, by rounding.
     """
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments(workshop, killed, *options)])
+    process = warm.start(train_slowly, arguments(workshop, killed, *options), log=tmp_path / "log")
     try:
         assert cli.main(arguments(workshop, straight, *options)) == 0  # meanwhile
         deadline = time.monotonic() + 120
         while not (killed / "checkpoint-12" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.07)  # somewhere in a later step
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not (killed / "drafter").exists()
     assert cli.main(arguments(workshop, killed, *options)) == 1  # not without being told
     assert cli.main(arguments(workshop, killed, *options, "--resume")) == 0

@@ -1,10 +1,6 @@
 """The trainer: the same step however it is cut up, and a drafter that gets better at drafting."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from vsd.training.e_step.proposed import trees
 from vsd.training.job import prompt_of
 
 LAYERS = (0, 2, 3)
+FEW = {"anchors": 3, "length": 4}  # of continuations
 ONE_STEP = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2, "max_grad_norm": 1e9}
 
 
@@ -200,12 +197,12 @@ def test_time_before_an_interruption_counts(tiny_target: Target, examples: list[
         ("distillspec", {"divergence": "jsd", "samples": 4}),
         ("elbo", {"rule": "rejection", "samples": 4}),
         ("vsd", {}),
-        ("vsd", {"recorded": False, "arw": True, "car": 0.5}),
-        ("vsd", {"arw": True, "car": 0.5}),
-        ("vsd", {"arw": True, "smoothing": 0.3}),
-        ("vsd", {"arw": True, "cut": -3.0}),
+        ("vsd", {**FEW, "recorded": False, "arw": True, "car": 0.5}),
+        ("vsd", {**FEW, "arw": True, "car": 0.5}),
+        ("vsd", {**FEW, "arw": True, "smoothing": 0.3}),
+        ("vsd", {**FEW, "arw": True, "cut": -3.0}),
         ("vsd", {"arw": True, "lookup": True, "hard": True, "e_step": None}),
-        ("vsd", {"rule": "target", "smoothing": 0.3, "car": 0.5}),
+        ("vsd", {**FEW, "rule": "target", "smoothing": 0.3, "car": 0.5}),
         ("vsd", {"rule": "rejection", "arw": True, "anchors": 3, "length": 5}),
         ("vsd", {"rule": "target", "e_step": "drafted", "samples": 4, "smoothing": 0.3, "car": 0.5}),
         ("vsd", {"rule": "rejection", "arw": True, "e_step": "drafted", "samples": 4, "every": 2}),
@@ -427,9 +424,11 @@ def test_cut_paths_train_on_fewer_steps(tiny_target: Target, examples: list[Exam
 
 def test_vsd_raises_acceptance_in_the_real_decoder(tiny_target: Target, tmp_path: Path) -> None:
     text = tiny_run.tiny_examples(tiny_target, 110, 32)
-    options = {"objective": "vsd", "learning_rate": 1e-2, "num_train_epochs": 8, "eval_max_new_tokens": 24}
+    options = {"objective": "vsd", "objective_options": FEW, "learning_rate": 1e-2, "num_train_epochs": 8}
     prompts = [prompt_of(example) for example in text[94:]]
-    trainer = tiny_run.tiny_trainer(tiny_target, text[:94], tmp_path, eval_prompts=prompts, **options)
+    trainer = tiny_run.tiny_trainer(
+        tiny_target, text[:94], tmp_path, eval_prompts=prompts, eval_max_new_tokens=24, **options
+    )
     before = trainer.evaluate()["eval_tau"]
     trainer.train()
     assert before < 1.3
@@ -475,44 +474,3 @@ def test_fsdp_is_refused(
     monkeypatch.setattr(VSDTrainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(VSDError, match="use DDP"):
         tiny_run.tiny_trainer(tiny_target, examples, tmp_path)
-
-
-WORKER = """
-import sys, torch
-from pathlib import Path
-import tiny, tiny_run
-from vsd.training.job import end_processes
-target = tiny.tiny_target()
-text = [tiny_run.Example(tiny_run.Inputs(one.ids[: d.index(True) + 1 + 3 * i]), d[: d.index(True) + 1 + 3 * i])
-        for i, (one, d) in enumerate(tiny_run.tiny_examples(target, 8))]
-out = Path(sys.argv[1])
-trainer = tiny_run.tiny_trainer(target, text, out, optim="sgd", per_device_train_batch_size=4, **eval(sys.argv[2]))
-trainer.train()
-assert trainer.accelerator.num_processes == 2
-if trainer.is_world_process_zero():
-    torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out / "weights.pt")
-del trainer
-end_processes()
-threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
-assert not any("gloo" in name for name in threads), threads  # one alive at exit aborts the process, now and then
-"""
-
-
-def test_two_processes_take_the_step_of_one(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    """Data-parallel over gloo: two batches of 4 with different numbers of drafted tokens are the batch of 8."""
-    whole = weights_after(tiny_target, uneven(examples), tmp_path, optim="sgd", per_device_train_batch_size=8)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    options = json.dumps({**ONE_STEP, "ddp_backend": "gloo"})
-    here = str(Path(__file__).parents[1])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path), options],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert_same({name: found[name] for name in whole}, whole, tolerance=1e-5)
