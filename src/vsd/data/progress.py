@@ -1,5 +1,9 @@
 """The progress bar of text generation."""
 
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -11,6 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from vsd.data.questions import Tally
+from vsd.data.records import RecordLog
 
 
 class _TokenRate(ProgressColumn):
@@ -32,3 +39,30 @@ def progress_bar(*, enabled: bool) -> Progress:
         disable=not enabled,
         speed_estimate_period=3600,
     )
+
+
+class ConversationBar:
+    """The conversations of a run that are done. The total is shown when `count` has found it, in a thread of its own.
+
+    Conversations that the file held at the start are no measure of speed, so the clock starts behind them.
+    """
+
+    def __init__(self, tally: Tally, log: RecordLog, count: Callable[[], int | None] | None, *, enabled: bool) -> None:
+        self._tally, self._log, self._before = tally, log, log.tokens
+        self._bar = progress_bar(enabled=enabled)
+        self._task = self._bar.add_task("regenerate", total=None, tokens=0)
+        if enabled and count is not None:
+            self.counting = threading.Thread(target=lambda: self._bar.update(self._task, total=count()), daemon=True)
+            self.counting.start()
+
+    def __enter__(self) -> "ConversationBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def show(self) -> None:
+        """Show how far the run is."""
+        tokens = self._log.tokens - self._before
+        (self._bar.update if tokens else self._bar.reset)(self._task, completed=self._tally.done, tokens=tokens)
