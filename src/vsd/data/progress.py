@@ -1,6 +1,7 @@
 """The progress bar of text generation."""
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -49,7 +50,7 @@ class ConversationBar:
 
     def __init__(self, tally: Tally, log: RecordLog, count: Callable[[], int | None] | None, *, enabled: bool) -> None:
         self._tally, self._log, self._before = tally, log, log.tokens
-        self._bar = progress_bar(enabled=enabled)
+        self._bar, self._begun = progress_bar(enabled=enabled), float("-inf")
         self._task = self._bar.add_task("regenerate", total=None, tokens=0)
         if enabled and count is not None:
             self.counting = threading.Thread(target=lambda: self._bar.update(self._task, total=count()), daemon=True)
@@ -60,9 +61,14 @@ class ConversationBar:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.update(self._task, completed=self._tally.done)
         self._bar.stop()
 
     def show(self) -> None:
         """Show how far the run is."""
-        tokens = self._log.tokens - self._before
-        (self._bar.update if tokens else self._bar.reset)(self._task, completed=self._tally.done, tokens=tokens)
+        done, tokens = self._tally.done, self._log.tokens - self._before
+        if tokens:
+            self._bar.update(self._task, completed=done, tokens=tokens)
+        elif time.monotonic() - self._begun > 1:  # a reset draws the bar, and there may be millions of conversations
+            self._begun = time.monotonic()
+            self._bar.reset(self._task, completed=done, tokens=0)
