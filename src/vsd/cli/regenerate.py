@@ -22,9 +22,8 @@ EXAMPLES = """\
   vsd data regenerate prompts.jsonl --target T --out text.jsonl --server URL --model NAME --features features/
 
 With --server, a running vLLM, SGLang or other OpenAI-compatible server answers (key: $OPENAI_API_KEY); of the target
-only the tokenizer is loaded. Several share the work: --server URL --server URL. With --features, vLLM started as
-vsd data server says also gives the target's features. After an interruption, run the same command again: it
-continues."""
+only the tokenizer is loaded. Several share the work: --server URL --server URL. With --features, vLLM started as vsd
+data server says also gives the target's features. After an interruption, run the same command again: it continues."""
 
 
 @dataclass
