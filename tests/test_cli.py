@@ -299,6 +299,17 @@ def test_regenerate_by_a_server(folder: Path, tmp_path: Path, capsys: pytest.Cap
     server.server_close()
 
 
+def test_regenerate_by_two_servers(folder: Path, tmp_path: Path) -> None:
+    servers, out = [FakeServer(delay=0.1), FakeServer(delay=0.1)], tmp_path / "text.jsonl"
+    words = ["data", "regenerate", folder / "prompts.jsonl", "--out", out, "--max-new-tokens", 30, "--model", "tiny"]
+    assert run(folder, *words, *(word for one in servers for word in ("--server", one.url))) == 0
+    assert len(out.read_text().splitlines()) == 4 == sum(len(one.asked) for one in servers)
+    assert all(one.asked for one in servers)
+    for one in servers:
+        one.shutdown()
+        one.server_close()
+
+
 def test_check(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """No layers are loaded, and what is skipped is named."""
     monkeypatch.setattr("vsd.targets.load_target", None)

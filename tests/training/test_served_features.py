@@ -23,7 +23,7 @@ import tiny
 import tiny_run
 from fake_server import FakeServer, Handler
 from vsd import cli
-from vsd.data import Conversation, Example, Server, ServerTeacher, load_examples, prompt_inputs, regenerate
+from vsd.data import Conversation, Example, Server, Servers, ServerTeacher, load_examples, prompt_inputs, regenerate
 from vsd.errors import VSDError
 from vsd.features import FeatureServer, InProcess, KeepingServer, KeptFeatures, Served, Texts, TextStore, server
 from vsd.options import TrainJob
@@ -477,6 +477,27 @@ def test_answers_come_with_their_features(
     assert len(of.asked) == asked + 1  # the probe: no question is asked twice
 
 
+def test_several_servers_keep_their_features_in_one_folder(
+    start: Start, tiny_target: Target, info: TargetInfo, tmp_path: Path, shared: Path
+) -> None:
+    """One of them fails after the first answers; another with other layers is refused."""
+    busy = lambda handler: handler.json(503, {})  # noqa: E731
+    of, out, kept = [start(), start()], tmp_path / "out.jsonl", tmp_path / "kept"
+
+    def answers(*urls: str) -> None:
+        servers = Servers([KeepingServer(url, "tiny", None, info, kept) for url in urls])
+        regenerate(ServerTeacher(servers, info, 4), chats(), out, max_new_tokens=12, progress=False)
+
+    one = of[1].completion
+    of[1].completion = lambda path, body: (setattr(of[1], "faults", [busy] * 3), one(path, body))[1]
+    answers(of[0].url, of[1].url)
+    assert_complete(info, tiny_target, out, kept)
+    assert all(len(server.asked) > 1 for server in of) and not list(shared.iterdir())
+    other = start(layers=(0, 1, 3))
+    with pytest.raises(VSDError, match=rf"{other.url} gives layers \[0, 1, 3\]; .*another layers"):
+        answers(of[0].url, other.url)
+
+
 @pytest.mark.parametrize("moment", ["before the file is kept", "between file and record"])
 def test_a_killed_client_loses_and_doubles_nothing(
     start: Start, tiny_target: Target, info: TargetInfo, tmp_path: Path, monkeypatch: Any, moment: str
@@ -511,7 +532,7 @@ def test_features_of_earlier_answers_are_added(
     found = load_examples(out, info.tokenizer, 512)
     with pytest.raises(VSDError, match=r"lacks the features of 12 of 12 texts"):
         KeptFeatures(store, info, found, LAYERS)
-    store.fill(client(of, info), found, 4)
+    store.fill(client(of, info).text, found, 4)
     assert_complete(info, tiny_target, out, kept)
     with pytest.raises(VSDError, match=r"are of another layers: give another folder"):
         TextStore(kept, info, (0, 1, 3))

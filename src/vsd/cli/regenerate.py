@@ -1,8 +1,9 @@
 """`vsd data regenerate`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vsd.cli.parser import Command, Given
 from vsd.cli.shared import load, load_info, report_skipped
@@ -10,7 +11,10 @@ from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
+    from vsd.data import Server, Servers, ServerTeacher
     from vsd.targets import TargetInfo
+
+S = TypeVar("S", bound="Server")
 
 EXAMPLES = """\
   vsd data regenerate prompts.jsonl --target T --out text.jsonl --max-new-tokens 512
@@ -18,8 +22,8 @@ EXAMPLES = """\
   vsd data regenerate prompts.jsonl --target T --out text.jsonl --server URL --model NAME --features features/
 
 With --server, a running vLLM, SGLang or other OpenAI-compatible server answers (key: $OPENAI_API_KEY); of the target
-only the tokenizer is loaded. With --features, vLLM started as vsd data server says also gives the target's features.
-After an interruption, run the same command again: it continues."""
+only the tokenizer is loaded. Several share the work: --server URL --server URL. With --features, vLLM started as vsd
+data server says also gives the target's features. After an interruption, run the same command again: it continues."""
 
 
 @dataclass
@@ -54,14 +58,14 @@ class ServerOptions:
     """server
 
     Attributes:
-        server: URL of a server that answers instead, such as http://localhost:8000
-        model: name under which the server has the target
-        concurrency: requests in flight
-        requests_per_second: highest rate of requests
+        server: URL of a server that answers instead, such as http://localhost:8000; again for each further server
+        model: name under which the servers have the target
+        concurrency: requests in flight, to all servers together
+        requests_per_second: highest rate of requests, to all servers together
         features: folder that keeps the target's features of all answers in OUT, for vsd train --features
     """
 
-    server: str | None = field(default=None, metadata={"metavar": "URL"})
+    server: list[str] = field(default_factory=list, metadata={"metavar": "URL", "single": True})
     model: str | None = field(default=None, metadata={"metavar": "NAME"})
     concurrency: int = 32
     requests_per_second: float | None = None
@@ -72,27 +76,19 @@ def run(given: Given) -> None:
     """Replace answers by the target's own."""
     from itertools import chain, islice
 
-    from vsd.data import Server, ServerTeacher, TargetTeacher, Teacher, read_conversations, regenerate
-    from vsd.features import KeepingServer
+    from vsd.data import TargetTeacher, Teacher, read_conversations, regenerate
 
     a, by, target = given.of(Regenerate), given.of(ServerOptions), given.of(TargetOptions)
-    if (by.server is None) != (by.model is None):
+    if bool(by.server) != (by.model is not None):
         raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
-    if by.features is not None and by.server is None:
+    if by.features is not None and not by.server:
         raise ConfigurationError("features of answers come from a server (--server URL); vsd train makes its own store")
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
-    texts = islice(chain([first], conversations), a.limit)
-    teacher: Teacher
-    if by.server is not None and by.model is not None:
-        info, address = load_info(target), (by.server, by.model, by.requests_per_second)
-        server = Server(*address) if by.features is None else KeepingServer(*address, info, by.features)
-        teacher = ServerTeacher(server, info, by.concurrency)
-    else:
-        teacher = TargetTeacher(load(target), a.batch_size)
+    teacher: Teacher = _by_servers(by, load_info(target)) if by.server else TargetTeacher(load(target), a.batch_size)
     summary = regenerate(
         teacher,
-        texts,
+        islice(chain([first], conversations), a.limit),
         a.out,
         max_new_tokens=a.max_new_tokens,
         temperature=a.temperature,
@@ -100,22 +96,53 @@ def run(given: Given) -> None:
         max_length=a.max_length,
         on_bad_line=a.on_bad_line,
         report=report_skipped,
+        count=lambda: _count(a),
     )
-    if by.features is not None and by.server is not None:
-        _add_missing(a, by, by.server, by.features, teacher.info)
+    if by.features is not None:
+        _add_missing(a, by, by.features, teacher.info)
     print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
 
 
-def _add_missing(a: Regenerate, by: ServerOptions, url: str, folder: Path, info: "TargetInfo") -> None:
+def _count(a: Regenerate) -> int | None:
+    """The number of conversations, if it is known."""
+    from vsd.data import count_rows
+
+    return min((n for n in (count_rows(a.source), a.limit) if n is not None), default=None)
+
+
+def _by_servers(by: ServerOptions, info: "TargetInfo") -> "ServerTeacher":
+    from vsd.data import Server, ServerTeacher
+    from vsd.features import KeepingServer
+
+    model, folder = by.model or "", by.features
+    if folder is None:
+        return ServerTeacher(_joined(by, lambda url, rate: Server(url, model, rate)), info, by.concurrency)
+    keeping = _joined(by, lambda url, rate: KeepingServer(url, model, rate, info, folder))
+    return ServerTeacher(keeping, info, by.concurrency)
+
+
+def _joined(by: ServerOptions, connect: "Callable[[str, float | None], S]") -> "S | Servers[S]":
+    """The server, or several as one. The rate is that of all requests."""
+    from vsd.data import Servers
+
+    if len(by.server) == 1:
+        return connect(by.server[0], by.requests_per_second)
+    return Servers([connect(url, None) for url in by.server], by.requests_per_second)
+
+
+def _add_missing(a: Regenerate, by: ServerOptions, folder: Path, info: "TargetInfo") -> None:
     """Features of answers that the file had before --features was given."""
-    from vsd.data import load_examples
+    from contextlib import closing
+
+    from vsd.data import Servers, load_examples
     from vsd.features import FeatureServer, TextStore
 
     store, examples = TextStore(folder, info), load_examples(a.out, info.tokenizer, a.max_length)
     if store.missing(examples):
-        server = FeatureServer(url, by.model, by.requests_per_second, info)
-        server.check()
-        store.fill(server, examples, by.concurrency)
+        servers = Servers([FeatureServer(url, by.model, None, info) for url in by.server], by.requests_per_second)
+        with closing(servers):
+            servers.check()
+            store.fill(lambda ids, drafted: servers.use(lambda one: one.text(ids, drafted)), examples, by.concurrency)
     print(f"{folder}: features of {len(examples)} texts")
 
 

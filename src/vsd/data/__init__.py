@@ -9,6 +9,8 @@ from vsd.data.regenerate import regenerate
 from vsd.data.sequences import Example, Examples, drafted_mask
 from vsd.data.server import Server
 from vsd.data.server_teacher import ServerTeacher
+from vsd.data.servers import Servers
+from vsd.data.sources import count_rows
 from vsd.data.synthesize import synthesize
 from vsd.data.target_teacher import TargetTeacher
 from vsd.data.teacher import Teacher
@@ -22,10 +24,12 @@ __all__ = [
     "Examples",
     "Server",
     "ServerTeacher",
+    "Servers",
     "Summary",
     "TargetTeacher",
     "Teacher",
     "TextCount",
+    "count_rows",
     "count_text",
     "drafted_mask",
     "encode",

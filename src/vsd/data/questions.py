@@ -1,15 +1,15 @@
 """Conversations that a teacher is answering: each user turn in order, with the earlier answers as history."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vsd.data.chat import Conversation
+from vsd.data.ids import IdMap
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
 from vsd.data.template import inputs_of, prompt_inputs
-from vsd.errors import DataError
 from vsd.targets.info import TargetInfo
 from vsd.targets.inputs import Inputs
 
@@ -23,11 +23,28 @@ class Question(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The target that reads the prompts, the longest prompt in tokens, and who hears of a longer one."""
+    """The target that reads the prompts, the longest prompt in tokens, and what happens with one that is not asked."""
 
     info: TargetInfo
     room: int
+    on_bad_line: OnBadLine
     report: Report
+
+
+@dataclass
+class Tally:
+    """How far a run is.
+
+    Attributes:
+        turns: user turns of the conversations that were begun.
+        asked, answers: turns whose prompt was usable, and turns with an answer.
+        done: conversations that need no further answer.
+    """
+
+    turns: int = 0
+    asked: int = 0
+    answers: int = 0
+    done: int = 0
 
 
 @dataclass
@@ -47,40 +64,68 @@ class Chat:
     turns: list[Any]
     exact: list[int] | None
     limits: Limits
+    tally: Tally
     asked: int = 0
 
-    def question(self) -> Question | None:
-        """The next user turn; None behind the last one."""
-        if self.asked == len(self.turns):
-            return None
-        name = f"{self.id}/{self.asked}"
-        if self.exact is not None:
-            return Question(name, [], inputs_of(self.exact, [], self.limits.info.images))
-        messages = [*self.history, {"role": "user", "content": self.turns[self.asked]}]
-        return Question(name, messages, prompt_inputs(self.limits.info.tokenizer, messages, self.limits.info.images))
+    @property
+    def done(self) -> bool:
+        """Whether no turn is left."""
+        return self.asked == len(self.turns)
+
+    @property
+    def name(self) -> str:
+        """The id of the next turn."""
+        return f"{self.id}/{self.asked}"
+
+    def prompt(self) -> list[Any]:
+        """Messages that end with the next turn, or the token ids of the prompt."""
+        return self.exact or [*self.history, {"role": "user", "content": self.turns[self.asked]}]
 
     def next_question(self) -> Question | None:
-        """As `question`; a prompt that is too long, or that the template refuses, is reported and ends the chat."""
-        name, reason = f"{self.id}/{self.asked}", "its prompt is too long"
+        """The next user turn; None behind the last one. A prompt that cannot be asked ends the chat.
+
+        Raises:
+            DataError: the first prompt cannot be asked, when bad lines are fatal.
+        """
+        if self.done:
+            return None
         try:
-            question = self.question()
-            if question is None or len(question.inputs.ids) <= self.limits.room:
-                return question
+            question = self._question()
         except BadLineError as error:
-            reason = str(error)
-        self.end()
-        self.limits.report(f"{self.where}: ends before '{name}': {reason}")
-        return None
+            self._refuse(str(error))
+            return None
+        self.tally.asked += 1
+        return question
 
     def answered(self, answer: str) -> None:
         """Add the current turn and its answer to the history."""
         self.history.append({"role": "user", "content": self.turns[self.asked]})
         self.history.append({"role": "assistant", "content": answer})
         self.asked += 1
+        self.tally.answers += 1
+        self.tally.done += self.done
 
     def end(self) -> None:
         """Leave the remaining turns without an answer."""
         self.asked = len(self.turns)
+        self.tally.done += 1
+
+    def _question(self) -> Question:
+        info, prompt = self.limits.info, self.prompt()
+        if self.exact is not None:
+            question = Question(self.name, [], inputs_of(prompt, [], info.images))
+        else:
+            question = Question(self.name, prompt, prompt_inputs(info.tokenizer, prompt, info.images))
+        _check_prompt(question.inputs.ids, self.limits)
+        return question
+
+    def _refuse(self, reason: str) -> None:
+        name, first = self.name, self.asked == 0
+        self.end()
+        if first:
+            handle_bad_line(f"{self.where}: {reason}", self.limits.on_bad_line, self.limits.report)
+        else:
+            self.limits.report(f"{self.where}: ends before '{name}': {reason}")
 
 
 def room_for_prompts(info: TargetInfo, max_length: int | None, max_new_tokens: int) -> int:
@@ -88,36 +133,28 @@ def room_for_prompts(info: TargetInfo, max_length: int | None, max_new_tokens: i
     return (max_length or info.context or sys.maxsize) - max_new_tokens
 
 
-def open_chats(limits: Limits, conversations: Iterable[Conversation], on_bad_line: OnBadLine) -> tuple[list[Chat], int]:
-    """The chats whose first prompt is usable, with ids made unique, and the number of conversations skipped.
-
-    Raises:
-        DataError: an unusable prompt, when fatal; no usable prompt at all.
-    """
-    chats, seen, skipped = list[Chat](), dict[str, int](), 0
+def open_chats(limits: Limits, conversations: Iterable[Conversation], tally: Tally) -> Iterator[Chat]:
+    """The chats of conversations, one at a time, with ids made unique."""
+    seen = IdMap()
     for conversation in conversations:
-        count = seen[conversation.id] = seen.get(conversation.id, 0) + 1
-        name = conversation.id if count == 1 else f"{conversation.id}~{count}"
-        try:
-            chats.append(_open(limits, conversation, name))
-        except BadLineError as error:
-            handle_bad_line(f"{conversation.where}: {error}", on_bad_line, limits.report)
-            skipped += 1
-    if not chats:
-        raise DataError("there is no prompt to answer")
-    return chats, skipped
+        turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
+        system = [m for m in conversation.messages[:1] if m["role"] == "system"]
+        exact, turns = (None, turns) if turns else (conversation.prompt_ids, [""])
+        tally.turns += len(turns)
+        yield Chat(_unique(seen, conversation.id), conversation.where, system, turns, exact, limits, tally)
 
 
-def _open(limits: Limits, conversation: Conversation, name: str) -> Chat:
-    turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
-    system = [m for m in conversation.messages[:1] if m["role"] == "system"]
-    exact = None if turns else conversation.prompt_ids
-    chat = Chat(name, conversation.where, system, turns or [""], exact, limits)
-    question = chat.question()
-    if question is None or len(question.inputs.ids) > limits.room:
+def _unique(seen: IdMap, id: str) -> str:
+    """The id if it is new, else with its number behind it."""
+    count = seen[id] = (seen.get(id) or 0) + 1
+    return id if count == 1 else _unique(seen, f"{id}~{count}")  # which may be the id of another line
+
+
+def _check_prompt(ids: list[int], limits: Limits) -> None:
+    """Raise BadLineError for a prompt that the target cannot answer."""
+    if len(ids) > limits.room:
         raise BadLineError(
             f"too long: the prompt leaves no room for an answer ({max(limits.room, 0)} tokens are allowed)"
         )
-    if (largest := max(question.inputs.ids)) >= limits.info.vocab_size:
+    if (largest := max(ids)) >= limits.info.vocab_size:
         raise BadLineError(f"token {largest} is not in this target's vocabulary: was it made by another target?")
-    return chat

@@ -2,21 +2,22 @@
 
 Each user turn is answered in order, with the teacher's earlier answers as history. Every answer becomes one record
 with its exact tokens, and is on disk before the conversation's next turn is asked. The same call resumes a run that was
-killed.
+killed. Conversations are read while others are answered, and forgotten when they are done: of each remains the hash of
+its id, and of each answer its place in the file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from vsd.data.chat import Conversation
 from vsd.data.generate import Answer
 from vsd.data.lines import LOG, BadLineError, OnBadLine, Report, handle_bad_line
-from vsd.data.pictures import as_json
-from vsd.data.progress import progress_bar
-from vsd.data.questions import Limits, Question, open_chats, room_for_prompts
+from vsd.data.progress import ConversationBar
+from vsd.data.questions import Limits, Question, Tally, open_chats, room_for_prompts
 from vsd.data.records import Entry, GenerationSettings, RecordLog, Summary, record_of
-from vsd.data.teacher import Answered, Teacher, digest
+from vsd.data.teacher import Answered, Teacher
+from vsd.errors import DataError
 from vsd.targets.info import TargetInfo
 
 
@@ -32,6 +33,7 @@ def regenerate(
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
     progress: bool = True,
+    count: Callable[[], int | None] | None = None,
 ) -> Summary:
     """Answer every user turn of `conversations`; `out` is resumed if it exists.
 
@@ -41,29 +43,36 @@ def regenerate(
             whose first prompt is longer is a bad line; one whose later prompt is longer ends there.
         on_bad_line: "fatal" raises, "skip" reports; a conversation that a server refuses is a bad line, too.
         report: called with one line for every skipped turn or conversation; default: a logged warning.
+        count: the number of conversations, for the progress bar; called once, in a thread of its own.
 
     Raises:
         DataError: a bad line, when fatal; no prompt; a damaged `out`.
         MismatchError: `out` was begun with other settings.
         VSDError: of the teacher.
     """
-    limits = Limits(teacher.info, room_for_prompts(teacher.info, max_length, max_new_tokens), report or LOG.warning)
-    chats, skipped = open_chats(limits, conversations, on_bad_line)
+    room = room_for_prompts(teacher.info, max_length, max_new_tokens)
+    limits, tally = Limits(teacher.info, room, on_bad_line, report or LOG.warning), Tally()
     settings = GenerationSettings(max_new_tokens, temperature, seed)
-    prompts = digest(as_json([[chat.id, chat.history, chat.turns, chat.exact] for chat in chats]))
-    header = {**teacher.settings, "prompts": prompts, **settings._asdict(), "max_length": max_length}
-    total = sum(len(chat.turns) for chat in chats)
-    with RecordLog(Path(out), header) as log, progress_bar(enabled=progress) as bar:
-        task = bar.add_task("regenerate", total=total, completed=len(log.entries), tokens=0)
-        before = log.tokens
+    header = {**teacher.settings, **settings._asdict(), "max_length": max_length}
+    with RecordLog(Path(out), header) as log, ConversationBar(tally, log, count, enabled=progress) as bar:
+        chats = open_chats(limits, _shown(conversations, bar), tally)
         with closing(teacher.answers(chats, log, settings)) as batches:
             for number, answered in batches:
                 questions, answers = [one.question for one in answered], [one.answer for one in answered]
                 entries = write_answers(log, teacher.info, number, questions, answers, settings)
                 for one, entry in zip(answered, entries, strict=True):
                     _continue_chat(one, entry, on_bad_line, limits.report)
-                bar.update(task, completed=len(log.entries), tokens=log.tokens - before)
-    return Summary(len(log.entries), skipped + total - len(log.entries), log.tokens)
+                bar.show()
+        if not (tally.asked or tally.answers):
+            raise DataError("there is no prompt to answer")
+        return Summary(len(log), tally.turns - tally.answers, log.tokens)
+
+
+def _shown(conversations: Iterable[Conversation], bar: ConversationBar) -> Iterator[Conversation]:
+    """The conversations; the progress is shown whenever one is taken."""
+    for conversation in conversations:
+        bar.show()
+        yield conversation
 
 
 def write_answers(
@@ -78,10 +87,10 @@ def write_answers(
     records = [
         record_of(info, question, answer, number, settings)
         for question, answer in zip(questions, answers, strict=True)
-        if isinstance(answer, Answer) and question.id not in log.entries
+        if isinstance(answer, Answer) and question.id not in log
     ]
     log.append([record for record in records if record is not None])
-    return [log.entries.get(question.id) for question in questions]
+    return [log.find(question.id, question.messages or question.inputs.ids) for question in questions]
 
 
 def _continue_chat(one: Answered, entry: Entry | None, on_bad_line: OnBadLine, report: Report) -> None:

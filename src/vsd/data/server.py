@@ -56,6 +56,14 @@ class _NoSuchPathError(ConfigurationError):
     """The server has nothing at a path."""
 
 
+class ServerDownError(TargetError):
+    """A request has failed as long as it is retried: what failed, and the pause that the server asks for."""
+
+    def __init__(self, url: str, failure: str, retry_after: float | None) -> None:
+        super().__init__(f"{url} fails: {failure}; run the same command again when the server is up")
+        self.failure, self.retry_after = failure, retry_after
+
+
 class Server:
     """One model at one address; threads may share it.
 
@@ -64,16 +72,17 @@ class Server:
         model: the name under which it is served.
         requests_per_second: the most requests in a second; None: no limit.
 
+    Attributes:
+        retries: whether a request that fails is repeated; else ServerDownError is raised at once.
+
     Raises:
         ConfigurationError: no URL, or a rate that is not positive.
     """
 
     def __init__(self, url: str, model: str, requests_per_second: float | None = None) -> None:
-        if requests_per_second is not None and requests_per_second <= 0:
-            raise ConfigurationError(f"requests per second must be positive, not {requests_per_second}")
-        self.url, self.model = url, model
+        self.url, self.model, self.retries = url, model, True
         self._secure, self._host, self._port, self._root = _address(url)
-        self._pace = _Pace(requests_per_second)
+        self._pace = Pace(requests_per_second)
         self._thread = threading.local()  # holds each thread's connection
         self._open: set[http.client.HTTPConnection] = set()
         self._closed = threading.Event()
@@ -159,8 +168,7 @@ class Server:
 
         Outside OpenAI's API (`api` False), `read` parses the response's bytes.
         """
-        pause = _FIRST_PAUSE
-        deadline = time.monotonic() + (_RETRY_SECONDS if retry_seconds is None else retry_seconds)
+        patience = Patience(retry_seconds)
         while True:
             self._pace.wait(self._closed)
             if self._closed.is_set():
@@ -177,12 +185,12 @@ class Server:
                 failure = " ".join(str(error).split()) or type(error).__name__
             except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
                 failure = f"not a response of OpenAI's API ({type(error).__name__}: {error})"
-            wait = pause * random.uniform(0.75, 1.25) if retry_after is None else retry_after
-            if time.monotonic() + wait > deadline:
-                raise TargetError(f"{self.url} fails: {failure}; run the same command again when the server is up")
-            self._warn(failure)
-            self._closed.wait(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = patience.pause(retry_after)
+            if pause is not None:
+                self._warn(failure)
+            if pause is None or not self.retries:
+                raise ServerDownError(self.url, failure, retry_after)
+            self._closed.wait(pause)
 
     def _send(self, method: str, path: str, body: Any, api: bool) -> tuple[int, Message, bytes]:
         root = self._root if api else self._root.removesuffix("/v1")
@@ -258,10 +266,34 @@ def _shut_down(connection: http.client.HTTPConnection) -> None:
             connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class _Pace:
-    """Spaces the requests of all threads evenly, so many a second."""
+class Patience:
+    """Pauses between attempts, from half a second to thirty, each twice the last, until ten minutes have passed.
+
+    Args:
+        seconds: instead of the ten minutes.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._next = _FIRST_PAUSE
+        self._end = time.monotonic() + (_RETRY_SECONDS if seconds is None else seconds)
+
+    def pause(self, retry_after: float | None = None) -> float | None:
+        """Seconds until the next attempt, `retry_after` if it is given; None: there is none."""
+        wait = self._next * random.uniform(0.75, 1.25) if retry_after is None else retry_after
+        self._next = min(2 * self._next, _LONGEST_PAUSE)
+        return None if time.monotonic() + wait > self._end else wait
+
+
+class Pace:
+    """Spaces the requests of all threads evenly, so many a second.
+
+    Raises:
+        ConfigurationError: a rate that is not positive.
+    """
 
     def __init__(self, per_second: float | None) -> None:
+        if per_second is not None and per_second <= 0:
+            raise ConfigurationError(f"requests per second must be positive, not {per_second}")
         self.gap = 1 / per_second if per_second else 0.0
         self.next, self.lock = 0.0, threading.Lock()
 

@@ -1,4 +1,4 @@
-"""A server that holds the target as teacher: many questions at once, records in the order of arrival.
+"""A server, or several, that hold the target as teacher: many questions at once, records in the order of arrival.
 
 The turns of a conversation are asked one after another, conversations concurrently. Questions that have a record are
 not asked again, so a run that was killed continues with the others.
@@ -10,7 +10,7 @@ its tokenizer.
 """
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -19,6 +19,7 @@ from vsd.data.lines import BadLineError
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.server import Reply, Server
+from vsd.data.servers import Servers
 from vsd.data.teacher import Answered, Batch, digest
 from vsd.data.template import answer_text, render, tokenize
 from vsd.errors import ConfigurationError, MismatchError
@@ -30,15 +31,15 @@ class ServerTeacher:
     """Answers with a server's model.
 
     Args:
-        server: the address and the name of the model. It is closed when the answers end.
+        server: the address and the name of the model, or several. They are closed when the answers end.
         info: of the target that the server holds.
-        concurrency: the number of questions that are asked at once.
+        concurrency: the number of questions that are asked at once, of all servers together.
 
     Raises:
         ConfigurationError: `concurrency` is not positive.
     """
 
-    def __init__(self, server: Server, info: TargetInfo, concurrency: int = 32) -> None:
+    def __init__(self, server: Server | Servers[Any], info: TargetInfo, concurrency: int = 32) -> None:
         if concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
         self.server, self.info, self.concurrency = server, info, concurrency
@@ -54,32 +55,28 @@ class ServerTeacher:
         }
 
     def answers(
-        self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
+        self, chats: Iterable[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
-        """All turns in batches of one, in the order of arrival.
+        """All turns without a record in batches of one, in the order of arrival.
 
         Raises:
             ConfigurationError, TargetError: the server refuses all requests, or has failed too long.
-            MismatchError: the server has another model.
+            MismatchError: the server has another model, or `log` was begun with other prompts.
         """
-        waiting, asked = deque(chats), dict[Future[Reply], tuple[Chat, Question]]()
+        source, waiting, asked = iter(chats), deque[Chat](), dict[Future[Reply], tuple[Chat, Question]]()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             self.server.check()
-            while waiting or asked:
-                while waiting and len(asked) < self.concurrency:
-                    chat = waiting.popleft()
-                    if (question := chat.next_question()) is None:
-                        continue
-                    if question.id in log.entries:
-                        yield Batch(len(log.entries), [Answered(chat, question, None)])
-                        waiting.appendleft(chat)
-                    else:
+            while True:
+                while len(asked) < self.concurrency and (chat := waiting.popleft() if waiting else next(source, None)):
+                    if (question := _next_question(chat, log)) is not None:
                         asked[pool.submit(self._ask, question, settings)] = chat, question
-                for future in wait(asked, return_when=FIRST_COMPLETED).done if asked else ():
+                if not asked:
+                    return
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
                     chat, question = asked.pop(future)
-                    yield Batch(len(log.entries), [self._answered(chat, question, future)])
-                    waiting.appendleft(chat)
+                    yield Batch(len(log), [self._answered(chat, question, future)])
+                    waiting.append(chat)
         finally:
             self.server.interrupt()
             pool.shutdown(cancel_futures=True)
@@ -107,6 +104,13 @@ class ServerTeacher:
             return Answered(chat, *exact_answer(self.info, question, reply.result()))
         except BadLineError as error:
             return Answered(chat, question, error)
+
+
+def _next_question(chat: Chat, log: RecordLog) -> Question | None:
+    """The first turn that has no record; None if there is none."""
+    while not chat.done and (entry := log.find(chat.name, chat.prompt())) is not None:
+        chat.answered(entry.answer)
+    return chat.next_question()
 
 
 def exact_answer(info: TargetInfo, question: Question, reply: Reply) -> tuple[Question, Answer]:

@@ -72,6 +72,39 @@ def files_of(source: str | Path) -> list[Path] | None:
     return [path] if path.is_file() else None
 
 
+def count_rows(source: str | Path) -> int | None:
+    """The number of rows, or None where it is known only after reading them.
+
+    Of .jsonl and .txt files the line breaks are counted, of Parquet the metadata are read.
+    """
+    path = Path(source)
+    files = [file for file in path.iterdir() if _is_data(file)] if path.is_dir() else [path]
+    if not all(file.suffix in _COUNTED and file.is_file() for file in files):
+        return None
+    try:
+        return sum(_COUNTED[file.suffix](file) for file in files)
+    except (OSError, ValueError):  # whoever reads the rows raises
+        return None
+
+
+def _count_lines(path: Path) -> int:
+    count, last = 0, b"\n"
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            count, last = count + piece.count(b"\n"), piece[-1:]
+    return count + (last != b"\n")
+
+
+def _count_table(path: Path) -> int:
+    from pyarrow import parquet  # slow to import
+
+    rows: int = parquet.read_metadata(path).num_rows
+    return rows
+
+
+_COUNTED = {".jsonl": _count_lines, ".txt": _count_lines, ".parquet": _count_table}
+
+
 def _kind(path: Path) -> str:
     """The suffix that says how a file is read; empty for an unknown one."""
     plain = path.with_suffix("") if path.suffix in _COMPRESSED else path
@@ -86,14 +119,21 @@ def _folder_rows(path: Path, report: Report, need_answer: bool) -> Iterator[Row]
         yield from _tabular(path, lambda datasets: datasets.load_from_disk(str(path)))
         return
     found = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-    files = [file for file in found if file.is_file() and _kind(file) and not file.name.endswith(".meta.json")]
+    files = [file for file in found if _is_data(file)]
     for file in found:
-        if file not in files and not file.name.endswith(".meta.json"):  # the settings of our own output
+        if file not in files and not file.name.endswith(".meta.json"):
             report(f"{file}: {'a folder in a folder' if file.is_dir() else f'not a {_KINDS}'}")
     if not files:
         raise DataError(f"{path} holds no {_KINDS}")
     for file in files:
         yield from _file_rows(file, need_answer)
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is read: not the settings of our own output."""
+    return (
+        file.is_file() and bool(_kind(file)) and not file.name.startswith(".") and not file.name.endswith(".meta.json")
+    )
 
 
 def _file_rows(path: Path, need_answer: bool) -> Iterator[Row]:

@@ -105,7 +105,7 @@ class Kept:
 
         The file's last batch may be incomplete: unless the file holds enough, this batch is made again.
         """
-        entries, number = [*log.entries.values()], max(log.last_batch, 0)
+        entries, number = log.entries(), max(log.last_batch, 0)
         kept = cls(entries, wanted)
         return (kept if kept.enough else cls([entry for entry in entries if entry.batch < number], wanted)), number
 

@@ -1,13 +1,16 @@
 """The target in this process as teacher: numbered batches that a resumed run repeats.
 
 Batches are a function of the prompts and the settings alone, and an answer is a function of its batch. So a run that
-was killed continues at the batch it was in, and ends with the file of an uninterrupted run.
+was killed continues at the batch it was in, and ends with the file of an uninterrupted run. Conversations are read a
+window at a time, whose batches are sorted by length.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from vsd.data.generate import Answer, batch_seed, generate_batch, plan_batches
+from vsd.data.pictures import as_json
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.teacher import Answered, Batch, digest
@@ -41,10 +44,11 @@ class TargetTeacher:
         }
 
     def answers(
-        self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
+        self, chats: Iterable[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
         """All turns in numbered batches."""
-        for number, asked in enumerate(self._batches(chats)):
+        batches = chain.from_iterable(map(self._batches, self._windows(chats, log)))
+        for number, asked in enumerate(batches):
             answers = self.answer(number, [question for _, question in asked], log, settings)
             yield Batch(number, [Answered(*turn, answer) for turn, answer in zip(asked, answers, strict=True)])
 
@@ -63,14 +67,21 @@ class TargetTeacher:
             seed=batch_seed(settings.seed, prompts),
         )
 
-    def _batches(self, chats: Sequence[Chat]) -> Iterator[list[tuple[Chat, Question]]]:
+    def _windows(self, chats: Iterable[Chat], log: RecordLog) -> Iterator[list[Chat]]:
+        """Conversations that are sorted by length together; the file notes them before they are asked."""
+        source, size = iter(chats), self.batch_size * _WINDOW
+        count, read = 0, ""
+        while window := list(islice(source, size)):
+            count += len(window)
+            read = digest([read, as_json([[chat.id, chat.history, chat.turns, chat.exact] for chat in window])])
+            log.expect(count, read, last=len(window) < size)
+            yield window
+
+    def _batches(self, open_chats: list[Chat]) -> Iterator[list[tuple[Chat, Question]]]:
         """All turns in batches of similar length; those of a batch are answered before the next is taken."""
-        window = self.batch_size * _WINDOW
-        for begin in range(0, len(chats), window):
-            open_chats = list(chats[begin : begin + window])
-            while open_chats:
-                asked = [(chat, chat.next_question()) for chat in open_chats]
-                fits = [(chat, question) for chat, question in asked if question is not None]
-                for rows in plan_batches([question.inputs for _, question in fits], self.batch_size):
-                    yield [fits[i] for i in rows]
-                open_chats = [chat for chat, _ in fits]
+        while open_chats:
+            asked = [(chat, chat.next_question()) for chat in open_chats]
+            fits = [(chat, question) for chat, question in asked if question is not None]
+            for rows in plan_batches([question.inputs for _, question in fits], self.batch_size):
+                yield [fits[i] for i in rows]
+            open_chats = [chat for chat, _ in fits]

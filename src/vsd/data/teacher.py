@@ -6,7 +6,7 @@ teacher decides in which order questions are asked and which of them together. E
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from vsd.data.generate import Answer
@@ -43,12 +43,13 @@ class Teacher(Protocol):
         """The teacher's own settings, as JSON values: a file that was begun with others is not resumed."""
 
     def answers(
-        self, chats: Sequence[Chat], log: RecordLog, settings: GenerationSettings
+        self, chats: Iterable[Chat], log: RecordLog, settings: GenerationSettings
     ) -> Generator[Batch, None, None]:
-        """Ask all questions of all chats; those that `log` holds are not asked, and yielded without an answer.
+        """Ask all questions of all chats but those that `log` holds.
 
-        The caller writes each batch to `log` and adds its answers to the chats before it takes the next batch, because
-        a chat's next question contains the earlier answers.
+        Chats are taken when they can be asked: there may be millions. The caller writes each batch to `log` and adds
+        its answers to the chats before it takes the next batch, because a chat's next question contains the earlier
+        answers; those in `log` are added by the caller where they are yielded without an answer, else by the teacher.
         """
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,19 +125,22 @@ class TextStore:
         """The examples whose states are not there."""
         return [one for one in examples if not self.path(one.inputs.ids, positions(one)).exists()]
 
-    def fill(self, server: FeatureServer, examples: Iterable[Example], concurrency: int) -> None:
-        """Ask a server for the states that are missing.
+    def fill(self, text: Callable[[list[int], list[int]], Path], examples: Iterable[Example], concurrency: int) -> None:
+        """Ask for the states that are missing.
+
+        Args:
+            text: `FeatureServer.text`.
 
         Raises:
-            VSDError: of `FeatureServer.text`.
+            VSDError: of `text`.
         """
         with ThreadPoolExecutor(concurrency) as pool:
-            for _ in pool.map(lambda one: self._fill_one(server, one), self.missing(examples)):
+            for _ in pool.map(lambda one: self._fill_one(text, one), self.missing(examples)):
                 pass
 
-    def _fill_one(self, server: FeatureServer, example: Example) -> None:
+    def _fill_one(self, text: Callable[[list[int], list[int]], Path], example: Example) -> None:
         ids, drafted = example.inputs.ids, positions(example)
-        self.add(server.text(ids, drafted), ids, drafted)
+        self.add(text(ids, drafted), ids, drafted)
 
 
 class KeptFeatures:
@@ -181,9 +184,12 @@ class KeepingServer(FeatureServer):
         self.folder = folder
 
     def check(self) -> None:
-        """See `FeatureServer.check`; and open the store."""
+        """See `FeatureServer.check`; and open the store, which may hold the states of other servers of this target."""
         super().check()
-        self.store = TextStore(self.folder, self.info, self.layers)
+        try:
+            self.store = TextStore(self.folder, self.info, self.layers)
+        except MismatchError as error:
+            raise MismatchError(f"{self.url} gives layers {list(self.layers)}; {error}") from None
 
     def ask(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> Reply:
         """See `Server.ask`."""
