@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vsd.data.chat import Conversation
-from vsd.data.ids import IdMap
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
 from vsd.data.template import inputs_of, prompt_inputs
@@ -135,7 +134,7 @@ def room_for_prompts(info: TargetInfo, max_length: int | None, max_new_tokens: i
 
 def open_chats(limits: Limits, conversations: Iterable[Conversation], tally: Tally) -> Iterator[Chat]:
     """The chats of conversations, one at a time, with ids made unique."""
-    seen = IdMap()
+    seen = dict[str, int]()
     for conversation in conversations:
         turns = [m["content"] for m in conversation.messages if m["role"] == "user"]
         system = [m for m in conversation.messages[:1] if m["role"] == "system"]
@@ -144,9 +143,9 @@ def open_chats(limits: Limits, conversations: Iterable[Conversation], tally: Tal
         yield Chat(_unique(seen, conversation.id), conversation.where, system, turns, exact, limits, tally)
 
 
-def _unique(seen: IdMap, id: str) -> str:
+def _unique(seen: dict[str, int], id: str) -> str:
     """The id if it is new, else with its number behind it."""
-    count = seen[id] = (seen.get(id) or 0) + 1
+    count = seen[id] = seen.get(id, 0) + 1
     return id if count == 1 else _unique(seen, f"{id}~{count}")  # which may be the id of another line
 
 

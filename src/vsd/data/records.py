@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from vsd.data.generate import Answer
-from vsd.data.ids import IdMap
 from vsd.data.pictures import as_json, text_of
 from vsd.data.questions import Question
 from vsd.data.template import answer_text
@@ -76,7 +75,7 @@ class RecordLog:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = out.open("a+b")
-        self._places, self.tokens, self.last_batch = IdMap(), 0, -1
+        self._places, self.tokens, self.last_batch = dict[str, int](), 0, -1
         try:
             lock(self._file, f"another run is writing to {out}: wait for it or use another --out")
             self._noted = _check_settings(out, settings, empty=out.stat().st_size == 0)

@@ -2,8 +2,8 @@
 
 Each user turn is answered in order, with the teacher's earlier answers as history. Every answer becomes one record
 with its exact tokens, and is on disk before the conversation's next turn is asked. The same call resumes a run that was
-killed. Conversations are read while others are answered, and forgotten when they are done: of each remains the hash of
-its id, and of each answer its place in the file.
+killed. Conversations are read while others are answered, and forgotten when they are done: of each remains its
+id, and of each answer its place in the file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
