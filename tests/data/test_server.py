@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,6 @@ from fake_server import END, INFO, FakeServer, Handler, completion
 from vsd.data import Conversation, Server, ServerTeacher, encode, load_examples, prompt_inputs, regenerate
 from vsd.data import server as client
 from vsd.errors import ConfigurationError, DataError, MismatchError, TargetError
-
-
-@pytest.fixture
-def fake() -> Iterator[Callable[..., FakeServer]]:
-    started: list[FakeServer] = []
-
-    def start(*faults: Callable[[Handler], None], **options: Any) -> FakeServer:
-        started.append(FakeServer(*faults, **options))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(autouse=True)

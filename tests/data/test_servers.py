@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -35,22 +35,12 @@ def dropped(handler: Handler) -> None:
     handler.connection.close()
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeServer]]:
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
     monkeypatch.setattr(client, "_RETRY_SECONDS", 5.0)
     monkeypatch.setattr(client, "_FIRST_RETRY_SECONDS", 0.2)
-    started: list[FakeServer] = []
-
-    def start(*faults: Callable[[Handler], None], **options: Any) -> FakeServer:
-        started.append(FakeServer(*faults, **options))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
 
 
 def run(servers: list[FakeServer], out: Path, rate: float | None = None, count: int = COUNT) -> None:
