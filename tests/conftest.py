@@ -1,12 +1,15 @@
 """Fixtures shared by all tests.
 
-Tiny models are fastest on one thread; tests on the real one ask for more.
+Tiny models are fastest on one thread; tests on the real one ask for more. Tests see no GPU, unless VSD_TEST_DEVICE is
+cuda: commands and models whose device is not named are then on the first one.
 """
 
 import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes tests start
+if os.environ.get("VSD_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
