@@ -2,9 +2,9 @@
 
 import errno
 import os
+import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,27 +101,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of a model, written on first use by `make`; it appears only when it is complete.
+    """A folder, written on first use by `make`; it appears only when it is complete.
 
-    Several processes may write it: one of them gives it its name.
+    Of several processes one writes it, and the others wait.
 
     Raises:
         FileError: it cannot be written.
     """
-    if (folder / "config.json").exists():
+    if folder.exists():
         return folder
+    half = folder.with_name(f"{folder.name}.{platform.node()}.part")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as half:
-            make(Path(half))
-            try:
-                os.rename(half, folder)
-            except OSError:
-                if not (folder / "config.json").exists():
-                    raise
-                # another process has written the folder meanwhile
-            else:
-                os.mkdir(half)  # TemporaryDirectory deletes it at exit
+    with gated(folder):
+        try:
+            if not folder.exists():
+                shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+                half.mkdir()
+                make(half)
+                os.replace(half, folder)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
     return folder
 
 

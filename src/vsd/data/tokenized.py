@@ -7,11 +7,8 @@ process for itself.
 
 import hashlib
 import json
-import os
-import platform
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from vsd.data.examples import load_examples
 from vsd.data.lines import LOG, OnBadLine, Report
 from vsd.data.sequences import FILES, Examples
 from vsd.data.sources import files_of
-from vsd.files import gated, write_text, writing
+from vsd.files import made_once, write_text
 from vsd.targets import TargetInfo
 from vsd.targets.load import cache_directory
 
@@ -66,7 +63,7 @@ def training_text(
         for source in sources:
             yield from blocks_of(source, tokenizer, *options)
 
-    _made_once(folder, lambda half: _write(half, encoded()))
+    made_once(folder, lambda half: _write(half, encoded()))
     for line in json.loads((folder / _META).read_text()):
         report(line)
     return Examples.mapped(folder)
@@ -91,22 +88,6 @@ def _code() -> str:
     """Changes with the modules of this package."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _made_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder unless it is there; of several processes one makes it, and the others wait."""
-    half = folder.with_name(f"{folder.name}.{platform.node()}.part")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with gated(folder):
-        try:
-            if not folder.exists():
-                shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
-                half.mkdir()
-                make(half)
-                os.replace(half, folder)
-        finally:
-            shutil.rmtree(half, ignore_errors=True)
 
 
 def _write(folder: Path, blocks: Iterable[Block]) -> None:
