@@ -130,12 +130,33 @@ def pictures_of(messages: list[dict[str, Any]]) -> list[Picture]:
 def as_json(value: Any) -> Any:
     """Messages or contents with every image as its path, or as a data URL."""
     if isinstance(value, Picture):
-        if isinstance(value.source, Path):
-            return str(value.source)
-        return f"data:image/*;base64,{base64.b64encode(value.source).decode()}"
+        return str(value.source) if isinstance(value.source, Path) else _data_url(value.source)
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     return [as_json(item) for item in value] if isinstance(value, list) else value
+
+
+def as_request(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a request to OpenAI's API has them: images as data URLs.
+
+    Raises:
+        DataError: the file of an image is gone.
+    """
+
+    def part(given: Part) -> Part:
+        if given["type"] != "image":
+            return given
+        return {"type": "image_url", "image_url": {"url": _data_url(given["image"].content())}}
+
+    contents = ((message, message["content"]) for message in messages)
+    return [
+        {**message, "content": [part(one) for one in content]} if isinstance(content, list) else message
+        for message, content in contents
+    ]
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/*;base64,{base64.b64encode(content).decode()}"
 
 
 def _at_marks(text: str) -> list[Part]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vsd.data.generate import Answer, derive_seed
 from vsd.data.lines import BadLineError
+from vsd.data.pictures import as_request
 from vsd.data.questions import Chat, Question
 from vsd.data.records import GenerationSettings, RecordLog
 from vsd.data.server import Reply, Server
@@ -24,7 +25,6 @@ from vsd.data.teacher import Answered, Batch, digest
 from vsd.data.template import answer_text, render, tokenize
 from vsd.errors import ConfigurationError, MismatchError
 from vsd.targets.info import TargetInfo
-from vsd.targets.inputs import Inputs
 
 
 class ServerTeacher:
@@ -83,11 +83,9 @@ class ServerTeacher:
             self.server.close()
 
     def _ask(self, question: Question, settings: GenerationSettings) -> Reply:
-        if question.inputs.extras:
-            raise BadLineError("a server is not asked about images: regenerate without --server")
         longest = settings.max_new_tokens
         reply = self.server.ask(
-            question.messages,
+            as_request(question.messages),
             question.inputs.ids,
             max_tokens=longest,
             temperature=settings.temperature,
@@ -119,7 +117,14 @@ def exact_answer(info: TargetInfo, question: Question, reply: Reply) -> tuple[Qu
     Raises:
         MismatchError: the server's token ids are not this target's.
     """
+    images = info.images if question.inputs.extras else None
     prompt = reply.prompt_ids or question.inputs.ids
+    if images is not None:  # a server may count an image as one token
+        if _without(images.placeholder, prompt) != _without(images.placeholder, question.inputs.ids):
+            raise MismatchError(
+                f"the server's prompt tokens are not those of '{question.id}': has it another template?"
+            )
+        prompt = question.inputs.ids
     ids = reply.ids or _tokenized(info, question, reply.text)
     if max([*prompt, *ids], default=0) >= len(info.tokenizer):
         raise MismatchError(f"the server's token ids are not in the vocabulary of '{info.name}': give its own target")
@@ -133,7 +138,11 @@ def exact_answer(info: TargetInfo, question: Question, reply: Reply) -> tuple[Qu
             raise MismatchError(f"the server's prompt tokens do not spell the question '{question.id}': mixed up?")
     if reply.finish == "stop" and info.eos_ids and (not ids or ids[-1] not in info.eos_ids):
         ids = [*ids, _end_token(info)]
-    return question._replace(inputs=Inputs(prompt)), Answer(ids, reply.finish)
+    return question._replace(inputs=question.inputs._replace(ids=prompt)), Answer(ids, reply.finish)
+
+
+def _without(token: int, ids: list[int]) -> list[int]:
+    return [other for other in ids if other != token]
 
 
 def _tokenized(info: TargetInfo, question: Question, text: str) -> list[int]:

@@ -192,7 +192,13 @@ class KeepingServer(FeatureServer):
             raise MismatchError(f"{self.url} gives layers {list(self.layers)}; {error}") from None
 
     def ask(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> Reply:
-        """See `Server.ask`."""
+        """See `Server.ask`.
+
+        Raises:
+            ConfigurationError: messages with images, whose states a store does not tell apart.
+        """
+        if any(not isinstance(message["content"], str) for message in messages):
+            raise ConfigurationError("a server gives no features of images: leave out --features")
         reply, file = self.answer(messages, ids, **sampling)
         prompt, answer = reply.prompt_ids or ids, reply.ids or []
         if len(answer) > 1:

@@ -67,6 +67,20 @@ class Picture(NamedTuple):
         _opened(content, name)
         return cls(source, hashlib.sha256(content).hexdigest(), name)
 
+    def content(self) -> bytes:
+        """The file's content.
+
+        Raises:
+            DataError: the file has gone, or has changed.
+        """
+        try:
+            content = self.source.read_bytes() if isinstance(self.source, Path) else self.source
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read again: {error.strerror or error}") from error
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise DataError(f"{self.name} has changed since it was first read")
+        return content
+
     def decoded(self) -> Image.Image:
         """The image in RGB, upright, transparent places white, as servers prepare it.
 
@@ -74,10 +88,7 @@ class Picture(NamedTuple):
             DataError: the file has gone, has changed, or is damaged.
         """
         try:
-            content = self.source.read_bytes() if isinstance(self.source, Path) else self.source
-            if hashlib.sha256(content).hexdigest() != self.digest:
-                raise DataError(f"{self.name} has changed since it was first read")
-            image = ImageOps.exif_transpose(_opened(content, self.name))
+            image = ImageOps.exif_transpose(_opened(self.content(), self.name))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
