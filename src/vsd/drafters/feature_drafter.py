@@ -27,8 +27,9 @@ class FeatureDrafterConfig(PreTrainedConfig):
     """Sizes of a drafter, and which target it belongs to.
 
     `aux_layers` are decoder-layer *input* indices of the target (vLLM's convention). `image_inputs` says what a drafter
-    of a target that reads images embeds at their positions: "placeholder", the placeholder token itself, as in vLLM.
-    The picture reaches the drafter by the target's features.
+    of a target that reads images embeds at their positions: "placeholder", the placeholder token itself, as in vLLM
+    (the picture reaches the drafter by the target's features), or "embeddings", the target's own inputs there, as in
+    SGLang.
     """
 
     vocab_size: int = 32000
@@ -62,10 +63,12 @@ class FeatureDrafter(Proposals, PreTrainedModel):
     Attributes:
         title: of the family, for messages.
         reads_final: whether the final hidden states, index L of `aux_layers`, are among its features.
+        image_rules: the values of `image_inputs` that its family knows.
     """
 
     title: ClassVar[str]
     reads_final: ClassVar[bool] = False
+    image_rules: ClassVar[tuple[str, ...]] = ("placeholder",)
     config_class: Any
     base_model_prefix = ""
     config: Any
@@ -191,8 +194,17 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         if hasattr(config, "mask_token_id"):
             _check_mask(config.mask_token_id, len(target.embedding_weight))
         if config.target_fingerprint is None:
-            config.target_fingerprint, config.image_inputs = fingerprint, self.fields_for(target, {})["image_inputs"]
+            config.target_fingerprint = fingerprint
+            config.image_inputs = self.fields_for(target, {})["image_inputs"]
+        self._check_images(target)
         self.embed = lambda ids: target.embed(ids)  # not a method: a copy of the drafter would copy the target
+
+    def _check_images(self, target: TargetInfo) -> None:
+        rule = self.config.image_inputs
+        if rule is not None and rule not in self.image_rules:
+            raise MismatchError(f"image_inputs of a {self.title} is {' or '.join(self.image_rules)}, not {rule!r}")
+        if rule == "embeddings" and target.images is None:
+            raise MismatchError("image_inputs is for targets that read images, and the target reads none: leave it out")
 
 
 def _check_mask(mask: object, tokens: int) -> None:

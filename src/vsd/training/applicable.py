@@ -8,7 +8,7 @@ from vsd.options import OnlineOptions, TrainJob
 from vsd.training.config import VSDConfig
 
 _ELSEWHERE = {
-    **dict.fromkeys(("vocab_size", "target_fingerprint", "image_inputs"), "the target's"),
+    **dict.fromkeys(("vocab_size", "target_fingerprint"), "the target's"),
     **dict.fromkeys(("architectures", "model_type"), "the family's"),
     **dict.fromkeys(("dtype", "torch_dtype"), "float32 in training"),
     "draft_vocab_size": "an option of its own, --draft-vocab-size",

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from vsd.drafters.base import FeatureSpec
 from vsd.drafters.eagle3.layer import EagleLayer
 from vsd.drafters.entry_cache import EntryCache
 from vsd.drafters.feature_drafter import FeatureDrafter, FeatureDrafterConfig
 from vsd.paths import Entries
-from vsd.targets import Padded
+from vsd.targets import Padded, TargetInfo
 
 
 class EagleBody(FeatureDrafter):
-    """Weights around the layers, and the reading of decided tokens."""
+    """Weights around the layers, and the reading of decided tokens.
+
+    If images are read by SGLang's rule, the features begin with the target's input embeddings.
+    """
+
+    image_rules = ("placeholder", "embeddings")
+    placeholder: int | None = None  # of images, where their embeddings are read
 
     def __init__(self, config: FeatureDrafterConfig) -> None:
         super().__init__(config)
@@ -36,6 +43,30 @@ class EagleBody(FeatureDrafter):
     @abstractmethod
     def decoder_layers(self) -> Sequence[EagleLayer]:
         """Its layers; the first one reads token embeddings, too."""
+
+    @property
+    def needs(self) -> FeatureSpec:
+        """See `Drafter.needs`."""
+        layers = tuple(self.config.aux_layers)
+        return FeatureSpec((0, *layers) if self.config.image_inputs == "embeddings" else layers)
+
+    def attach(self, target: TargetInfo) -> None:
+        """See `Drafter.attach`."""
+        super().attach(target)
+        if self.config.image_inputs == "embeddings" and target.images is not None:
+            self.placeholder = target.images.placeholder
+
+    def embedded(self, next_ids: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of the tokens [B, A] of entries, [B, A, h], and the features that `fc` reads, [B, A, n h].
+
+        The target's input embedding of an entry's token, which stands at t + 1, is among the features of the next one.
+        """
+        embeds = self.embed(next_ids)
+        if self.placeholder is None:
+            return embeds, aux
+        inputs, read = aux.split([embeds.shape[-1], aux.shape[-1] - embeds.shape[-1]], dim=-1)
+        images = (next_ids == self.placeholder)[..., None]
+        return torch.where(images, inputs.roll(-1, dims=1).to(embeds.dtype), embeds), read
 
     def begin(self, prompt: Padded, aux: Tensor, root: Tensor, capacity: int) -> EntryCache:
         """See `Drafter.begin`."""
@@ -54,7 +85,8 @@ class EagleBody(FeatureDrafter):
         slots, last = state.behind(next_ids.shape[1]), (counts - 1)[:, None, None]
         pick = lambda x: x.gather(1, last.expand(-1, 1, x.shape[-1]))  # noqa: E731
         state.commit(state.lengths + counts, pick(positions[..., None])[:, 0, 0] + 1)
-        embeds, hidden = self.embed(next_ids).to(self.dtype), self.fc(aux.to(self.dtype))
+        embeds, read = (x.to(self.dtype) for x in self.embedded(next_ids, aux))
+        hidden = self.fc(read)
         rotary = self.rotary_emb(hidden, positions)
         layers = self.decoder_layers()
         seen = state.up_to(slots) if len(layers) > 1 else state.committed[:, None]

@@ -80,10 +80,15 @@ def export(layout: Layout, drafter: Any, target: TargetInfo, kind: str) -> Check
         raise MismatchError(f"engines take features of three layers, this drafter has {len(config.aux_layers)}")
     if min(config.aux_layers) < 1:
         raise MismatchError("a feature of layer 0's input is no layer's output: SGLang cannot name it")
-    if kind == "sglang" and config.image_inputs is not None:
+    if kind == "sglang" and config.image_inputs == "placeholder":
         raise MismatchError(
             "SGLang gives a drafter the target's embeddings of images, and this one was trained on their placeholders, "
-            "as vLLM serves it: export it for vllm"
+            "as vLLM serves it: export it for vllm, or train with --set drafter_options.image_inputs=embeddings"
+        )
+    if kind != "sglang" and config.image_inputs == "embeddings":
+        raise MismatchError(
+            "only SGLang gives a drafter the target's embeddings of images, on which this one was trained: export it "
+            "for sglang, or train without drafter_options.image_inputs"
         )
     tensors = dict(drafter.state_dict())
     if "lm_head.weight" not in tensors:

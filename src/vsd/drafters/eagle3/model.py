@@ -49,8 +49,9 @@ class Eagle3Drafter(Recurrent, EagleBody):
 
     def roots(self, entries: Entries, roots: Tensor) -> Roots:
         """See `Recurrent.roots`; the fused features stand for what is fed back."""
-        fused = self.fc(entries.aux)  # [B, E, h]
-        _, a = self.read(self.embed(entries.next_ids), fused)
+        embeds, aux = self.embedded(entries.next_ids, entries.aux)
+        fused = self.fc(aux)  # [B, E, h]
+        _, a = self.read(embeds, fused)
         shared = self.midlayer.self_attn.keys_values(a, self.rotary_emb(fused, entries.positions))
         hidden = rows_at(fused, roots)
         return Roots(hidden, shared, entries.seen_from(roots), entries.positions.gather(1, roots), roots + 1)

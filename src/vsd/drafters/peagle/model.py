@@ -71,8 +71,8 @@ class PeagleDrafter(Parallel, EagleBody):
         (B, P), M = roots.shape, steps - 1
         at = entries.positions.gather(1, roots)
         places = (at[..., None] + 1 + torch.arange(M, device=at.device)).flatten(1)  # [B, P M]
-        hidden, (mask_embeds, masks) = self.fc(entries.aux), self._mask_input()
-        embeds = self.embed(entries.next_ids)
+        embeds, aux = self.embedded(entries.next_ids, entries.aux)
+        hidden, (mask_embeds, masks) = self.fc(aux), self._mask_input()
         seen = entries.seen_from(roots)
         every = entries.seen_from(torch.arange(entries.next_ids.shape[1], device=at.device).expand(B, -1))
         rotary, mask_rotary = self.rotary_emb(hidden, entries.positions), self.rotary_emb(hidden, places)
