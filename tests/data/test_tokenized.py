@@ -1,6 +1,7 @@
 """Training sequences as arrays; text that is encoded once and mapped from the cache directory."""
 
 import json
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -102,7 +103,7 @@ def test_the_rest_of_a_killed_process_is_replaced(cache: Path, tmp_path: Path) -
     file = text(tmp_path, row(1), row(2))
     wanted = list(training_text([file], INFO, 60))
     (folder,) = cache.iterdir()
-    rest = folder.rename(cache / f"{folder.name}.{tokenized.platform.node()}.part")
+    rest = folder.rename(cache / f"{folder.name}.{platform.node()}.part")
     (rest / "ids").write_bytes(b"")
     (rest / tokenized._META).unlink()
     assert list(training_text([file], INFO, 60)) == wanted

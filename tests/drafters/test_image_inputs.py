@@ -25,10 +25,10 @@ def target() -> Target:
     return seeing.target("llava")
 
 
-def made(target: Target, family: str, rule: str) -> Any:
+def made(target: Target, family: str, rule: str, **options: Any) -> Any:
     torch.manual_seed(0)
     vocabulary = draft_vocabulary(torch.arange(15, 115), target.vocab_size, 100)
-    return new_drafter(target, vocabulary, family, initializer_range=0.2, image_inputs=rule).eval()
+    return new_drafter(target, vocabulary, family, initializer_range=0.2, image_inputs=rule, **options).eval()
 
 
 def entries(target: Target, drafter: Any) -> tuple[Padded, Entries]:
@@ -79,7 +79,7 @@ def test_decoding_drafts_as_training(target: Target) -> None:
 
 
 def test_a_checkpoint_is_for_the_engine_that_reads_images_so(target: Target, tmp_path: Path) -> None:
-    drafter = made(target, "eagle3", "embeddings")
+    drafter = made(target, "eagle3", "embeddings", aux_layers=[1, 2, 3])
     with pytest.raises(MismatchError, match="export it for sglang"):
         export_drafter(drafter, target, tmp_path / "vllm", "vllm")
     native = export_drafter(drafter, target, tmp_path / "sglang", "sglang")
