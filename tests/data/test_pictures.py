@@ -190,7 +190,7 @@ def test_pictures_are_decoded_when_they_are_needed(target: Target, folder: Path)
     (example,) = load_examples(write(folder, asked(A, text("see"))), target.tokenizer, 512, images=target.images)
     target.images._kept.clear()
     (folder / "a.png").unlink()
-    with pytest.raises(DataError, match=r"a\.png' cannot be decoded"):
+    with pytest.raises(DataError, match=r"a\.png' cannot be read again"):
         dict(example.inputs.extras)
 
 
