@@ -68,7 +68,7 @@ def test_a_slow_server_gets_fewer(fake: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", [busy, dropped])
 def test_a_server_that_fails_for_a_while_is_asked_again(fake: Any, tmp_path: Path, fault: Any) -> None:
-    failing, sound = fake(*[fault] * 8), fake(delay=0.1)
+    failing, sound = fake(*[fault] * 4), fake(delay=0.4)
     run([failing, sound], tmp_path / "out.jsonl")
     assert len(failing.asked) > 0 and not failing.faults
 
