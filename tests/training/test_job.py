@@ -99,7 +99,6 @@ def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Pa
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     process = warm.start(train_slowly, arguments(workshop, killed, *options), log=tmp_path / "log")
     try:
-        assert cli.main(arguments(workshop, straight, *options)) == 0  # meanwhile
         deadline = time.monotonic() + 120
         while not (killed / "checkpoint-12" / "trainer_state.json").exists():
             assert process.is_alive() and time.monotonic() < deadline
@@ -109,6 +108,7 @@ def test_killed_and_resumed_is_straight_bit_for_bit(workshop: Path, tmp_path: Pa
         process.kill()
         process.join()
     assert not (killed / "drafter").exists()
+    assert cli.main(arguments(workshop, straight, *options)) == 0
     assert cli.main(arguments(workshop, killed, *options)) == 1  # not without being told
     assert cli.main(arguments(workshop, killed, *options, "--resume")) == 0
     files = [folder / "drafter" / "model.safetensors" for folder in (straight, killed)]

@@ -39,7 +39,6 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
         "× plain",
         "× generate",
         "draft/verify/commit ms",
-        "prefill ms",
     ):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     for run in report["runs"]:
@@ -59,6 +58,8 @@ def print_details(report: dict[str, Any], console: Console | None = None) -> Non
     _print(console, "accepted, of all passes", "drafted tokens", runs, [_by_position(run) for run in runs])
     _print(console, "τ by tokens of prompt and answer", "context", runs, [_by_context(run) for run in runs])
     _print(console, "τ by tokens of the answer", "answer", runs, [_by_answer(run) for run in runs])
+    prefill = [{"prefill": f"{run['latency']['prefill']:.0f}"} for run in runs]
+    _print(console, "milliseconds a prompt", "pass", runs, prefill)
     if len(report["settings"]["concurrency"]) > 1:
         found = [_by_concurrency(run) for run in report["runs"]]
         title = "tokens/s, × plain at the same concurrency, ms a target pass"
@@ -114,7 +115,6 @@ def _cells(run: Run) -> list[str]:
         _with_interval(run["speedup"], run["speedup_ci"]) if tree else "1",
         _with_interval(run["speedup_generate"], run["speedup_generate_ci"]),
         " / ".join(f"{latency[part]:.0f}" for part in ("draft", "verify", "commit")),
-        f"{latency['prefill']:.0f}",
     ]
 
 
