@@ -68,8 +68,9 @@ def plain_answers(
                 turns.append((i, asked[i], tokens))
                 text = str(target.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
                 histories[i].append({"role": "assistant", "content": text or "…"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"request": request, "answers": answers}))
+    if recorded is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"request": request, "answers": answers}))
     return turns
 
 

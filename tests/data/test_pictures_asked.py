@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(target: Target) -> Iterator[Any]:
-    started = []
-
-    def server(wrong: str = "") -> SeeingServer:
-        started.append(SeeingServer(target, wrong))
-        return started[-1]
-
-    yield server
-    for one in started:
-        one.shutdown()
-        one.server_close()
+def start(fake: Callable[..., Any], target: Target) -> Callable[..., SeeingServer]:
+    return lambda wrong="": fake(target, wrong, kind=SeeingServer)
 
 
 def answered(server: SeeingServer, target: Target, prompts: Path) -> Path:

@@ -18,15 +18,6 @@ from vsd.data import server as client
 from vsd.errors import ConfigurationError, DataError, MismatchError, TargetError
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(client, "_RETRY_SECONDS", 5.0)
-    monkeypatch.setattr(client, "_FIRST_RETRY_SECONDS", 0.2)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
 def chats(count: int) -> list[Conversation]:
     """Conversations of one and two turns."""
     return [

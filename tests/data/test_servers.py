@@ -35,14 +35,6 @@ def dropped(handler: Handler) -> None:
     handler.connection.close()
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(client, "_RETRY_SECONDS", 5.0)
-    monkeypatch.setattr(client, "_FIRST_RETRY_SECONDS", 0.2)
-
-
 def run(servers: list[FakeServer], out: Path, rate: float | None = None, count: int = COUNT) -> None:
     """Every conversation is answered once."""
     asked = [Conversation(f"c{i}", f"f:{i}", [{"role": "user", "content": str(i)}]) for i in range(count)]

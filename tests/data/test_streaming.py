@@ -55,17 +55,8 @@ class Asked(FakeServer):
 
 
 @pytest.fixture
-def fake() -> Iterator[Callable[..., Asked]]:
-    started: list[Asked] = []
-
-    def start(source: Source | None = None) -> Asked:
-        started.append(Asked(source))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+def fake(fake: Callable[..., Any]) -> Callable[..., Asked]:
+    return lambda source=None: fake(source, kind=Asked)
 
 
 def by_server(server: FakeServer, source: Any, out: Path, **options: Any) -> Any:
