@@ -22,7 +22,7 @@ from vsd.export import export_drafter
 from vsd.targets import Target
 from vsd.training import DraftDataset
 
-ELSEWHERE = re.compile(r"https?://|URL|\.gguf|--image|data server|vsd demo|runs/demo|smollm2_greedy|START|RUN")
+ELSEWHERE = re.compile(r"runs/pictures|https?://|URL|\.gguf|--image|data server|vsd demo|runs/demo|smollm2_greedy|START|RUN")
 COMMANDS = [command for command, whole in FOUND if whole and not ELSEWHERE.search(command)]
 CONVERSATIONS = 72  # more than any command holds out
 SMALLER = {  # options by command: added, or in place of what the page says
