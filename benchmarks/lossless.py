@@ -3,13 +3,13 @@
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
 The first turn of each prompt is answered by plain greedy `generate` in batches, then by the engine with a tree and with
-a chain, one request at a time and in batches. Answers must be equal, token for token, except at numerical ties: passes
-of different shapes round the same logit differently, most of all in bfloat16, so near-ties can have either outcome. The
-rounding is measured: the gap between the two best logits at every step of the plain run is compared with the same gap
-in one plain pass over the whole text. The largest deviation is the resolution of the precision. An answer that differs
-from the plain answer at a step with a larger gap is wrong, and the command fails. Finished prompts are stored in --out:
-an interrupted or killed command, or one that --minutes ended, goes on when it is repeated. So thousands of prompts can
-be compared in pieces.
+a chain, in the same batches; the first prompt of every batch also alone. Answers must be equal, token for token, except
+at numerical ties: passes of different shapes round the same logit differently, most of all in bfloat16, so near-ties
+can have either outcome. The rounding is measured: the gap between the two best logits at every step of the plain run is
+compared with the same gap in one plain pass over the whole text. The largest deviation is the resolution of the
+precision. An answer that differs from the plain answer at a step with a larger gap is wrong, and the command fails.
+Finished prompts are stored in --out: an interrupted or killed command, or one that --minutes ended, goes on when it is
+repeated. So thousands of prompts can be compared in pieces.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target, load_target
 
-Record = dict[str, Any]  # of one prompt: the plain answer and the differences of every decoding
+Record = dict[str, Any]  # of one prompt: the plain answer, the decodings compared with it and their differences
 SHAPES = {"tree": TreeShape(2, 3, 6, 0.03, lookup=8), "chain": TreeShape.chain(3)}
-DECODINGS = [f"{shape}, {how}" for shape in SHAPES for how in ("single", "batch")]
+DECODINGS = [f"{shape}, {how}" for shape in SHAPES for how in ("alone", "batch")]
 
 
 class Plain(NamedTuple):
@@ -100,15 +100,18 @@ def compare(target: Target, drafter: Drafter, prompts: Sequence[Inputs], max_new
     sampling, answers = Sampling(max_new_tokens), {}
     for name, shape in SHAPES.items():
         engine = Engine(target, drafter, shape)
-        answers[f"{name}, single"] = [engine.generate([prompt], sampling)[0].tokens for prompt in prompts]
+        answers[f"{name}, alone"] = [engine.generate(prompts[:1], sampling)[0].tokens]
         answers[f"{name}, batch"] = [result.tokens for result in engine.generate(prompts, sampling)]
     records = []
     for i, reference in enumerate(references):
-        parted = {decoding: first_difference(reference.tokens, answers[decoding][i]) for decoding in DECODINGS}
+        parted = {
+            name: first_difference(reference.tokens, tokens[i]) for name, tokens in answers.items() if i < len(tokens)
+        }
         differences = {
             decoding: {"at": at, "gap": reference.gaps[at]} for decoding, at in parted.items() if at is not None
         }
-        records.append({**reference._asdict(), "tokens": len(reference.tokens), "differences": differences})
+        found = {"tokens": len(reference.tokens), "compared": list(parted), "differences": differences}
+        records.append({**reference._asdict(), **found})
     return records
 
 
@@ -152,13 +155,14 @@ def finished(out: Path, request: dict[str, Any], prompts: int) -> list[Record]:
 
 
 def report(records: Sequence[Record]) -> dict[str, Any]:
-    """For each decoding: answers that differ, and their gaps; resolution of the precision; gaps of all steps."""
+    """For each decoding: answers, those that differ and their gaps; resolution of the precision; gaps of all steps."""
     unresolved = max(max(r["deviations"]) for r in records)
     rows = {}
     for decoding in DECODINGS:
         different = sorted(r["differences"][decoding]["gap"] for r in records if decoding in r["differences"])
         wrong = sum(gap > unresolved for gap in different)
-        rows[decoding] = {"different": len(different), "gaps": different, "not_ties": wrong}
+        compared = sum(decoding in r["compared"] for r in records)
+        rows[decoding] = {"compared": compared, "different": len(different), "gaps": different, "not_ties": wrong}
     gaps = np.concatenate([r["gaps"] for r in records])
     return {
         "prompts": len(records),
@@ -201,9 +205,11 @@ def main() -> None:
         f"Plain passes of different shapes deviate by up to {found['unresolved']:.2g} on the gap between the two best "
         f"logits; {found['share_of_steps_unresolved']:.2%} of all steps have a smaller gap and count as ties."
     )
-    table = Table("decoding", "answers that differ", "greatest gap there", "not ties", title=title, caption=caption)
+    columns = ("decoding", "answers", "that differ", "greatest gap there", "not ties")
+    table = Table(*columns, title=title, caption=caption)
     for decoding, row in found["decodings"].items():
-        table.add_row(decoding, str(row["different"]), f"{max(row['gaps'], default=0):.2g}", str(row["not_ties"]))
+        counts = (row["compared"], row["different"], f"{max(row['gaps'], default=0):.2g}", row["not_ties"])
+        table.add_row(decoding, *map(str, counts))
     Console().print(table)
     wrong = sum(row["not_ties"] for row in found["decodings"].values())
     sys.exit(f"{wrong} answers differ from plain decoding at a step that is not a tie" if wrong else 0)

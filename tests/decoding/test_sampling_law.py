@@ -233,9 +233,8 @@ def test_any_settings_give_the_answer_of_transformers(
     target, drafter = fluent_pair("llama")
     sampling = Sampling(12, temperature, (), (), seed, top_p, top_k, min_p, penalty, bias)
     engine = Engine(target, drafter if SHAPES[shape] else None, SHAPES[shape])
-    for prompt in PROMPTS:
-        (result,) = engine.generate([prompt], sampling)
-        assert result.tokens == by_transformers(target, prompt, 12, sampling)
+    results = engine.generate(PROMPTS, sampling)
+    assert [r.tokens for r in results] == [by_transformers(target, prompt, 12, sampling) for prompt in PROMPTS]
 
 
 # ---- a request of its own

@@ -89,13 +89,12 @@ def test_every_weight_is_trained(tiny_target: Target, drafter: PeagleDrafter) ->
     plain.check_training(tiny_target, drafter, K)
 
 
-def test_it_starts_as_the_eagle3_drafter(tiny_target: Target, tmp_path: Path) -> None:
+def test_it_starts_as_the_eagle3_drafter(tiny_target: Target) -> None:
     """The first proposals are the same; the rest of a block is new, and has a gradient."""
     torch.manual_seed(2)
     vocabulary = draft_vocabulary(torch.arange(60), 128, 60)
     trained = Eagle3Drafter.for_target(tiny_target, vocabulary, intermediate_size=48, initializer_range=0.3)
-    trained.save_pretrained(tmp_path)
-    started = start_drafter(tmp_path, tiny_target, "peagle", num_hidden_layers=2)
+    started = start_drafter(trained, tiny_target, "peagle", num_hidden_layers=2)
     assert started.config.num_hidden_layers == 2 and started.config.intermediate_size == 48
     assert torch.equal(started.vocabulary.ids, vocabulary.ids)
     ids = torch.randint(15, 128, (1, 9))
@@ -107,10 +106,9 @@ def test_it_starts_as_the_eagle3_drafter(tiny_target: Target, tmp_path: Path) ->
     assert torch.equal(trees[0].tokens, trees[1].tokens)
     torch.testing.assert_close(trees[0].log_q, trees[1].log_q)
     with pytest.raises(VSDError, match="does not start from another family's"):
-        start_drafter(tmp_path, tiny_target, "lm")
+        start_drafter(trained, tiny_target, "lm")
     with pytest.raises(VSDError, match="starts from an EAGLE-3 drafter, not from a PeagleDrafter"):
-        started.save_pretrained(tmp_path / "peagle")
-        start_drafter(tmp_path / "peagle", tiny_target, "peagle")
+        start_drafter(started, tiny_target, "peagle")
 
 
 def test_saved_and_loaded_bit_for_bit(drafter: PeagleDrafter, tiny_target: Target, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import lossless
+from overfit import PROMPTS, fluent_pair
 from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt
+from vsd.targets import Inputs
 
 
 def test_prompts_that_a_kill_left_half_are_compared_again(tmp_path: Path) -> None:
@@ -27,6 +30,27 @@ def test_prompts_that_a_kill_left_half_are_compared_again(tmp_path: Path) -> Non
     assert len(lossless.finished(out, request, 7)) == 7  # the last batch is a short one
     with pytest.raises(ConfigurationError, match="other settings"):
         lossless.finished(out, {**request, "dtype": "bfloat16"}, 7)
+
+
+def test_every_prompt_is_compared_in_its_batch_and_the_first_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = fluent_pair("llama")
+    prompts = [Inputs(ids) for ids in PROMPTS]
+    found = lossless.report(lossless.compare(target, drafter, prompts, 12))
+    assert {name: row["compared"] for name, row in found["decodings"].items()} == {
+        "tree, alone": 1,
+        "tree, batch": 3,
+        "chain, alone": 1,
+        "chain, batch": 3,
+    }
+    assert not any(row["different"] for row in found["decodings"].values())
+    generate = lossless.Engine.generate
+
+    def wrong(*given: Any) -> list[Any]:
+        return [replace(result, tokens=[*result.tokens[:-1], 0]) for result in generate(*given)]
+
+    monkeypatch.setattr(lossless.Engine, "generate", wrong)
+    found = lossless.report(lossless.compare(target, drafter, prompts, 12))
+    assert found["decodings"]["tree, batch"]["not_ties"] == 3
 
 
 def test_pieces_equal_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_target: Any) -> None:

@@ -36,7 +36,7 @@ def random_drafter(target: Target, family: str, options: dict[str, Any]) -> Any:
     """
     torch.manual_seed(0)
     if family == "peagle":
-        drafter = start_drafter(DRAFTER, target, family, **options)
+        drafter = start_drafter(load_drafter(DRAFTER, target, trainable=True), target, family, **options)
     else:
         vocabulary = draft_vocabulary(torch.randint(target.vocab_size, (9000,)), target.vocab_size, 4096)
         drafter = new_drafter(target, vocabulary, family, **options)

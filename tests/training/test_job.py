@@ -188,8 +188,9 @@ def test_the_revision_of_the_target_is_loaded(workshop: Path, tmp_path: Path, mo
     assert (asked["revision"], asked["trust_remote_code"]) == ("v2", True)
 
 
+@pytest.mark.parametrize("options", [[], ["--family", "peagle"], ["--online", "--answer-tokens", "8"]], ids=" ".join)
 def test_a_drafter_of_another_target_is_trained_further_for_this_one(
-    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
     """As for a fine-tuned target: the drafter of the plain one is the start, and the result belongs to the new one."""
     plain, tuned = load_target(str(workshop / "target"), dtype="float32", pack=False), tmp_path / "tuned"
@@ -200,7 +201,7 @@ def test_a_drafter_of_another_target_is_trained_further_for_this_one(
     assert cli.main(arguments(workshop, tmp_path / "first", "--set", "max_steps=1")) == 0
     start = str(tmp_path / "first" / "drafter")
     assert "another target" not in capsys.readouterr().out
-    given = arguments(workshop, tmp_path / "second", "--drafter", start, "--set", "max_steps=1")
+    given = arguments(workshop, tmp_path / "second", "--drafter", start, *options, "--set", "max_steps=1")
     given[given.index("--target") + 1] = str(tuned)
     assert cli.main(given) == 0
     assert "was trained for another target" in capsys.readouterr().out

@@ -41,21 +41,18 @@ def new_drafter(target: TargetInfo, vocabulary: DraftVocabulary, family: str | N
     return _made(name, options, lambda: family_named(name).new(target, vocabulary, **options))
 
 
-def start_drafter(path: str | Path, target: TargetInfo, family: str, **options: Any) -> Any:
+def start_drafter(trained: Any, target: TargetInfo, family: str, **options: Any) -> Any:
     """A new drafter of a family that starts from a trained drafter of another one.
 
     Args:
-        path: folder of the trained drafter.
         options: fields of the new drafter's configuration.
 
     Raises:
         ConfigurationError: the family takes no such start, or a configuration it does not take.
-        MismatchError: as `load_drafter`.
     """
     start = family_named(family).start
     if start is None:
         raise ConfigurationError(f"a drafter of family {family} does not start from another family's: leave out family")
-    trained = load_drafter(path, target, trainable=True)
     return _made(family, options, lambda: start(trained, target, **options))
 
 

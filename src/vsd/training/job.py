@@ -15,8 +15,8 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from vsd.data import Example, Examples, training_text
-from vsd.drafters import load_drafter, new_drafter
-from vsd.drafters.load import adopted_drafter, family_named, family_of, start_drafter
+from vsd.drafters import new_drafter
+from vsd.drafters.load import adopted_drafter, family_for, family_named, start_drafter
 from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
 from vsd.files import alone, writing
@@ -116,7 +116,7 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
     ]
     kept, held_out = hold_out(prompts, job.held_out)
     set_seed(config.seed)
-    drafter = load_drafter(job.drafter, target, trainable=True)
+    drafter = _given(job.drafter, target)
     folder = Path(job.output_dir) / "online"
     texts = OnlineText(folder, target, drafter, kept, job, temperature=config.temperature, seed=config.seed)
     return VSDTrainer(target, drafter, config, texts, features=texts, eval_prompts=held_out)
@@ -245,11 +245,17 @@ def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
     if job.drafter is None:
         size = draft_vocabulary_size(job.draft_vocab_size, target.hidden_size, target.vocab_size)
         return new_drafter(target, dataset.draft_vocabulary(target.vocab_size, size), job.family, **options)
-    if job.family is not None and family_of(job.drafter) is not family_named(job.family):
-        return start_drafter(job.drafter, target, job.family, **options)
-    drafter, adopted = adopted_drafter(job.drafter, target)
+    drafter = _given(job.drafter, target)
+    if job.family is not None and family_for(drafter) is not family_named(job.family):
+        return start_drafter(drafter, target, job.family, **options)
+    return drafter
+
+
+def _given(path: str, target: TargetInfo) -> Any:
+    """The drafter that a job continues from, of this target or of another one of the same sizes."""
+    drafter, adopted = adopted_drafter(path, target)
     if adopted:
-        print(f"'{job.drafter}' was trained for another target of these sizes; it is trained further for this one")
+        print(f"'{path}' was trained for another target of these sizes; it is trained further for this one")
     return drafter
 
 
