@@ -51,6 +51,22 @@ def test_measurements_are_spread_over_the_time(clock: list[float], eval_steps: f
     assert (found, stopped) == (measured, [10])
 
 
+def test_checkpoints_and_logs_are_spread_over_the_time_and_the_end_is_saved(clock: list[float]) -> None:
+    """Steps of seven seconds in a minute: the last step is behind no third."""
+    config = VSDConfig(output_dir="unused", save_steps=0.33, logging_steps=0.5)
+    budget, state = TimeBudget(1), TrainerState(is_world_process_zero=False)
+    budget.on_train_begin(config, state, TrainerControl())
+    controls = [TrainerControl() for _ in range(9)]
+    for control in controls:
+        clock[0] += 7
+        budget.on_step_end(config, state, control)
+    assert [step for step, control in enumerate(controls, start=1) if control.should_save] == [3, 6, 9]
+    assert [step for step, control in enumerate(controls, start=1) if control.should_log] == [5, 9]
+    never = VSDConfig(output_dir="unused", save_strategy="no", save_steps=0.33)
+    budget.on_step_end(never, state, last := TrainerControl())
+    assert last.should_training_stop and not last.should_save
+
+
 def test_a_resumed_run_has_what_is_left_of_its_time(clock: list[float]) -> None:
     config = VSDConfig(output_dir="unused")
     budget, state, control = TimeBudget(1), TrainerState(is_world_process_zero=False), TrainerControl()

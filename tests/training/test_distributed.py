@@ -168,6 +168,7 @@ def seen(kind: str, rank: int, target: Target, examples: list[Example], out: Pat
     )
     trainer.train()
     found["three steps"] = weights_of(trainer)
+    found["acceptance"] = trainer._acceptance
     found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return found
 
@@ -206,6 +207,18 @@ def test_replicas_stay_equal(two_processes: Path, kind: str) -> None:
         assert torch.equal(weight, second["three steps"][name]), name
         assert bool(weight.isfinite().all()) and not torch.equal(weight, first["start"][name]), name
     assert len(first["losses"]) == 3 and all(torch.tensor(first["losses"]).isfinite())
+
+
+def test_processes_share_the_running_acceptance(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, two_processes: Path
+) -> None:
+    """ARW's smoothing depends on it: of two processes it is that of one which reads the same texts."""
+    first, second = ranks(two_processes, "recorded")
+    steps = {"max_steps": 3, "learning_rate": 1e-2, "gradient_accumulation_steps": 4}
+    whole = trainer_of("recorded", tiny_target, examples, tmp_path, **steps, per_device_train_batch_size=2)
+    whole.train()
+    assert first["acceptance"] == second["acceptance"] is not None
+    assert first["acceptance"] == pytest.approx(whole._acceptance, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", DRAWN)

@@ -152,6 +152,50 @@ def test_a_finished_run_is_not_overwritten(workshop: Path, tmp_path: Path, capsy
     assert (out / "drafter" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("length", ["max_minutes=0.01", "patience=1"])
+def test_a_run_that_ends_before_its_last_step_has_a_checkpoint(workshop: Path, tmp_path: Path, length: str) -> None:
+    """It was ended by the clock, or because τ did not rise; longer, it goes on from there."""
+    out = tmp_path / "run"
+    options = ["save_steps=1000", "eval_steps=1", "learning_rate=0", length]
+    assert cli.main(arguments(workshop, out, *options)) == 0
+    (first,) = out.glob("checkpoint-*")
+    ended = int(first.name.rpartition("-")[2])
+    assert ended < 30
+    longer = [*options[:-1], "max_minutes=null", "patience=null", f"max_steps={ended + 2}", "--resume"]
+    if length.startswith("patience"):  # the clock's schedule of the learning rate is a setting of its own
+        assert cli.main(arguments(workshop, out, *longer)) == 0
+        assert (out / f"checkpoint-{ended + 2}").is_dir()
+
+
+def test_a_run_without_checkpoints_is_neither_overwritten_nor_resumed(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(workshop, out, "max_steps=2", "save_strategy=no")) == 0
+    before = (out / "drafter" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    for more, what in (([], "holds a run already"), (["--resume"], "ended without checkpoints")):
+        assert cli.main(arguments(workshop, out, "max_steps=2", "save_strategy=no", *more)) == 1
+        error = capsys.readouterr().err
+        assert what in error and "--output-dir" in error
+    assert (out / "drafter" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_on_other_text(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files have the same names; one line more would move the order and the held-out conversations."""
+    shop, out = tmp_path / "shop", tmp_path / "run"
+    shutil.copytree(workshop, shop)
+    given = arguments(shop, out, "max_steps=4", "--features", "online")
+    assert cli.main(given) == 0
+    text = (shop / "text.jsonl").read_text()
+    (shop / "text.jsonl").write_text(text + text.splitlines(keepends=True)[0])
+    longer = ["max_steps=8" if word == "max_steps=4" else word for word in given] + ["--resume"]
+    assert cli.main(longer) == 1
+    assert "was trained on other text" in capsys.readouterr().err
+    (shop / "text.jsonl").write_text(text)
+    assert cli.main(longer) == 0
+
+
 def test_a_run_is_not_resumed_with_other_settings(
     workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,8 @@ def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
         (["data=a.jsonl", "features=sometimes"], "features must be auto, store, online, a server's URL or a folder"),
         (["data=a.jsonl", "on_bad_line=explode"], "on_bad_line must be fatal or skip, not 'explode'"),
         (["data=a.jsonl", "lr_scheduler_type=zigzag"], "bad training option lr_scheduler_type: "),
+        (["data=a.jsonl", "max_minutes=5", "warmup_steps=100"], "warmup_steps 100 are steps"),
+        (["data=a.jsonl", "max_minutes=5", "lr_scheduler_type=linear"], "lr_scheduler_type linear counts steps"),
         (["data=a.jsonl", "draft_steps=0"], "draft_steps"),
         (["data=a.jsonl", "draft_steps=2.5"], "draft_steps must be an integer, not 2.5"),
         (["data=a.jsonl", "draft_steps=null"], "draft_steps must be an integer, not None"),

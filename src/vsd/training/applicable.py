@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from accelerate import PartialState
+
 from vsd.drafters.load import DEFAULT, family_named, family_of
 from vsd.errors import ConfigurationError
 from vsd.options import OnlineOptions, TrainJob
@@ -26,13 +28,25 @@ def check_applicable(job: TrainJob, config: VSDConfig) -> None:
         _check_new(job)
     else:
         _check_given(job, job.drafter)
-    if not job.online:
+    if job.online:
+        _check_online(job, config)
+    else:
         default = OnlineOptions()
         names = [f.name for f in dataclasses.fields(OnlineOptions)]
         if unused := [name for name in names if getattr(job, name) != getattr(default, name)]:
             raise ConfigurationError(f"{', '.join(unused)}: for online training: add --online, or leave it out")
     if config.patience is not None and not job.held_out:
         raise ConfigurationError("patience needs measurements of τ: give --held-out a number above 0, or leave it out")
+
+
+def _check_online(job: TrainJob, config: VSDConfig) -> None:
+    """Online training answers with a drafter, in one process, and takes features from decoding."""
+    if job.drafter is None:
+        raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
+    if job.features not in ("auto", "online"):
+        raise ConfigurationError("--online takes the features from decoding: leave out --features")
+    if PartialState().num_processes > 1 or config.dataloader_num_workers:
+        raise ConfigurationError("--online answers in the training process: use one process and no loader workers")
 
 
 def _check_new(job: TrainJob) -> None:

@@ -77,16 +77,23 @@ class TimeBudget(TrainerCallback):
             print(f"step {state.global_step}, {100 * self.progress:.0f} %: {numbers}", flush=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop when the time is over; evaluate after every share `eval_steps` of the time if `eval_steps` < 1."""
+        """Stop when the time is over, with a checkpoint; evaluate, save and log after every share of the time."""
         assert self.start is not None
         now = torch.tensor((time.perf_counter() - self.start) / self.seconds, device=args.device)
         before, self.progress = self.progress, min(1.0, float(broadcast(now)))
         info = f"step {state.global_step}" + ("" if math.isnan(self.loss) else f", loss {float(self.loss):.2f}")
         self.bar.update(self.task, completed=self.progress * self.seconds, info=info)
-        control.should_training_stop |= self.progress >= 1
-        if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps < 1:
-            shares_over = [int(progress / args.eval_steps + 1e-6) for progress in (before, self.progress)]
-            control.should_evaluate |= shares_over[1] > shares_over[0]
+        over = self.progress >= 1
+        control.should_training_stop |= over
+        control.should_save |= args.save_strategy == "steps" and (over or self._due(args.save_steps, before))
+        control.should_evaluate |= args.eval_strategy == "steps" and self._due(args.eval_steps, before)
+        control.should_log |= args.logging_strategy == "steps" and self._due(args.logging_steps, before)
+
+    def _due(self, share: float | None, before: float) -> bool:
+        """Whether a multiple of a share of the time has passed since `before`; 1 and more are steps, not shares."""
+        if not share or share >= 1:
+            return False
+        return int(self.progress / share + 1e-6) > int(before / share + 1e-6)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

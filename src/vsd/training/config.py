@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from vsd.errors import ConfigurationError
 from vsd.objective import objective
@@ -15,6 +15,8 @@ from vsd.paths import TreeShape
 from vsd.targets.load import fastest_dtype
 from vsd.training.budget import UNLIMITED_STEPS
 from vsd.training.trackers import check_trackers
+
+CLOCKED = ("cosine", "constant_with_warmup", "constant")  # schedules of a run that ends by the clock
 
 
 def bfloat16_pays(use_cpu: bool = False) -> bool:
@@ -56,5 +58,20 @@ class VSDConfig(ObjectiveOptions, OptimisationOptions, MeasurementOptions, Train
             raise ConfigurationError(
                 f"temperature must be positive, not {self.temperature:g}: for greedy serving it is 1"
             )
+        if self.max_minutes is not None:
+            self._check_clock()
         objective(self.objective, self.objective_options)
         TreeShape.parse(self.tree)
+
+    def _check_clock(self) -> None:
+        """The learning rate of a run that ends by the clock follows the clock: steps have no meaning for it."""
+        if self.warmup_steps and self.warmup_steps >= 1:
+            raise ConfigurationError(
+                f"warmup_steps {self.warmup_steps:g} are steps, and with max_minutes the learning rate follows the "
+                "clock: give a share of the time below 1"
+            )
+        if (schedule := SchedulerType(self.lr_scheduler_type).value) not in CLOCKED:
+            raise ConfigurationError(
+                f"lr_scheduler_type {schedule} counts steps: with max_minutes choose {', '.join(CLOCKED)}, "
+                "or give max_steps instead"
+            )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from vsd.data import Example, Examples, training_text
 from vsd.drafters import new_drafter
 from vsd.drafters.load import adopted_drafter, family_for, family_named, start_drafter
-from vsd.errors import ConfigurationError, MismatchError, VSDError
+from vsd.errors import MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
 from vsd.files import alone, writing
 from vsd.objective import objective
@@ -27,7 +27,7 @@ from vsd.training.applicable import check_applicable
 from vsd.training.batch import DraftDataset, announced
 from vsd.training.config import VSDConfig
 from vsd.training.online import OnlineText, load_prompts
-from vsd.training.recipe import check_resumable, write_recipe
+from vsd.training.recipe import check_resumable, check_same_text, write_recipe
 from vsd.training.trainer import VSDTrainer
 
 Texts = TypeVar("Texts", bound=Sequence[Any])
@@ -54,7 +54,6 @@ def _train(
     if checkpoint is not None:
         check_resumable(Path(job.output_dir), job, config)
     if job.online:
-        _check_online(job, config)
         checkpoint = _begin(job, config, resume, held)
         return _finish(_online(job, config, report), job, checkpoint)
     where = _where(job, config)
@@ -71,7 +70,7 @@ def _train(
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
-    checkpoint = _begin(job, config, resume, held)
+    checkpoint = _begin(job, config, resume, held, examples.digest)
     features = _features(job, target, kept, drafter.needs.layers, config.temperature)
     trainer = VSDTrainer(
         target,
@@ -88,20 +87,6 @@ def _train(
         return _finish(trainer, job, checkpoint)
     finally:
         features.close()
-
-
-def _check_online(job: TrainJob, config: VSDConfig) -> None:
-    """Refuse a job without a drafter, with stored features, or of several processes.
-
-    Raises:
-        ConfigurationError: saying which.
-    """
-    if job.drafter is None:
-        raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
-    if job.features not in ("auto", "online"):
-        raise ConfigurationError("--online takes the features from decoding: leave out --features")
-    if PartialState().num_processes > 1 or config.dataloader_num_workers:
-        raise ConfigurationError("--online answers in the training process: use one process and no loader workers")
 
 
 def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:
@@ -127,14 +112,21 @@ def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
     return {**job.loading, "device": str(config.device)}
 
 
-def _begin(job: TrainJob, config: VSDConfig, resume: bool, held: ExitStack) -> str | None:
-    """Hold the output folder for this run and write the recipe; returns the checkpoint from which the run goes on."""
+def _begin(job: TrainJob, config: VSDConfig, resume: bool, held: ExitStack, text: str | None = None) -> str | None:
+    """Hold the output folder for this run and write the recipe; returns the checkpoint from which the run goes on.
+
+    Args:
+        text: digest of the training text; None for online training, whose rounds have one.
+    """
     folder, first = Path(job.output_dir), PartialState().is_main_process
     if first:
         held.enter_context(alone(folder))
     checkpoint = _checkpoint(job, resume)  # once more: another run may have ended since
+    if checkpoint is not None:
+        check_same_text(folder, text)
+    PartialState().wait_for_everyone()  # before the recipe is written, all have compared theirs with the old one
     if first:
-        write_recipe(folder, job, config)
+        write_recipe(folder, job, config, text)
     return checkpoint
 
 
@@ -162,10 +154,8 @@ def _sound(checkpoint: str | None) -> Iterator[None]:
     """Errors of a checkpoint whose pickles hold something else than tensors, or are damaged; no code in them is run."""
     try:
         yield
-    except (UnpicklingError, EOFError) as error:
-        raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         raise MismatchError(f"'{checkpoint}' is damaged: delete it, and --resume continues from another") from error
 
@@ -186,8 +176,9 @@ def _features(
         return FeatureStore(job.store, target, examples, layers, temperature)
     processes = PartialState()
     missing = FeatureStore.missing_bytes(job.store, target, examples, layers)
-    reason = _against_storing(target, job.store, missing) if job.features == "auto" else None
-    (reason,) = broadcast_object_list([reason])  # the disk fills while the first process computes
+    asked = job.features == "auto" and processes.is_main_process  # whose folder is there
+    reason = _against_storing(target, job.store, missing) if asked else None
+    (reason,) = broadcast_object_list([reason])
     if missing and processes.is_main_process:
         where = f"computed in every step, as {reason}" if reason else f"{missing / 1e9:.2f} GB, stored in {job.store}"
         print(f"target features: {where}")
@@ -260,11 +251,21 @@ def _given(path: str, target: TargetInfo) -> Any:
 
 
 def _checkpoint(job: TrainJob, resume: bool) -> str | None:
-    """The last complete checkpoint: one with the trainer's state, which is written last."""
+    """The last complete checkpoint: one with the trainer's state, which is written last.
+
+    Raises:
+        VSDError: the folder holds a run that is not to be resumed, or one that ended without checkpoints.
+    """
     folder = Path(job.output_dir)
-    if folder.is_dir() and get_last_checkpoint(str(folder)) is not None and not resume:
+    ended = (folder / "drafter").exists()
+    if not resume and (ended or (folder.is_dir() and get_last_checkpoint(str(folder)) is not None)):
         raise VSDError(f"'{folder}' holds a run already: add --resume to continue it, or give another --output-dir")
     complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json") if _is_json(path)]
+    if ended and not complete:
+        raise VSDError(
+            f"'{folder}' holds a run that ended without checkpoints, which --resume needs: give another --output-dir, "
+            f"and --drafter {folder / 'drafter'} to train its drafter further"
+        )
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 

@@ -24,6 +24,7 @@ from vsd.training.config import VSDConfig
 FILE = "recipe.json"
 VERSIONS = "versions"
 MEASURED = "measured"  # defaults that are measured on the machine
+TEXT = "text_digest"  # of the training text
 SECRET = {"hub_token"}
 MAY_CHANGE = {
     *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # paths and devices
@@ -62,10 +63,10 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
     return _built({name: checked(name, kinds[name], value) for name, value in values.items()})
 
 
-def write_recipe(folder: Path, job: TrainJob, config: VSDConfig) -> None:
-    """Write the whole configuration, the measured defaults and the versions of the packages to `folder`/recipe.json."""
+def write_recipe(folder: Path, job: TrainJob, config: VSDConfig, text: str | None = None) -> None:
+    """Write the whole configuration, the measured defaults, the versions of the packages and the digest of the text."""
     versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    values = {**_settings(job, config), MEASURED: {"bf16": config.bf16}, VERSIONS: versions}
+    values = {**_settings(job, config), MEASURED: {"bf16": config.bf16}, VERSIONS: versions, TEXT: text}
     write_text(folder / FILE, json.dumps(values, indent=1, default=str) + "\n")
 
 
@@ -91,6 +92,20 @@ def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
         )
 
 
+def check_same_text(folder: Path, text: str | None) -> None:
+    """Refuse to resume the run in `folder` with other text: its order and its held-out part would be others.
+
+    Raises:
+        MismatchError: the digest of the text in its recipe is another one.
+    """
+    before = _recorded(folder).get(TEXT)
+    if before is not None and before != text:
+        raise MismatchError(
+            f"'{folder}' was trained on other text, and --data has changed since: resume with the text as it was, or "
+            "give another --output-dir"
+        )
+
+
 def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
     """Job and configuration from checked values."""
     mine = {f.name for f in dataclasses.fields(TrainJob)}
@@ -102,7 +117,7 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
     if job.device == "cpu":
         own["use_cpu"] = True
     try:
-        measured = _measured(Path(job.output_dir))
+        measured = _recorded(Path(job.output_dir)).get(MEASURED, {})  # a resumed run must not measure others
         given = {name: own.get(name) for name in measured}
         own |= {name: value for name, value in measured.items() if given[name] is None}
         config = VSDConfig(**{**own, "output_dir": job.output_dir})
@@ -162,13 +177,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"'{path}' cannot be read as a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigurationError(f"'{path}' must hold KEY: VALUE lines")
-    return {name: value for name, value in values.items() if name not in (VERSIONS, MEASURED)}
+    return {name: value for name, value in values.items() if name not in (VERSIONS, MEASURED, TEXT)}
 
 
-def _measured(folder: Path) -> dict[str, Any]:
-    """The measured defaults of the run in a folder: a resumed run must not measure others on a busy machine."""
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The whole recipe.json of the run in a folder; empty if there is none."""
     try:
-        found: dict[str, Any] = json.loads((folder / FILE).read_text()).get(MEASURED, {})
+        found: dict[str, Any] = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):
         return {}
     return found

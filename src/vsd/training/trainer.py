@@ -36,7 +36,7 @@ from vsd.training.e_step import Batch, Info, Models, Posterior, e_steps
 from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
-_REMEMBERED = 0.99  # of the running acceptance, a batch
+_REMEMBERED = 0.99  # of the running acceptance, a step
 
 
 class VSDTrainer(Trainer):
@@ -46,7 +46,7 @@ class VSDTrainer(Trainer):
         target: its ends are enough for objectives on recorded text with stored features and no `eval_prompts`.
         drafter: of any family, attached to the target.
         features: their source; None computes them in every step.
-        eval_prompts: held-out prompts; `evaluate` answers them greedily and reports τ.
+        eval_prompts: held-out prompts; `evaluate` answers them and reports τ.
 
     Raises:
         ConfigurationError: the whole target is needed and was not given; a drafter sharded by FSDP.
@@ -92,6 +92,7 @@ class VSDTrainer(Trainer):
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
+        self._first = torch.zeros(2, device=self.args.device)  # of this step: first drafted tokens right, and all
         self._batch = (0, 0)  # step, and the number of the batch in it
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
@@ -128,11 +129,14 @@ class VSDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
+        if self.state.global_step != self._batch[0]:
+            self._update_acceptance()
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
         output = self._m_step(model, batch, posteriors)
         if posteriors[0].part.paths.written:
-            self._remember(output)
+            self._counts.add(output)
+            self._first += torch.stack([output.correct[0], output.rows[0]])
         items = num_items_in_batch if num_items_in_batch is not None else batch.texts.real.sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -160,11 +164,14 @@ class VSDTrainer(Trainer):
         output: FusedLoss = model(entries, paths, loss)
         return output
 
-    def _remember(self, output: FusedLoss) -> None:
-        self._counts.add(output)
-        now = float(output.correct[0] / output.rows[0].clamp(min=1))
-        before = now if self._acceptance is None else self._acceptance
-        self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
+    def _update_acceptance(self) -> None:
+        """At the end of a step, from its batches in all processes: weights must not depend on how it was divided."""
+        correct, rows = self.accelerator.reduce(self._first, "sum").tolist()
+        if rows:
+            now = correct / rows
+            before = now if self._acceptance is None else self._acceptance
+            self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
+        self._first.zero_()
 
     def _random(self) -> RandomSource:
         """The draws of one batch: a resumed run draws what the interrupted one would have."""
@@ -174,7 +181,7 @@ class VSDTrainer(Trainer):
         return RandomSource(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
+        """Answer the held-out prompts with the drafter as it is now, as it will be served: τ, by the serving engine."""
         drafter = self.accelerator.unwrap_model(self.model)
         drafter.eval()
         with self._budget.paused() if self._budget else nullcontext():
@@ -200,7 +207,9 @@ class VSDTrainer(Trainer):
             self.save_model(str(self.best), _internal_call=True)
         measured = list(self.measured.values())
         since = len(measured) - 1 - measured.index(max(measured)) if measured else 0
-        self.control.should_training_stop |= self.args.patience is not None and since >= self.args.patience
+        if self.args.patience is not None and since >= self.args.patience:
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy == "steps"
 
     @property
     def measured(self) -> dict[int, float]:
@@ -214,10 +223,16 @@ class VSDTrainer(Trainer):
         return advice(list(self.measured.values()), self.state.epoch or 0.0, grows)
 
     def _tau(self, drafter: Any) -> float:
-        config = self.args
+        """By the verification that the objective is for: greedy, or sampled at the temperature of serving."""
+        config, rule = self.args, self._models.rule
         prompts: list[Inputs] = self.eval_dataset or []  # type: ignore[assignment]
-        engine = Engine(self._models.target, drafter, TreeShape.parse(config.tree))
-        sampling = Sampling(config.eval_max_new_tokens)
+        shape = TreeShape.parse(config.tree)
+        if rule == "rejection":
+            engine = Engine(self._models.target, drafter, TreeShape.chain(shape.depth), "rejection")
+        else:
+            engine = Engine(self._models.target, drafter, shape)
+        temperature = 0.0 if rule == "greedy" else config.temperature
+        sampling = Sampling(config.eval_max_new_tokens, temperature, seed=config.seed)
         results = [
             result
             for start in range(0, len(prompts), config.eval_batch)
@@ -244,6 +259,7 @@ class VSDTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """And the running acceptance, which weights depend on, and the minutes trained."""
         super()._save_rng_state(output_dir)
+        self._update_acceptance()
         minutes = self._budget.minutes if self._budget else 0.0
         self._memory(output_dir).write_text(json.dumps({"acceptance": self._acceptance, "minutes": minutes}))
 
