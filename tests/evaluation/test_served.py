@@ -3,7 +3,7 @@
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,10 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
+import overfit
+import seeing
 import tiny_run
 from vsd import cli
-from vsd.data import Server
+from vsd.data import Server, prompt_inputs
 from vsd.data import server as client
+from vsd.data.messages import messages_of
 from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_per_position
 from vsd.errors import VSDError
@@ -30,13 +33,14 @@ from vsd.targets import Inputs, Target
 DEPTH, LENGTH = 3, 10
 PROMPTS = [Prompt(str(n), "mt", None, [f"why {n}"] if n else ["hi", "and then?"]) for n in range(8)]
 
-Answer = Callable[[list[int], int], Result]
+Answer = Callable[[Inputs, int], Result]
 
 
 class Fake(ThreadingHTTPServer):
-    """Serves `answer`; `kind` is vllm, sglang or neither. `broken` spoils a result before it is sent and counted."""
+    """Serves `answer`; `kind` is vllm, sglang or neither. `read` makes inputs of a chat."""
 
     daemon_threads = True
+    read: Callable[[list[Any]], Inputs]
 
     def __init__(self, answer: Answer | None, kind: str = "vllm", **options: Any) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -88,15 +92,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
-        if self.path == "/v1/completions" and server.kind == "vllm":
+        if self.path in ("/v1/completions", "/v1/chat/completions") and server.kind == "vllm":
             assert body["temperature"] == 0 and body["model"] == "tiny"
-            result = server.answer(body["prompt"], body["max_tokens"])
+            asked = server.read(body["messages"]) if "messages" in body else Inputs(body["prompt"])
+            result = server.answer(asked, body["max_tokens"])
             server.count(result)
+            choice = {"text": "", "message": {"content": ""}, "finish_reason": "length", "prompt_token_ids": asked.ids}
             ids = {"token_ids": result.tokens} if server.options.get("ids", True) else {}
-            self.send(200, json.dumps({"choices": [{"text": "", "finish_reason": "length", **ids}]}))
+            self.send(200, json.dumps({"choices": [{**choice, **ids}]}))
         elif self.path == "/generate" and server.kind == "sglang":
             assert body["sampling_params"]["temperature"] == 0
-            result = server.answer(body["input_ids"], body["sampling_params"]["max_new_tokens"])
+            result = server.answer(Inputs(body["input_ids"]), body["sampling_params"]["max_new_tokens"])
             histogram = np.bincount(result.accepted).tolist() if result.accepted else []
             info = {
                 "spec_verify_ct": len(result.accepted),
@@ -143,14 +149,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fake]]:
 
 def chain(target: Target, drafter: Any) -> Answer:
     engine = Engine(target, drafter, TreeShape.chain(DEPTH))
-    return lambda ids, length: engine.generate([ids], Sampling(length))[0]
+    return lambda inputs, length: engine.generate([inputs], Sampling(length))[0]
 
 
-def compared(target: Target, server: Fake, drafter: Any) -> dict[str, Any]:
+def compared(target: Target, server: Fake, drafter: Any, prompts: Sequence[Prompt] = PROMPTS) -> dict[str, Any]:
     with closing(Server(server.url, "tiny")) as found:
         serving = connect(found)
         assert serving.depth == DEPTH
-        return compare(target, serving, PROMPTS, drafter, max_new_tokens=LENGTH, progress=False)
+        return compare(target, serving, prompts, drafter, max_new_tokens=LENGTH, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +169,8 @@ def test_the_same_chain_is_accepted_alike(
     given: list[Result] = []
     own = chain(tiny_target, drafter)
 
-    def answer(ids: list[int], length: int) -> Result:
-        given.append(own(ids, length))
+    def answer(inputs: Inputs, length: int) -> Result:
+        given.append(own(inputs, length))
         return given[-1]
 
     report = compared(tiny_target, fake(answer, kind, **options), drafter)
@@ -185,8 +191,8 @@ def test_a_drafter_that_is_served_otherwise_parts_where_it_does(fake: Any, tiny_
     """The second drafted token is never accepted on the server."""
     own = chain(tiny_target, drafter)
 
-    def answer(ids: list[int], length: int) -> Result:
-        result = own(ids, length)
+    def answer(inputs: Inputs, length: int) -> Result:
+        result = own(inputs, length)
         result.accepted = [min(count, 1) for count in result.accepted]
         return result
 
@@ -201,11 +207,11 @@ def test_a_drafter_that_is_served_otherwise_parts_where_it_does(fake: Any, tiny_
 def test_answers_that_differ_are_named_with_their_margin(fake: Any, tiny_target: Target, drafter: Any) -> None:
     own = chain(tiny_target, drafter)
 
-    def answer(ids: list[int], length: int) -> Result:
-        result = own(ids, length)
+    def answer(inputs: Inputs, length: int) -> Result:
+        result = own(inputs, length)
         if len(asked) == 3:
             result.tokens[4] = 99
-        asked.append(ids)
+        asked.append(inputs.ids)
         return result
 
     asked: list[list[int]] = []
@@ -279,6 +285,45 @@ def test_counters_are_summed_over_processes() -> None:
     assert _Counters.of(text) == _Counters(0, 105, {0: 30, 2: 34, 10: 50})
 
 
+def chats() -> list[Prompt]:
+    """Two turns that begin with pictures, a text, and noise in another size."""
+    first, second, third = ({"type": "image", "image": seeing.picture(n, 8 + 8 * n, 8)} for n in range(3))
+    told = [first, {"type": "text", "text": "and then"}, second]
+    return [
+        Prompt("0", "mt", None, [told, "and why"]),
+        Prompt("1", "mt", None, ["only text"]),
+        Prompt("2", "mt", None, [[third, {"type": "text", "text": "hi"}]]),
+    ]
+
+
+def test_chats_with_images_are_sent_with_them(fake: Any) -> None:
+    target = seeing.target("llava")
+    drafter, read = overfit.random_drafter(target), list[int]()
+
+    def inputs(messages: list[Any]) -> Inputs:
+        found = messages_of({"messages": messages}, exact=False, need_answer=False)
+        asked = prompt_inputs(target.tokenizer, found, target.images)
+        read.append(len(asked.extras["pixel_values"]))
+        return asked
+
+    serving = fake(chain(target, drafter))
+    serving.read = inputs
+    server = compared(target, serving, drafter, chats())["server"]
+    assert read == [2, 2, 1] and server["answers"] == 4 and server["equal"] == 1.0
+    assert server["acceptance"]["passes"] == server["here"]["passes"] > 0
+    assert server["acceptance"]["per_position"] == server["here"]["per_position"]
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("vllm", "other tokens of a chat"), ("sglang", "with vLLM only")])
+def test_chats_with_images_that_cannot_be_compared(fake: Any, kind: str, reason: str) -> None:
+    target = seeing.target("llava")
+    server = fake(lambda inputs, length: Result(inputs, [20, 21], "length", [1], [2]), kind)
+    server.read = lambda messages: Inputs([5])
+    with pytest.raises(VSDError, match=reason) as caught:
+        compared(target, server, None, chats())
+    assert "\n" not in str(caught.value) and server.url in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
@@ -295,7 +340,7 @@ def test_what_cannot_be_compared(
     fake: Any, tiny_target: Target, kind: str, options: dict[str, Any], reason: str
 ) -> None:
     drafted = Result(Inputs([5]), [20, 21, 22], "length", [1], [2])
-    server = fake(options.pop("answer", lambda ids, length: drafted), kind, **options)
+    server = fake(options.pop("answer", lambda inputs, length: drafted), kind, **options)
     with pytest.raises(VSDError, match=reason) as caught:
         compared(tiny_target, server, None)
     assert "\n" not in str(caught.value) and server.url in str(caught.value)

@@ -1,5 +1,6 @@
 """What the tests against real engines share: vLLM's Python, the target on disk, the exported drafter, prompts."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,13 +11,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from setting import DRAFTER, ENVIRONMENT, HERE, LENGTH, PROMPTS, REPOSITORY, SKIPPED, TEXT, speculative
+from setting import (
+    CHATS,
+    DRAFTER,
+    ENVIRONMENT,
+    HERE,
+    LENGTH,
+    PROMPTS,
+    QUESTIONS,
+    REPOSITORY,
+    SHOWN,
+    SKIPPED,
+    TEXT,
+    Asked,
+    speculative,
+)
 from vsd.data import prompt_inputs, read_conversations
+from vsd.data.pictures import as_request
 from vsd.drafters.eagle3 import Eagle3Drafter
-from vsd.drafters.load import read_drafter
+from vsd.drafters.load import adopted_drafter, read_drafter
 from vsd.export import export_drafter
-from vsd.targets import Target, load_target
-from vsd.targets.load import resolve
+from vsd.pictures import render, scene
+from vsd.targets import Inputs, Target, load_target
+from vsd.targets.images import Picture
+from vsd.targets.load import EMBEDDED_VISION, resolve
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +69,24 @@ def targets() -> dict[str, Target]:
 
 
 @pytest.fixture(scope="session")
+def seeing() -> Target:
+    """The target that reads images."""
+    return load_target(EMBEDDED_VISION, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
 def exported(
-    targets: dict[str, Target], target_folder: str, tmp_path_factory: pytest.TempPathFactory
+    targets: dict[str, Target], seeing: Target, target_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The committed drafter in the formats that vLLM reads; `whole`, for the whole vocabulary; `lm`, a draft model."""
+    """The committed drafter in the formats that vLLM reads; `whole`, for the whole vocabulary; `lm`, a draft model;
+    `seeing`, for the target that reads images."""
     folder, target = tmp_path_factory.mktemp("exported"), targets["float32"]
     drafter = read_drafter(DRAFTER, target)
     found = {kind: export_drafter(drafter, target, folder / kind, kind) for kind in ("vllm", "speculators")}
     found["whole"] = export_drafter(whole_vocabulary(drafter), target, folder / "whole", "vllm")
     write_shortened(target_folder, folder / "shortened")
     found["lm"] = export_drafter(read_drafter(folder / "shortened", target), target, folder / "lm", "vllm")
+    found["seeing"] = export_drafter(adopted_drafter(DRAFTER, seeing)[0], seeing, folder / "seeing", "vllm")
     return found
 
 
@@ -96,21 +122,44 @@ def prompts(targets: dict[str, Target]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def served(
-    in_vllm: Any, target_folder: str, exported: dict[str, Path], prompts: list[list[int]], tmp_path_factory: Any
-) -> Any:
-    """What vLLM makes of the prompts, by drafter (a key of `exported`, or None), k and precision; each once."""
+def asked(targets: dict[str, Target], seeing: Target, target_folder: str, prompts: list[list[int]]) -> Any:
+    """What is asked, by drafter (a key of `exported`): `seeing` has chats about rendered pictures, and some without."""
+    chats = [chat(n) for n in range(CHATS)]
+    inputs = [prompt_inputs(seeing.tokenizer, messages, seeing.images) for messages in chats]
+    text = Asked(target_folder, targets, prompts, [Inputs(ids) for ids in prompts])
+    pictures = Asked(resolve(EMBEDDED_VISION), {"float32": seeing}, [as_request(one) for one in chats], inputs)
+    return lambda kind: pictures if kind == "seeing" else text
+
+
+def chat(n: int) -> list[dict[str, Any]]:
+    """The n-th chat: a question behind pictures of its own."""
+    count = SHOWN[n % len(SHOWN)]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": picture(n + CHATS * i)} for i in range(count)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTIONS[n % len(QUESTIONS)]}]}]
+
+
+def picture(seed: int) -> Picture:
+    file = io.BytesIO()
+    render(scene(seed)).save(file, "PNG")
+    return Picture.of(file.getvalue())
+
+
+@pytest.fixture(scope="session")
+def served(in_vllm: Any, asked: Any, exported: dict[str, Path], tmp_path_factory: Any) -> Any:
+    """vLLM's answers to what a drafter (a key of `exported`) is asked, with k drafted tokens or, with 0, without it."""
     done: dict[Any, dict[str, Any]] = {}
 
-    def serve(kind: str | None, k: int, dtype: str) -> dict[str, Any]:
-        if (kind, k, dtype) not in done:
-            folder = tmp_path_factory.mktemp("served")
-            job = {"target": target_folder, "dtype": dtype, "prompts": prompts, "max_new_tokens": LENGTH}
-            if kind is not None:
+    def serve(kind: str, k: int, dtype: str) -> dict[str, Any]:
+        folder, _, prompts, _ = asked(kind)
+        key = folder, kind if k else None, k, dtype
+        if key not in done:
+            job = {"target": folder, "dtype": dtype, "prompts": prompts, "max_new_tokens": LENGTH}
+            if k:
                 job |= {"speculative": speculative(exported[kind], k)}
-            (folder / "job.json").write_text(json.dumps(job))
-            in_vllm("serve_in_vllm.py", folder / "job.json", folder / "result.json")
-            done[kind, k, dtype] = json.loads((folder / "result.json").read_text())
-        return done[kind, k, dtype]
+            files = tmp_path_factory.mktemp("served")
+            (files / "job.json").write_text(json.dumps(job))
+            in_vllm("serve_in_vllm.py", files / "job.json", files / "result.json")
+            done[key] = json.loads((files / "result.json").read_text())
+        return done[key]
 
     return serve

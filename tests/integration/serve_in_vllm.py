@@ -2,23 +2,28 @@
 
     python serve_in_vllm.py JOB.json RESULT.json
 
-JOB: `target` (folder), `dtype`, `prompts` (token ids), `max_new_tokens`, and, to decode with a drafter, `speculative`:
-vLLM's `speculative_config`.
-RESULT: `tokens` of every answer; without a drafter `top`, for every token the two likeliest ids with their log-probs;
-with one the counters of `vllm:spec_decode_*`.
+JOB: `target` (folder), `dtype`, `prompts` (token ids, or messages of a chat), `max_new_tokens`, and, to decode with a
+drafter, `speculative`: vLLM's `speculative_config`.
+RESULT: `prompts`, the token ids that were read; `tokens` of every answer; without a drafter `top`, for every token the
+two likeliest ids with their log-probs; with one the counters of `vllm:spec_decode_*`.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process, and with its modules
+
+from transformers.models.pixtral import image_processing_pil_pixtral
+from vllm import LLM, ModelRegistry, SamplingParams
 
 
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     speculative = job.get("speculative")
+    register_llava()
     llm = LLM(
         model=job["target"],
         dtype=job["dtype"],
@@ -31,13 +36,32 @@ def main(job_file: str, result_file: str) -> None:
     sampling = SamplingParams(
         temperature=0.0, max_tokens=job["max_new_tokens"], detokenize=False, logprobs=None if speculative else 2
     )
-    answers = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling)]
-    result: dict[str, Any] = {"tokens": [list(answer.token_ids) for answer in answers]}
+    outputs = answered(llm, job["prompts"], sampling)
+    answers = [output.outputs[0] for output in outputs]
+    result: dict[str, Any] = {
+        "prompts": [list(output.prompt_token_ids) for output in outputs],
+        "tokens": [list(answer.token_ids) for answer in answers],
+    }
     if speculative:
         result |= counters(llm)
     else:
         result["top"] = [[best_two(position) for position in answer.logprobs] for answer in answers]
     Path(result_file).write_text(json.dumps(result))
+
+
+def register_llava() -> None:
+    """vLLM's LLaVA class, which imports a module that needs torchvision: its twin on Pillow takes its place."""
+    sys.modules["transformers.models.pixtral.image_processing_pixtral"] = image_processing_pil_pixtral
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+    ModelRegistry.register_model("LlavaForConditionalGeneration", LlavaForConditionalGeneration)
+
+
+def answered(llm: LLM, prompts: list[list[Any]], sampling: SamplingParams) -> list[Any]:
+    """vLLM's outputs for prompts of token ids, or for chats."""
+    if isinstance(prompts[0][0], dict):
+        return list(llm.chat(prompts, sampling))
+    return list(llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling))
 
 
 def counters(llm: LLM) -> dict[str, Any]:

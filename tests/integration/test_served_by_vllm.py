@@ -2,6 +2,9 @@
 
 vLLM skips what it does not understand in silence, so the only proof is acceptance: position by position, beside the
 chain of our own decoder on the same prompts. `make integration` prints the table; `VSD_PROMPTS` takes other prompts.
+
+`seeing` is the drafter of the embedded target that reads images. vLLM is given chats and pictures, and has to make of
+them the tokens and pixel values that vsd makes.
 """
 
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from setting import DRAFTER, LENGTH, speculative
+from setting import DRAFTER, LENGTH, Asked, speculative
 from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_per_position
 from vsd.drafters import load_drafter
@@ -28,6 +31,8 @@ CASES = [
     ("whole", 3, "float32"),
     ("lm", 3, "float32"),
     ("lm", 5, "float32"),
+    ("seeing", 3, "float32"),
+    ("seeing", 5, "float32"),
 ]
 # A tie: log-probabilities of the two best no further apart than the same sum in another order may move them. In
 # bfloat16 logits between 16 and 32 are multiples of 1/8; two of those.
@@ -47,7 +52,7 @@ def table() -> Iterator[list[str]]:
     print("\n".join(rows))
 
 
-def chain(target: Target, prompts: list[list[int]], k: int, folder: Path) -> tuple[list[float], int]:
+def chain(target: Target, prompts: list[Inputs], k: int, folder: Path) -> tuple[list[float], int]:
     """Our own decoder's acceptance per position, and its passes."""
     engine = Engine(target, load_drafter(folder, target), TreeShape.chain(k))
     batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
@@ -61,14 +66,15 @@ def test_acceptance_is_ours(
     k: int,
     dtype: str,
     served: Any,
-    targets: dict[str, Target],
+    asked: Any,
     exported: dict[str, Path],
-    prompts: list[list[int]],
     table: list[str],
 ) -> None:
+    given: Asked = asked(kind)
     found = served(kind, k, dtype)
+    assert found["prompts"] == [inputs.ids for inputs in given.inputs]
     theirs = [count / found["passes"] for count in found["by_position"]]
-    ours, passes = chain(targets[dtype], prompts, k, exported[kind])
+    ours, passes = chain(given.targets[dtype], given.inputs, k, exported[kind])
     cells = [", ".join(f"{share:.3f}" for share in shares) for shares in (theirs, ours)]
     table.append(f"| {kind} | {k} | {dtype} | {found['passes']}, {passes} | {cells[0]} | {cells[1]} |")
     assert theirs[0] > 0.2  # a drafter that is read wrong accepts next to nothing
@@ -84,7 +90,7 @@ def test_an_lm_is_served_as_a_draft_model(exported: dict[str, Path]) -> None:
 @pytest.mark.parametrize(("kind", "k", "dtype"), CASES, ids=lambda value: str(value))
 def test_answers_are_the_targets(kind: str, k: int, dtype: str, served: Any) -> None:
     """Equal to vLLM without a drafter, or different first where its two best tokens are tied."""
-    plain, drafted = served(None, 0, dtype), served(kind, k, dtype)
+    plain, drafted = served(kind, 0, dtype), served(kind, k, dtype)
     for expected, found, top in zip(plain["tokens"], drafted["tokens"], plain["top"], strict=True):
         if expected == found:
             continue

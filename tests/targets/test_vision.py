@@ -20,6 +20,7 @@ from transformers import (
 from eye import pixels_of
 from tiny import CHATML
 from vsd.pictures import render, scene
+from vsd.targets import load_target, load_target_info
 from vsd.targets.load import resolve
 from vsd.targets.vision import IMAGE_TOKEN_ID, IMAGE_TOKENS, WEIGHTS, assembled, llava_config
 
@@ -124,6 +125,13 @@ def test_answers_depend_on_the_picture(folder: Path) -> None:
     start = int((torch.tensor(processor.tokenizer.encode(prompt)) == IMAGE_TOKEN_ID).nonzero()[0])
     torch.testing.assert_close(logits[0][:, :start], logits[1][:, :start])
     assert not torch.allclose(logits[0][:, -1], logits[1][:, -1], atol=1e-4)
+
+
+def test_its_ends_are_read_without_the_model(folder: Path) -> None:
+    """As `vsd export` reads them: the names of the tower's weights are not those of transformers' modules."""
+    target, info = load_target(str(folder), dtype="float32"), load_target_info(str(folder), dtype="float32")
+    assert info.fingerprint((1,)) == target.fingerprint((1,))
+    assert torch.equal(info.embedding_weight, target.embedding_weight)
 
 
 def test_it_is_written_once(text: Path, folder: Path) -> None:

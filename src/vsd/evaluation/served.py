@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from vsd.data.pictures import as_request
 from vsd.decoding import Engine, Result, Sampling
 from vsd.drafters import Drafter
 from vsd.errors import VSDError
@@ -132,10 +133,11 @@ def compare(
         talk = Talk(target, prompt)
         for turn in range(len(prompt.turns)):
             asked = talk.ask(turn)
+            chat = as_request(talk.history) if asked.extras else []
             (own,) = plain.generate([asked], sampling)
             talk.answered(own.tokens)
             start = time.perf_counter()
-            served = serving.answer(asked.ids, max_new_tokens)
+            served = serving.answer(asked.ids, chat, max_new_tokens)
             there.add(n, served, time.perf_counter() - start)
             if chain is not None:
                 start = time.perf_counter()

@@ -49,8 +49,13 @@ class Serving(Protocol):
     name: str
     depth: int
 
-    def answer(self, ids: list[int], max_new_tokens: int) -> Served:
-        """The greedy answer to a prompt of token ids, while the server has no other request."""
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
+        """The greedy answer to a prompt, while the server has no other request.
+
+        Args:
+            ids: the prompt's tokens.
+            messages: the prompt as a chat, where it has images, which tokens do not hold; else none.
+        """
 
 
 def connect(server: Server) -> Serving:
@@ -81,11 +86,16 @@ class _VLLM:
         if not self.depth:
             raise MismatchError(f"{server.url} decodes without a drafter: start vLLM with --speculative-config")
 
-    def answer(self, ids: list[int], max_new_tokens: int) -> Served:
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
         """See `Serving`."""
-        reply = self.server.ask([], ids, max_tokens=max_new_tokens, temperature=0.0)
+        reply = self.server.ask(messages, ids, max_tokens=max_new_tokens, temperature=0.0)
         if reply.ids is None:
             raise MismatchError(f"{self.server.url} gives no token ids of its answers: use vLLM 0.10.2 or later")
+        if messages and reply.prompt_ids != ids:
+            raise MismatchError(
+                f"{self.server.url} makes other tokens of a chat with images: serve the target with its own chat "
+                "template and image processor"
+            )
         before, now = self.last, _Counters.of(self.server.outside("/metrics", bytes.decode) or "")
         self.last = now
         if now.requests - before.requests > 1:
@@ -136,8 +146,10 @@ class _SGLang:
             raise MismatchError(f"{server.url} drafts trees: start SGLang with --speculative-eagle-topk 1")
         self.depth = info.get("speculative_num_steps") or info["speculative_num_draft_tokens"] - 1
 
-    def answer(self, ids: list[int], max_new_tokens: int) -> Served:
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
         """See `Serving`."""
+        if messages:
+            raise MismatchError(f"{self.server.url}: prompts with images are compared with vLLM only: leave them out")
         sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
         found = self.server.outside("/generate", _generated, {"input_ids": ids, "sampling_params": sampling})
         if found is None:

@@ -25,6 +25,7 @@ from vsd.targets.load import auto_class, chosen_dtype, device_named, first_line,
 # Before the base model's own name of a tensor: how checkpoints of whole, bare and multimodal models call it.
 _PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.", "transformer.")
 _HEADS = ("embed_out", "output")  # other names of the LM head
+_TOWER, _OLD_TOWER = "vision_tower.", "vision_tower.vision_model."  # checkpoints of CLIP and SigLIP have one level more
 
 
 def load_target_info(
@@ -119,6 +120,7 @@ class _Shards:
                 break
         head = [other + name.removeprefix("lm_head") for other in _HEADS] if name.startswith("lm_head") else []
         candidates = [name, *(prefix + bare for prefix in _PREFIXES), *head]
+        candidates += [candidate.replace(_TOWER, _OLD_TOWER) for candidate in candidates]
         return (key for key in dict.fromkeys(candidates) if key in self.files)
 
     def read(self, name: str) -> Tensor:
