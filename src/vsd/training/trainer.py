@@ -101,11 +101,11 @@ class VSDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
         if isinstance(self.train_dataset, OnlineText):
-            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: int(self.state.epoch or 0))
+            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: self._epoch)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength(size, self.train_dataset, lambda: self.args.seed + int(self.state.epoch or 0))  # type: ignore[arg-type]
+        return ByLength(size, self.train_dataset, lambda: self.args.seed + self._epoch)  # type: ignore[arg-type]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -130,6 +130,8 @@ class VSDTrainer(Trainer):
         """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
+        if batch.prefill is not None:
+            batch.prefill.cache.free()
         output = self._m_step(model, batch, posteriors)
         if posteriors[0].part.paths.written:
             self._remember(output)
@@ -140,17 +142,32 @@ class VSDTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def batch(self, inputs: dict[str, Any]) -> Batch:
-        """The collator's tensors with their features."""
-        texts = texts_of(inputs)
-        return Batch(texts, self.features.batch(texts), self._steps())
+        """The collator's tensors with their features, and the target's cache of the texts for E-steps that need it.
+
+        Features computed in process and cache come from one pass of the target.
+        """
+        texts, steps = texts_of(inputs), self._steps()
+        rooms = [step.room(texts, self._epoch, steps) for step in self._due()]
+        needed = [room for room in rooms if room is not None]
+        if needed and isinstance(self.features, InProcess):
+            features, prefill = self.features.prefilled(texts, max(needed))
+            return Batch(texts, features, steps, prefill)
+        return Batch(texts, self.features.batch(texts), steps)
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Paths and their weights, one posterior for each part of the objective that is due in this step."""
         random = self._random()
-        due = [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
-        found = [step(batch, random) for step in due]
+        found = [step(batch, random) for step in self._due()]
         self._counts.add_drafted([info for _, info in found])
         return [posterior for posterior, _ in found]
+
+    def _due(self) -> list[Any]:
+        """The E-steps of this step."""
+        return [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
+
+    @property
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     def _m_step(self, model: nn.Module, batch: Batch, posteriors: list[Posterior]) -> FusedLoss:
         """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
@@ -171,7 +188,7 @@ class VSDTrainer(Trainer):
         step = self.state.global_step
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
         key = f"{self._batch}, {self.args.process_index}"
-        return RandomSource(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
+        return RandomSource(self.args.seed, self._epoch, key, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""

@@ -17,20 +17,31 @@ from vsd.errors import ConfigurationError
 from vsd.features import Features, Texts
 from vsd.objective import Drafted, HeadTarget, Part, Proposed, Rule
 from vsd.paths import Entries, Paths, Scored, score_paths
-from vsd.targets import Target, TargetInfo
+from vsd.targets import Prefill, Target, TargetInfo
 
 
 class Batch(NamedTuple):
-    """Texts with the target's features, and the number of steps K that paths have now."""
+    """Texts with the target's features.
+
+    Attributes:
+        steps: K, of paths, now.
+        prefill: the target's cache of the texts, where the pass that gave the features also filled one; else E-steps
+            that go on from the texts read them once more.
+    """
 
     texts: Texts
     features: Features
     steps: int
+    prefill: Prefill | None = None
 
     @property
     def entries(self) -> Entries:
         """The entries of the texts."""
         return Entries.of(self.texts.inputs, self.features.aux)
+
+    def some(self, rows: list[int]) -> "Batch":
+        """Only these texts, without the cache."""
+        return Batch(self.texts.some(rows), Features(*(field[rows] for field in self.features)), self.steps)
 
 
 class Posterior(NamedTuple):
@@ -121,9 +132,7 @@ class Models:
 
     def score(self, batch: Batch, roots: Tensor, tokens: Tensor) -> tuple[Paths, Scored]:
         """Drafted paths [B, P, K] up to their first EOS, scored by the target."""
-        texts = batch.texts
-        inputs = texts.inputs._replace(lengths=texts.drafted.amax(1) + 1)
-        scored = score_paths(self.target, inputs, roots, tokens, self.temperature)
+        scored = score_paths(self.target, batch.texts.inputs, roots, tokens, self.temperature, batch.prefill)
         return drafted_paths(roots, tokens, self.exist(tokens), scored.rows), scored
 
     def exist(self, tokens: Tensor) -> Tensor:

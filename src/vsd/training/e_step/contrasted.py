@@ -8,6 +8,7 @@ import copy
 import torch
 from torch import Tensor
 
+from vsd.features import Texts
 from vsd.objective import Contrasted, Part
 from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import utility
@@ -25,6 +26,10 @@ class ContrastedStep:
         self.reference = copy.deepcopy(models.drafter).eval().requires_grad_(False)
         if models.rule != "greedy":
             models.target  # noqa: B018  refuses at once a target without its layers
+
+    def room(self, texts: Texts, epoch: int, steps: int) -> int | None:
+        """All drafted nodes of both trees; None at temperature 0, where the text holds the target's choices."""
+        return None if self.models.rule == "greedy" else 2 * self.draw.anchors * (self.draw.shape.nodes - 1)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:

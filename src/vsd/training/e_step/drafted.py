@@ -6,6 +6,7 @@ Legend: B batch, A anchors, S paths of an anchor, K steps, Vd draft vocabulary.
 import torch
 from torch import Tensor
 
+from vsd.features import Texts
 from vsd.objective import Drafted, Part
 from vsd.objective.utility import effective_sample_size, self_normalised, utility
 from vsd.training.e_step.base import Anchors, Batch, Info, Models, Posterior, weight_per_anchor
@@ -19,6 +20,10 @@ class DraftedStep:
     def __init__(self, part: Part, draw: Drafted, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
         models.target  # noqa: B018  refuses at once a target without its layers
+
+    def room(self, texts: Texts, epoch: int, steps: int) -> int:
+        """All tokens of all paths but the last one of each; equal prefixes share their tokens, so some stay free."""
+        return self.draw.anchors * self.draw.samples * (steps - 1)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:

@@ -23,6 +23,10 @@ class Kept:
         self.memory, self.files, self._bytes = dict[int, Continuations](), dict[int, Path](), 0
         self._folder: Path | None = None
 
+    def __contains__(self, example: int) -> bool:
+        """Whether those of an example are kept."""
+        return example in self.memory or example in self.files
+
     def get(self, example: int) -> Continuations | None:
         """Those of an example, if they are kept."""
         if example in self.files:

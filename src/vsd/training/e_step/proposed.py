@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsd.features import Texts
 from vsd.objective import HeadTarget, Part, Proposed
 from vsd.objective.gto import draft_tree_reward
 from vsd.paths import NO_TOKEN, TreeShape, leaf_paths
@@ -22,6 +23,10 @@ class ProposedStep:
     def __init__(self, part: Part, draw: Proposed, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
         models.target  # noqa: B018  refuses at once a target without its layers
+
+    def room(self, texts: Texts, epoch: int, steps: int) -> int:
+        """All drafted nodes."""
+        return self.draw.anchors * (self.draw.shape.nodes - 1)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:

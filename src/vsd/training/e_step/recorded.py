@@ -4,6 +4,7 @@ The text is the target's, so at temperature 0 they are the posterior, and the ta
 """
 
 from vsd.decoding.lookup import looked_up
+from vsd.features import Texts
 from vsd.objective import Part, Recorded
 from vsd.paths import cut, longest_first, recorded
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
@@ -15,6 +16,9 @@ class RecordedStep:
 
     def __init__(self, part: Part, draw: Recorded, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
+
+    def room(self, texts: Texts, epoch: int, steps: int) -> None:
+        """None: the features say all."""
 
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """The posterior of a batch."""
