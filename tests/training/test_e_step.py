@@ -30,7 +30,8 @@ def examples(tiny_target: Target) -> list[Example]:
 @pytest.fixture
 def trainer(tiny_target: Target, examples: list[Example], tmp_path: Path) -> VSDTrainer:
     options = {"anchors": 3, "length": 4, "epochs": 2}
-    return tiny_run.tiny_trainer(tiny_target, examples, tmp_path, objective="vsd", objective_options=options)
+    choice = {"objective": "vsd", "objective_options": options, "per_device_train_batch_size": 4}
+    return tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
 
 
 def whole(trainer: VSDTrainer) -> Batch:
@@ -67,7 +68,7 @@ def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.
     monkeypatch.setattr(ContinuedStep, "_draw", counted)
 
     def tokens(epoch: int, rows: list[int]) -> torch.Tensor:
-        posterior, _ = step(batch.some(rows), RandomSource(0, epoch, "", torch.device("cpu")))
+        posterior, _ = step(batch.some(rows), RandomSource(0, epoch, 0, torch.device("cpu")))
         return posterior.entries.next_ids[:, batch.texts.inputs.ids.shape[1] :]
 
     first = tokens(0, [0, 1])

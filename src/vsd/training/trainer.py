@@ -36,7 +36,8 @@ from vsd.training.e_step import Batch, Info, Models, Posterior, e_steps
 from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
-_REMEMBERED = 0.99  # of the running acceptance, a batch
+_REMEMBERED = 0.99  # of the running acceptance, a step
+_MEMORY = "memory_0.json"  # in a checkpoint; older ones also have files of other processes
 
 
 class VSDTrainer(Trainer):
@@ -92,7 +93,7 @@ class VSDTrainer(Trainer):
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
-        self._batch = (0, 0)  # step, and the number of the batch in it
+        self._first = torch.zeros(2)  # first drafted tokens of this step so far: right ones, and all
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -178,17 +179,20 @@ class VSDTrainer(Trainer):
         return output
 
     def _remember(self, output: FusedLoss) -> None:
+        """Count; and at the end of a step move the running acceptance, by the batches of all processes."""
         self._counts.add(output)
-        now = float(output.correct[0] / output.rows[0].clamp(min=1))
+        self._first = self._first + torch.stack([output.correct[0], output.rows[0]]).cpu()
+        if not self.accelerator.sync_gradients:
+            return
+        correct, rows = self.accelerator.reduce(self._first.to(self.args.device)).tolist()
+        now = correct / max(1, rows)
         before = now if self._acceptance is None else self._acceptance
         self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
+        self._first = torch.zeros(2)
 
     def _random(self) -> RandomSource:
-        """The draws of one batch: a resumed run draws what the interrupted one would have."""
-        step = self.state.global_step
-        self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
-        key = f"{self._batch}, {self.args.process_index}"
-        return RandomSource(self.args.seed, self._epoch, key, self.args.device)
+        """The draws of a step: a resumed run draws what the interrupted one would have."""
+        return RandomSource(self.args.seed, self._epoch, self.state.global_step, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts greedily with the drafter as it is now: τ, by the engine that serves."""
@@ -262,18 +266,18 @@ class VSDTrainer(Trainer):
         """And the running acceptance, which weights depend on, and the minutes trained."""
         super()._save_rng_state(output_dir)
         minutes = self._budget.minutes if self._budget else 0.0
-        self._memory(output_dir).write_text(json.dumps({"acceptance": self._acceptance, "minutes": minutes}))
+        if self.is_world_process_zero():
+            memory = json.dumps({"acceptance": self._acceptance, "minutes": minutes})
+            (Path(output_dir) / _MEMORY).write_text(memory)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._memory(checkpoint).exists():
-            memory = json.loads(self._memory(checkpoint).read_text())
+        path = Path(checkpoint or "") / _MEMORY
+        (memory,) = broadcast_object_list([json.loads(path.read_text()) if path.exists() else None])
+        if memory is not None:
             self._acceptance = memory["acceptance"]
             if self._budget is not None:
                 self._budget.go_on(memory["minutes"])
-
-    def _memory(self, folder: str) -> Path:
-        return Path(folder) / f"memory_{self.args.process_index}.json"
 
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""

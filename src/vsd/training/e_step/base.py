@@ -4,7 +4,7 @@ Legend: B batch, T tokens, Q drafted tokens of a sequence, A anchors, P paths, S
 V target and Vd draft vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from vsd.features import Features, Texts
 from vsd.objective import Drafted, HeadTarget, Part, Proposed, Rule
 from vsd.paths import Entries, Paths, Scored, score_paths
 from vsd.targets import Prefill, Target, TargetInfo
+from vsd.targets.sampling import drawn_at
+from vsd.training.random_source import uniform
 
 
 class Batch(NamedTuple):
@@ -159,9 +161,9 @@ class Anchors(NamedTuple):
     chosen: Tensor
 
     @classmethod
-    def sampled(cls, batch: Batch, count: int, generator: torch.Generator) -> "Anchors":
+    def sampled(cls, batch: Batch, count: int, generators: Sequence[torch.Generator]) -> "Anchors":
         """`count` roots of every sequence, uniformly among those drafted from, with replacement."""
-        chosen = torch.multinomial(batch.texts.real.float(), count, replacement=True, generator=generator)
+        chosen = drawn_at(batch.texts.real[:, None].expand(-1, count, -1), uniform(generators, count))
         return cls(batch.texts.drafted.gather(1, chosen) - 2, chosen)
 
 
@@ -172,5 +174,5 @@ def drafted_paths(roots: Tensor, tokens: Tensor, valid: Tensor, rows: Tensor) ->
 
 
 def weight_per_anchor(draw: Drafted | Proposed, batch: Batch) -> Tensor:
-    """Weight of an anchor: all of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
-    return draw.weight * batch.texts.real.sum() / (len(batch.texts.real) * draw.anchors)
+    """Weight of an anchor [B, 1]: all of a text weigh as much as its drafted tokens, times `draw.weight`."""
+    return draw.weight * batch.texts.real.sum(1, keepdim=True) / draw.anchors

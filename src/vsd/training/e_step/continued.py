@@ -14,7 +14,7 @@ from vsd.paths import Continuations, along, check_length, continue_text, extende
 from vsd.targets.sampling import drawn_at
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
 from vsd.training.e_step.kept import Kept
-from vsd.training.random_source import RandomSource
+from vsd.training.random_source import RandomSource, uniform
 
 _LEAST_DOUBT = 1e-3  # weight of a position where the target is sure: every text has anchors
 
@@ -70,12 +70,11 @@ class ContinuedStep:
     def _draw(self, batch: Batch, generators: list[torch.Generator]) -> Continuations:
         """Every text by a generator of its own: but for rounding, its batch does not matter."""
         draw, models, texts = self.draw, self.models, batch.texts
-        numbers = [torch.rand(draw.anchors, 1 + draw.length, generator=g, device=g.device) for g in generators]
-        uniform = torch.stack(numbers)  # [B, A, 1 + L]
+        numbers = uniform(generators, draw.anchors, 1 + draw.length)
         doubt = (1 - models.confidence(batch)).clamp(min=_LEAST_DOUBT) * texts.real  # [B, Q]
-        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), uniform[..., 0])
+        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), numbers[..., 0])
         roots = texts.drafted.gather(1, chosen) - 2
         served, layers = models.temperature, models.drafter.needs.layers
         return continue_text(
-            models.target, texts.inputs, roots, draw.length, served, uniform[..., 1:], layers, batch.prefill
+            models.target, texts.inputs, roots, draw.length, served, numbers[..., 1:], layers, batch.prefill
         )

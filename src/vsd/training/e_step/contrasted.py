@@ -33,9 +33,9 @@ class ContrastedStep:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
-        """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
+        """The anchors of a text weigh as much as its drafted tokens, times `draw.weight`."""
         draw, models = self.draw, self.models
-        anchors = Anchors.sampled(batch, draw.anchors, random.batch("draw"))
+        anchors = Anchors.sampled(batch, draw.anchors, random.texts(batch.texts.examples, "draw"))
         both = (models.drafter, self.reference)
         mine, theirs = (trees(models, drafter, draw.shape, batch, anchors.roots) for drafter in both)
         tokens, fresh = (torch.cat(pair, dim=2) for pair in zip(mine, theirs))  # [B, A, L + L', K]

@@ -16,7 +16,8 @@ _LEFT = 1 << 30  # bytes that stay free on the disk
 class Kept:
     """Continuations by example, on the CPU. The folder ($TMPDIR decides where) goes with the object.
 
-    What neither memory nor disk has room for is not kept.
+    What neither memory nor disk has room for is not kept, and a resumed run begins with nothing. Both draw anew, and
+    the same: draws depend on seed, text and epoch alone. So it does not matter which process has had a text.
     """
 
     def __init__(self) -> None:
