@@ -309,11 +309,11 @@ def e_step(size: Size) -> dict[str, Any]:
     options = {"anchors": 4, "length": 4} if size == SMALL else {}
     choice: dict[str, Any] = {"objective": "vsd", "objective_options": options, "bf16": DEVICE.type == "cuda"}
     trainer = trainer_of(target, drafter, random_texts(size, batch), **choice)
-    texts = trainer.batch(collated(trainer))
+    texts = trainer.batch(collated(trainer))._replace(prefill=None)
 
     def draw() -> Any:
         for step in trainer._e_steps:
-            getattr(step, "kept", {}).clear()
+            step.period = -1  # nothing is kept
         return trainer._e_step(texts)
 
     def fit() -> None:

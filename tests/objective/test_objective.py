@@ -507,7 +507,7 @@ def test_cut_paths_are_prefixes_longest_first(rows: list[list[bool]], steps: int
     ids = torch.arange(3 * 16).view(3, 16)[: len(rows)]
     whole = recorded(ids, drafted, real, steps)
     g = torch.Generator().manual_seed(seed)
-    shorter = cut(whole, torch.rand(whole.valid.shape, generator=g), g)
+    shorter = cut(whole, *torch.rand(2, *whole.valid.shape, generator=g))
     assert torch.equal(shorter.valid[..., 0], whole.valid[..., 0])
     assert not (shorter.valid & ~whole.valid).any()
     ordered = longest_first(shorter)
@@ -530,7 +530,8 @@ def test_cut_paths_survive_with_the_given_probability() -> None:
     ids = torch.arange(10_002)[None]
     drafted = torch.arange(2, 10_002)[None]
     whole = recorded(ids, drafted, torch.ones_like(drafted, dtype=torch.bool), 3)
-    shorter = cut(whole, torch.full(whole.valid.shape, 0.6), torch.Generator().manual_seed(0))
+    shape = whole.valid.shape
+    shorter = cut(whole, torch.full(shape, 0.6), torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     reached = shorter.valid[0].double().mean(0)
     for k in range(3):
         assert abs(float(reached[k]) - 0.6**k) < 5 * (0.25 / 10_000) ** 0.5

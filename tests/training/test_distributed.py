@@ -1,14 +1,14 @@
 """Gradient accumulation and DDP with every kind of E-step.
 
-Paths are drawn by seed, step, batch and process, so a step on one batch of eight differs from a step on two batches of
-four. These properties hold for every E-step: the gradient of an accumulated step is the sum over its batches, the
-gradient of several processes is the mean over theirs, and all replicas stay equal. Continuations are drawn by the text
-alone: with them, as with recorded texts, the division into batches and processes changes nothing.
+What is drawn for a text depends on seed, step and text, so the division of a step into batches and processes changes
+nothing, neither from the start nor when a run is resumed. The gradient of an accumulated step is the sum over its
+batches, the gradient of several processes is the mean over theirs, and all replicas stay equal.
 """
 
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "trees": ("vsd", {"rule": "target", "e_step": "trees", "tree": "3x3x9", "every": 1, "weight": 1.0}),
     "distillspec": ("distillspec", {"samples": 3}),
     "gto": ("gto", {"tree": "3x3x9", "anchors": 3, "rule": "target"}),
+    "cut": ("vsd", {"e_step": None, "smoothing": 0.3}),
 }
 DRAWN = [kind for kind in KINDS if kind != "recorded"]
 LEARNING_RATE = 1e-2
@@ -125,6 +126,23 @@ def test_batches_of_a_step_draw_different_paths(
     assert any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
 
 
+def counted(right: int, first: int) -> Any:
+    """The counts of a batch: first drafted tokens, and the right ones among them."""
+    return SimpleNamespace(correct=torch.tensor([right, 0.0, 0.0]), rows=torch.tensor([first, 0.0, 0.0]))
+
+
+def test_the_running_acceptance_moves_by_whole_steps(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    """The weights of a step must not depend on how many batches it has."""
+    trainer = trainer_of("recorded", tiny_target, examples, tmp_path, **ONE_STEP)
+    whole_step = trainer.accelerator.gradient_state._set_sync_gradients
+    for right, seen in ((1, None), (3, 0.5), (0, 0.5), (8, 0.99 * 0.5 + 0.01 * 8 / 8)):
+        whole_step(right in (3, 8))
+        trainer._remember(counted(right, 4))
+        assert trainer._acceptance == pytest.approx(seen)
+
+
 # ---- two processes
 
 TWO = {"ddp_backend": "gloo", "per_device_train_batch_size": 4}
@@ -138,6 +156,13 @@ def work(rank: int, port: int, out: Path) -> None:
     examples = uneven(tiny_run.tiny_examples(target, 8))
     for kind in KINDS:
         torch.save(seen(kind, rank, target, examples, out), out / f"{kind}-{rank}.pt")
+    trainer = trainer_of("recorded", target, examples, out, **TWO, **ONE_STEP)
+    trainer._remember(counted(1 + 2 * rank, 4))
+    assert trainer._acceptance == 0.5  # of both processes: 4 of 8
+    for kind in RESUMED:
+        several_steps(kind, target, out / f"two-{kind}", **HALVES)
+        weights = several_steps(kind, target, out / f"from-one-{kind}", out / f"one-{kind}" / "checkpoint-2", **HALVES)
+        torch.save(weights, out / f"from-one-{kind}-{rank}.pt")
     end_processes()
     threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), threads  # one alive at exit aborts the process, now and then
@@ -173,10 +198,31 @@ def seen(kind: str, rank: int, target: Target, examples: list[Example], out: Pat
     return found
 
 
+# ---- resumed with another number of processes
+
+RESUMED = ["continued", "drafted", "gto"]
+WHOLE = {"per_device_train_batch_size": 4}
+HALVES = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-2}
+
+
+def several_steps(kind: str, target: Target, folder: Path, checkpoint: Path | None = None, **division: Any) -> Weights:
+    """Weights after four steps of four texts each, three of them an epoch of ten texts; `checkpoint-2` is in it.
+
+    Adam's ε is above rounding errors, which it would blow up to whole steps.
+    """
+    examples = uneven(tiny_run.tiny_examples(target, 10))
+    trainer = trainer_of(kind, target, examples, folder, adam_epsilon=1e-2, **SAVED, **division)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return weights_of(trainer)
+
+
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `KIND-RANK.pt` for every kind of E-step and both processes."""
+def two_processes(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `KIND-RANK.pt` for every kind of E-step and both processes, and the runs of `several_steps`."""
     folder = tmp_path_factory.mktemp("two")
+    for kind in RESUMED:
+        torch.save(several_steps(kind, tiny_target, folder / f"one-{kind}", **WHOLE), folder / f"one-{kind}.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +274,7 @@ def test_processes_draw_different_paths(two_processes: Path, kind: str) -> None:
     assert any(not torch.allclose(first[name], second[name], rtol=1e-3) for name in first)
 
 
-@pytest.mark.parametrize("kind", ["recorded", "continued"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_division_of_a_step_changes_nothing(
     tiny_target: Target, examples: list[Example], tmp_path: Path, two_processes: Path, kind: str
 ) -> None:
@@ -244,3 +290,16 @@ def test_the_division_of_a_step_changes_nothing(
     for other in found[1:]:
         for name, weight in found[0].items():
             torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_resumes_with_another_number_of_processes(
+    tiny_target: Target, tmp_path: Path, two_processes: Path, kind: str
+) -> None:
+    """From one process to two and from two to one: the drafter of an uninterrupted run."""
+    straight = torch.load(two_processes / f"one-{kind}.pt", weights_only=True)
+    half_way = two_processes / f"two-{kind}" / "checkpoint-2"
+    found = [several_steps(kind, tiny_target, tmp_path, half_way, **WHOLE)]
+    found += [torch.load(two_processes / f"from-one-{kind}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for one in found:
+        torch.testing.assert_close(one, straight, rtol=1e-4, atol=1e-5)

@@ -63,8 +63,8 @@ def law(drafter: Any, entries: Entries, roots: torch.Tensor, tokens: torch.Tenso
 def test_sampled_paths_carry_the_drafters_probabilities(target: Target, drafter: Any, temperature: float) -> None:
     """log q of sampling is log q of the training pass along the same paths."""
     some, roots = batch(target, drafter, 4), ROOTS.repeat_interleave(4, 1)
-    generator = torch.Generator().manual_seed(0)
-    tokens, log_q = sample_paths(models(target, drafter, temperature), some, roots, 1.0, generator)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    tokens, log_q = sample_paths(models(target, drafter, temperature), some, roots, 1.0, generators)
     labels = drafter.vocabulary.rows[tokens]
     assert int(labels.min()) >= 0
     wanted = of_label(law(drafter, some.entries, roots, tokens, temperature), labels, 0.0)
@@ -84,8 +84,8 @@ def test_paths_are_sampled_from_q_at_the_temperature(target: Target, drafter: An
     apart = (root for root in (9, *range(18)) if (law_at(root, 1.0) - law_at(root, 0.5)).abs().sum() / 2 > 0.1)
     root = next(apart)
     for temperature in (1.0, 0.5):
-        generator, roots = torch.Generator().manual_seed(0), torch.full((1, 4000), root)
-        tokens, _ = sample_paths(models(target, drafter), some, roots, temperature, generator)
+        generators, roots = [torch.Generator().manual_seed(0)], torch.full((1, 4000), root)
+        tokens, _ = sample_paths(models(target, drafter), some, roots, temperature, generators)
         labels = drafter.vocabulary.rows[tokens[0, :, 0]]
         found = torch.bincount(labels, minlength=drafter.vocabulary.size) / 4000
         assert (found - law_at(root, temperature)).abs().sum() / 2 < 0.06

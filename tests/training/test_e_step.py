@@ -9,7 +9,6 @@ import torch
 import along
 import tiny_run
 from vsd.data import Example
-from vsd.features import Features
 from vsd.targets import Inputs, Target
 from vsd.training.e_step import Batch, kept
 from vsd.training.e_step.continued import ContinuedStep
@@ -31,15 +30,12 @@ def examples(tiny_target: Target) -> list[Example]:
 @pytest.fixture
 def trainer(tiny_target: Target, examples: list[Example], tmp_path: Path) -> VSDTrainer:
     options = {"anchors": 3, "length": 4, "epochs": 2}
-    return tiny_run.tiny_trainer(tiny_target, examples, tmp_path, objective="vsd", objective_options=options)
+    choice = {"objective": "vsd", "objective_options": options, "per_device_train_batch_size": 4}
+    return tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **choice)
 
 
 def whole(trainer: VSDTrainer) -> Batch:
     return trainer.batch(next(iter(trainer.get_train_dataloader())))
-
-
-def some(batch: Batch, rows: list[int]) -> Batch:
-    return Batch(batch.texts.some(rows), Features(*(field[rows] for field in batch.features)), batch.steps)
 
 
 def test_they_begin_where_the_target_is_unsure(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
@@ -49,7 +45,7 @@ def test_they_begin_where_the_target_is_unsure(tiny_target: Target, examples: li
     batch = whole(trainer)
     ids, texts = batch.texts.inputs.ids, batch.texts
     generators = [torch.Generator().manual_seed(i) for i in range(len(ids))]
-    found = trainer._e_steps[1]._draw(batch, list(range(len(ids))), generators)
+    found = trainer._e_steps[1]._draw(batch, generators)
     assert not texts.real.all()
     for b, roots in enumerate(found.roots):
         drafted = texts.drafted[b][texts.real[b]]
@@ -65,14 +61,14 @@ def test_they_are_kept_for_some_epochs(trainer: VSDTrainer, monkeypatch: pytest.
     batch, step, drawn = whole(trainer), trainer._e_steps[1], []
     real_one = ContinuedStep._draw
 
-    def counted(self: ContinuedStep, given: Batch, rows: list[int], generators: object) -> object:
-        drawn.append(given.texts.examples[rows].tolist())
-        return real_one(self, given, rows, generators)  # type: ignore[arg-type]
+    def counted(self: ContinuedStep, given: Batch, generators: list[torch.Generator]) -> object:
+        drawn.append(given.texts.examples.tolist())
+        return real_one(self, given, generators)
 
     monkeypatch.setattr(ContinuedStep, "_draw", counted)
 
     def tokens(epoch: int, rows: list[int]) -> torch.Tensor:
-        posterior, _ = step(some(batch, rows), RandomSource(0, epoch, "", torch.device("cpu")))
+        posterior, _ = step(batch.some(rows), RandomSource(0, epoch, 0, torch.device("cpu")))
         return posterior.entries.next_ids[:, batch.texts.inputs.ids.shape[1] :]
 
     first = tokens(0, [0, 1])

@@ -182,6 +182,49 @@ def test_other_settings_are_not_resumed(tmp_path: Path, override: str, what: str
         check_resumable(tmp_path, *made(tmp_path))
 
 
+def resumed(tmp_path: Path, before: int, *overrides: str) -> None:
+    """Resume, with one process, a run of `before` processes with two conversations each."""
+    write_recipe(tmp_path, *made(tmp_path, "per_device_train_batch_size=2"))
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": before}))
+    check_resumable(tmp_path, *made(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize("batch", [(8, 1), (4, 2), (1, 8)])
+def test_a_step_may_be_divided_differently_on_resume(tmp_path: Path, batch: tuple[int, int]) -> None:
+    size, accumulated = batch
+    resumed(tmp_path, 4, f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulated}")
+
+
+@pytest.mark.parametrize(
+    ("before", "overrides", "message"),
+    [
+        (4, (2, 1), r"4 processes × 2 conversations × 1 batches in a step, not 1 × 2 × 1: give \S+-batch-size 8$"),
+        (1, (4, 1), r"1 processes × 2 conversations × 1 batches in a step, not 1 × 4 × 1: give \S+-batch-size 2$"),
+        (4, (2, 2), "not 1 × 2 × 2: give --per-device-train-batch-size 4$"),
+        (1, (2, 3), "not 1 × 2 × 3: processes × --gradient-accumulation-steps must divide 2$"),
+    ],
+)
+def test_another_number_of_conversations_is_not_resumed(
+    tmp_path: Path, before: int, overrides: tuple[int, int], message: str
+) -> None:
+    size, accumulated = overrides
+    with pytest.raises(MismatchError, match=message):
+        resumed(tmp_path, before, f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulated}")
+
+
+@pytest.mark.parametrize("order", ["online=true", "train_sampling_strategy=random"])
+def test_other_orders_are_resumed_with_the_same_division(tmp_path: Path, order: str) -> None:
+    """Online texts are ordered by the batch; at random, the last step of an epoch depends on the division."""
+    write_recipe(tmp_path, *made(tmp_path, order))
+    check_resumable(tmp_path, *made(tmp_path, order))
+    with pytest.raises(
+        MismatchError, match="gradient_accumulation_steps was 1, now 2; per_device_train_batch_size was 8"
+    ):
+        divided = ("gradient_accumulation_steps=2", "per_device_train_batch_size=4")
+        check_resumable(tmp_path, *made(tmp_path, order, *divided))
+
+
 def test_a_measured_precision_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16: null is measured once; the run that goes on does not measure again. A given value has precedence."""
     options = ["data=text.jsonl", f"output_dir={tmp_path}"]

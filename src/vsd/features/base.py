@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vsd.targets import Padded, Target
+from vsd.targets import Output, Padded, Prefill, Target
 
 
 class Texts(NamedTuple):
@@ -66,16 +66,26 @@ class InProcess:
 
     def batch(self, texts: Texts) -> Features:
         """See `FeatureSource.batch`."""
-        found = compute_features(self.target, texts.inputs, texts.drafted, self.layers, self.temperature)
-        return Features(*(field.float() for field in found))
+        return self._of(self.target.features(texts.inputs, self.layers), texts)
+
+    def prefilled(self, texts: Texts, room: int) -> tuple[Features, Prefill]:
+        """The features and, of the same pass, the target's cache of the texts with `room` more slots."""
+        prefill, aux = self.target.read(texts.inputs, room, self.layers)
+        return self._of(Output(prefill.hidden, aux), texts), prefill
+
+    def _of(self, output: Output, texts: Texts) -> Features:
+        return Features(*(field.float() for field in _of_pass(self.target, output, texts.drafted, self.temperature)))
 
 
-@torch.no_grad()
 def compute_features(
     target: Target, inputs: Padded, drafted: Tensor, layers: tuple[int, ...], temperature: float = 1.0
 ) -> Features:
     """One target pass over texts with drafted positions [B, Q]."""
-    output = target.features(inputs, layers)
+    return _of_pass(target, target.features(inputs, layers), drafted, temperature)
+
+
+@torch.no_grad()
+def _of_pass(target: Target, output: Output, drafted: Tensor, temperature: float) -> Features:
     before = (drafted - 1)[..., None].expand(-1, -1, output.hidden.shape[-1])
     hidden = output.hidden.gather(1, before)
     normaliser = target.log_normaliser(hidden.flatten(0, 1), temperature)

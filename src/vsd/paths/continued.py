@@ -16,7 +16,7 @@ from torch import Tensor
 from vsd.errors import DataError
 from vsd.paths.entries import Entries, rows_at
 from vsd.paths.recorded import Paths
-from vsd.targets import Padded, Target, TargetInfo
+from vsd.targets import Padded, Prefill, Target, TargetInfo
 from vsd.targets.sampling import drawn_at
 
 
@@ -59,6 +59,7 @@ def continue_text(
     temperature: float,
     uniform: Tensor,
     layers: tuple[int, ...],
+    prefill: Prefill | None = None,
 ) -> Continuations:
     """Below every root a token other than the text's, drawn from p without it, and `length` - 1 more drawn from p.
 
@@ -68,6 +69,7 @@ def continue_text(
         temperature: > 0, of p.
         uniform: numbers in [0, 1) that decide the draws, [B, P, L].
         layers: features to return.
+        prefill: of the text, if it was read before; its cache need not grow where it has room for P (L - 1) tokens.
 
     Raises:
         DataError: paths that leave the target's context.
@@ -75,19 +77,17 @@ def continue_text(
     ids = text.ids
     (B, T), P = ids.shape, roots.shape[1]
     check_length(target, T, length)
-    cache = target.new_cache(B, T + P * (length - 1))
-    whole = torch.full((B,), T, device=ids.device)
-    read = target.prefill(text._replace(lengths=whole), cache)  # with the padding, which no node attends to
+    read, cache = prefill or target.read(text, P * (length - 1))[0]
     behind = text.first_row.gather(1, roots + 1)  # [B, P]
     seen = torch.arange(T, device=ids.device) < (roots + 2)[..., None]  # [B, P, T], then T + P, …
     own = torch.eye(P, dtype=torch.bool, device=ids.device)[None]
-    last = rows_at(read.hidden, roots + 1)
+    last = rows_at(read, roots + 1)
     tokens: list[Tensor] = []
     hidden, normalisers, aux = [last], [], []
     for step in range(length):
         if step:
             output = target.forward(tokens[-1], behind + step, own, cache, seen, layers)
-            cache.commit(torch.arange(P, device=ids.device).expand(B, P), torch.full_like(whole, P))
+            cache.commit(torch.arange(P, device=ids.device).expand(B, P), ids.new_full((B,), P))
             seen = torch.cat([seen, own.expand(B, P, P)], dim=-1)
             hidden.append(output.hidden)
             aux.append(output.aux)
@@ -96,6 +96,10 @@ def continue_text(
         if not step:
             logits = logits.scatter(-1, ids.gather(1, roots + 2)[..., None], float("-inf"))
         tokens.append(drawn_at(logits.softmax(-1), uniform[..., step]))
+    if prefill is None:
+        cache.free()
+    else:
+        cache.truncate(ids.new_full((B,), T))  # as it was: the batch may have other paths
     return Continuations(roots, *(torch.stack(x, 2) for x in (tokens, hidden, normalisers, aux)))
 
 

@@ -69,9 +69,13 @@ def recorded(ids: Tensor, drafted: Tensor, real: Tensor, steps: int) -> Paths:
     return Paths(drafted - 2, tokens, valid.long().cumprod(-1).bool(), rows, places - 1)
 
 
-def cut(paths: Paths, go_on: Tensor, generator: torch.Generator | None) -> Paths:
-    """Paths that end behind their token k with probability 1 - go_on [B, P, K] (of those that got so far)."""
-    survives = torch.rand(go_on.shape, device=go_on.device, generator=generator) < go_on
+def cut(paths: Paths, go_on: Tensor, uniform: Tensor) -> Paths:
+    """Paths that end behind their token k with probability 1 - go_on [B, P, K] (of those that got so far).
+
+    Args:
+        uniform: numbers in [0, 1) that decide, [B, P, K].
+    """
+    survives = uniform < go_on
     reached = torch.cat([torch.ones_like(survives[..., :1]), survives[..., :-1]], dim=-1)
     return paths._replace(valid=paths.valid & reached.long().cumprod(-1).bool())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vsd.paths.entries import rows_at
-from vsd.targets import Padded, Target
+from vsd.targets import Padded, Prefill, Target
 
 
 class Trie(NamedTuple):
@@ -82,16 +82,25 @@ def merge(roots: Tensor, tokens: Tensor) -> Trie:
 
 
 @torch.no_grad()
-def score_paths(target: Target, text: Padded, roots: Tensor, tokens: Tensor, temperature: float = 1.0) -> Scored:
+def score_paths(
+    target: Target,
+    text: Padded,
+    roots: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    prefill: Prefill | None = None,
+) -> Scored:
     """Score paths [B, P, K] below roots [B, P] of texts by the target's distribution at a temperature.
 
     Paths may end early, in `NO_TOKEN`; scores of steps that do not exist have no meaning.
+
+    Args:
+        prefill: of the text, if it was read before; its cache need not grow where it has room for P (K - 1) tokens.
     """
     B, P, K = tokens.shape
     trie = merge(roots, tokens[..., :-1]) if K > 1 else None
     nodes = 0 if trie is None else trie.tokens.shape[1]
-    cache = target.new_cache(B, text.ids.shape[1] + nodes)
-    read = target.prefill(text, cache).hidden
+    read, cache = prefill or target.read(text, nodes)[0]
     hidden = rows_at(read, roots + 1)  # predicts the first tokens
     rows = (roots[:, :, None] == roots[:, None]).long().argmax(2)[..., None]  # [B, P, 1] the first path of the anchor
     if trie is not None and nodes:
@@ -100,6 +109,8 @@ def score_paths(target: Target, text: Padded, roots: Tensor, tokens: Tensor, tem
         hidden = torch.cat([hidden, output.hidden], dim=1)  # [B, P + N, h]
         later = torch.where(tokens[..., 1:] >= 0, P + trie.node, rows)
         rows = torch.cat([rows, later], dim=-1)
+    if prefill is None:
+        cache.free()
     rows = rows.expand(-1, -1, K) + (P + nodes) * torch.arange(B, device=roots.device)[:, None, None]
     hidden = hidden.flatten(0, 1)
     used, where = rows.unique(return_inverse=True)

@@ -6,7 +6,7 @@ from vsd.targets.decoder import Decoder, Output
 from vsd.targets.info import TargetInfo
 from vsd.targets.inputs import Inputs, Padded
 from vsd.targets.load import EMBEDDED, load_target
-from vsd.targets.target import Target
+from vsd.targets.target import Prefill, Target
 
 __all__ = [
     "EMBEDDED",
@@ -14,6 +14,7 @@ __all__ = [
     "Inputs",
     "Output",
     "Padded",
+    "Prefill",
     "Target",
     "TargetInfo",
     "TreeCache",

@@ -198,6 +198,11 @@ class TreeCache(Cache):
         for store in self.stores:
             store.select(rows, self.fill)
 
+    def free(self) -> None:
+        """Give the memory back now: cache and layers refer to each other, and would wait for the garbage collector."""
+        self.layers.clear()
+        self.stores.clear()
+
 
 def _selected(states: Tensor, rows: Tensor, slots: int) -> Tensor:
     """Rows [B'] of states [M, B, H, C, D], with their first slots, [M, B', H, C, D]; a view where B' is at most B."""

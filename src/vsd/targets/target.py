@@ -4,7 +4,7 @@ Legend: B batch, N tokens or nodes of one pass, R rows of positions, h hidden si
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from vsd.targets.decoder import Decoder, Output
 from vsd.targets.images import ImageReader
 from vsd.targets.info import TargetInfo, end_ids, ends_of
 from vsd.targets.inputs import Inputs, Padded
+
+
+class Prefill(NamedTuple):
+    """Texts of T tokens that the target has read: a later pass goes on from any of their tokens.
+
+    Attributes:
+        hidden: final hidden states, [B, T, h].
+        cache: keys and values of all tokens, those of the padding included, which no node of a later pass should see.
+    """
+
+    hidden: Tensor
+    cache: TreeCache
 
 
 class Target(TargetInfo):
@@ -79,6 +91,13 @@ class Target(TargetInfo):
     ) -> Output:
         """One pass over nodes ids [B, N] at positions [B, N]; see `Decoder.nodes`."""
         return self.decoder.nodes(ids, positions, ancestors, cache, context, layers)
+
+    def read(self, texts: Padded, room: int, layers: Sequence[int] = ()) -> tuple[Prefill, Tensor]:
+        """Read texts and their padding into a new cache with `room` more slots; behind it features [B, T, n h]."""
+        B, T = texts.ids.shape
+        cache = self.new_cache(B, T + room)
+        output = self.prefill(texts._replace(lengths=torch.full_like(texts.lengths, T)), cache, layers)
+        return Prefill(output.hidden, cache), output.aux
 
     @torch.no_grad()
     def features(self, inputs: Padded, layers: Sequence[int] = ()) -> Output:

@@ -58,8 +58,8 @@ class ByLength(Sampler[int]):
         self.lengths = dataset.examples.lengths
 
     def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.lengths)
+        """Number of examples in whole batches."""
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         """Indices, batch after batch."""
@@ -67,15 +67,19 @@ class ByLength(Sampler[int]):
 
 
 def in_batches(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[int]:
-    """Indices of texts of lengths [n] in batches of similar length in random order; a smaller batch comes last.
+    """Indices of texts of lengths [n] in batches of similar length in random order.
 
-    Random noise of 10 % is added to the lengths before sorting, so that every epoch has different batches.
+    Every batch is whole, so that any number of processes can share it: some texts, chosen at random, come twice (or
+    more often, where n < batch_size). Random noise of 10 % is added to the lengths before sorting, so that every epoch
+    has different batches.
     """
-    jitter = 1 + 0.1 * torch.rand(len(lengths), generator=generator)
-    batches = list((lengths * jitter).argsort().split(batch_size))
-    last = [batches.pop()] if len(lengths) % batch_size else []
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    return torch.cat([batches[i] for i in order] + last).tolist()
+    n, count = len(lengths), -(-len(lengths) // batch_size)
+    jitter = 1 + 0.1 * torch.rand(count * batch_size, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    rounds = [torch.randperm(n, generator=generator) for _ in range(n, count * batch_size, n)]
+    texts = torch.cat([torch.arange(n), *rounds])[: count * batch_size]
+    batches = texts[(lengths[texts] * jitter).argsort()].view(count, batch_size)
+    return batches[order].flatten().tolist()
 
 
 class Unread:

@@ -24,7 +24,10 @@ from vsd.training.config import VSDConfig
 FILE = "recipe.json"
 VERSIONS = "versions"
 MEASURED = "measured"  # defaults that are measured on the machine
+PROCESSES = "processes"
 TEXT = "text_digest"  # of the training text
+RECORDED = (VERSIONS, MEASURED, PROCESSES, TEXT)  # in recipe.json, but no options
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SECRET = {"hub_token"}
 MAY_CHANGE = {
     *("output_dir", "features", "device", "use_cpu", "on_bad_line"),  # paths and devices
@@ -45,7 +48,8 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
     Raises:
         ConfigurationError: an unreadable file, an unknown option, or a value of a wrong type or without meaning.
     """
-    values = _read(path) if path else {}
+    found = _read(path) if path else {}
+    values = {name: value for name, value in found.items() if name not in RECORDED}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -66,30 +70,55 @@ def recipe(path: Path | None, overrides: Iterable[str], flags: Mapping[str, Any]
 def write_recipe(folder: Path, job: TrainJob, config: VSDConfig, text: str | None = None) -> None:
     """Write the whole configuration, the measured defaults, the versions of the packages and the digest of the text."""
     versions = {"vsd": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    values = {**_settings(job, config), MEASURED: {"bf16": config.bf16}, VERSIONS: versions, TEXT: text}
+    values = {**_settings(job, config), PROCESSES: config.world_size}
+    values |= {MEASURED: {"bf16": config.bf16}, VERSIONS: versions, TEXT: text}
     write_text(folder / FILE, json.dumps(values, indent=1, default=str) + "\n")
 
 
 def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
     """Refuse to resume the run in `folder` with other settings; those in `MAY_CHANGE` may differ.
 
+    The conversations of a step may be divided differently into processes and batches: draws, weights and loss depend on
+    the whole step alone.
+
     Raises:
         MismatchError: settings differ; the message holds the name, the old and the new value of each.
     """
     if not (folder / FILE).exists():
         return
-    old, new = _read(folder / FILE), json.loads(json.dumps(_settings(job, config), default=str))
-    default = {**_defaults(VSDConfig), **_defaults(TrainJob)}
+    default = {**_defaults(VSDConfig), **_defaults(TrainJob), PROCESSES: config.world_size}
+    old = {**default, **_read(folder / FILE)}
+    new = {**default, **json.loads(json.dumps(_settings(job, config), default=str))}
+    if not job.online and config.train_sampling_strategy == "group_by_length":  # other orders have incomplete steps
+        _check_step(folder, old, new)
+        old |= {name: new[name] for name in (PROCESSES, *DIVISION)}
     changes = [
         f"{name} was {before!r}, now {now!r}"
-        for name in sorted((old.keys() | new.keys()) - MAY_CHANGE)
-        if (before := old.get(name, default.get(name))) != (now := new.get(name, default.get(name)))
+        for name in sorted((old.keys() | new.keys()) - {*MAY_CHANGE, MEASURED, VERSIONS, TEXT})
+        if (before := old.get(name)) != (now := new.get(name))
     ]
     if changes:
         raise MismatchError(
             f"'{folder}' was trained with other settings: {'; '.join(changes)}: "
             "resume with the old ones, or give another --output-dir"
         )
+
+
+def _check_step(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse another number of conversations in a step."""
+    (size, accumulated), (own, steps) = ([values[name] for name in DIVISION] for values in (old, new))
+    before, processes = old[PROCESSES], new[PROCESSES]
+    whole = before * size * accumulated
+    if whole == processes * own * steps:
+        return
+    each, rest = divmod(whole, processes * steps)
+    remedy = f"give --per-device-train-batch-size {each}"
+    if rest:
+        remedy = f"processes × --gradient-accumulation-steps must divide {whole}"
+    raise MismatchError(
+        f"'{folder}' was trained with {before} processes × {size} conversations × {accumulated} batches in a step, not "
+        f"{processes} × {own} × {steps}: {remedy}"
+    )
 
 
 def check_same_text(folder: Path, text: str | None) -> None:
@@ -168,7 +197,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The settings in a recipe."""
+    """What is in a recipe."""
     try:
         values = read_yaml(path.read_text(), f"'{path}'")
     except FileNotFoundError:
@@ -177,7 +206,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"'{path}' cannot be read as a recipe: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigurationError(f"'{path}' must hold KEY: VALUE lines")
-    return {name: value for name, value in values.items() if name not in (VERSIONS, MEASURED, TEXT)}
+    return values
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

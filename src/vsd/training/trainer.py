@@ -37,6 +37,7 @@ from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a step
+_MEMORY = "memory_0.json"  # in a checkpoint; older ones also have files of other processes
 
 
 class VSDTrainer(Trainer):
@@ -92,8 +93,7 @@ class VSDTrainer(Trainer):
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
-        self._first = torch.zeros(2, device=self.args.device)  # of this step: first drafted tokens right, and all
-        self._batch = (0, 0)  # step, and the number of the batch in it
+        self._first = torch.zeros(2)  # first drafted tokens of this step so far: right ones, and all
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
         if self._budget is not None:
             self.add_callback(self._budget)
@@ -102,11 +102,11 @@ class VSDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
         if isinstance(self.train_dataset, OnlineText):
-            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: int(self.state.epoch or 0))
+            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: self._epoch)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength(size, self.train_dataset, lambda: self.args.seed + int(self.state.epoch or 0))  # type: ignore[arg-type]
+        return ByLength(size, self.train_dataset, lambda: self.args.seed + self._epoch)  # type: ignore[arg-type]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -129,14 +129,13 @@ class VSDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
-        if self.state.global_step != self._batch[0]:
-            self._update_acceptance()
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
+        if batch.prefill is not None:
+            batch.prefill.cache.free()
         output = self._m_step(model, batch, posteriors)
         if posteriors[0].part.paths.written:
-            self._counts.add(output)
-            self._first += torch.stack([output.correct[0], output.rows[0]])
+            self._remember(output)
         items = num_items_in_batch if num_items_in_batch is not None else batch.texts.real.sum()
         loss = output.loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -144,17 +143,32 @@ class VSDTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def batch(self, inputs: dict[str, Any]) -> Batch:
-        """The collator's tensors with their features."""
-        texts = texts_of(inputs)
-        return Batch(texts, self.features.batch(texts), self._steps())
+        """The collator's tensors with their features, and the target's cache of the texts for E-steps that need it.
+
+        Features computed in process and cache come from one pass of the target.
+        """
+        texts, steps = texts_of(inputs), self._steps()
+        rooms = [step.room(texts, self._epoch, steps) for step in self._due()]
+        needed = [room for room in rooms if room is not None]
+        if needed and isinstance(self.features, InProcess):
+            features, prefill = self.features.prefilled(texts, max(needed))
+            return Batch(texts, features, steps, prefill)
+        return Batch(texts, self.features.batch(texts), steps)
 
     def _e_step(self, batch: Batch) -> list[Posterior]:
         """Paths and their weights, one posterior for each part of the objective that is due in this step."""
         random = self._random()
-        due = [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
-        found = [step(batch, random) for step in due]
+        found = [step(batch, random) for step in self._due()]
         self._counts.add_drafted([info for _, info in found])
         return [posterior for posterior, _ in found]
+
+    def _due(self) -> list[Any]:
+        """The E-steps of this step."""
+        return [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
+
+    @property
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     def _m_step(self, model: nn.Module, batch: Batch, posteriors: list[Posterior]) -> FusedLoss:
         """The drafter along all paths at once; its weighted loss is computed inside its forward pass."""
@@ -164,21 +178,21 @@ class VSDTrainer(Trainer):
         output: FusedLoss = model(entries, paths, loss)
         return output
 
-    def _update_acceptance(self) -> None:
-        """At the end of a step, from its batches in all processes: weights must not depend on how it was divided."""
-        correct, rows = self.accelerator.reduce(self._first, "sum").tolist()
-        if rows:
-            now = correct / rows
-            before = now if self._acceptance is None else self._acceptance
-            self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
-        self._first.zero_()
+    def _remember(self, output: FusedLoss) -> None:
+        """Count; and at the end of a step move the running acceptance, by the batches of all processes."""
+        self._counts.add(output)
+        self._first = self._first + torch.stack([output.correct[0], output.rows[0]]).cpu()
+        if not self.accelerator.sync_gradients:
+            return
+        correct, rows = self.accelerator.reduce(self._first.to(self.args.device)).tolist()
+        now = correct / max(1, rows)
+        before = now if self._acceptance is None else self._acceptance
+        self._acceptance = _REMEMBERED * before + (1 - _REMEMBERED) * now
+        self._first = torch.zeros(2)
 
     def _random(self) -> RandomSource:
-        """The draws of one batch: a resumed run draws what the interrupted one would have."""
-        step = self.state.global_step
-        self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)  # batches are accumulated
-        key = f"{self._batch}, {self.args.process_index}"
-        return RandomSource(self.args.seed, int(self.state.epoch or 0), key, self.args.device)
+        """The draws of a step: a resumed run draws what the interrupted one would have."""
+        return RandomSource(self.args.seed, self._epoch, self.state.global_step, self.args.device)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Answer the held-out prompts with the drafter as it is now, as it will be served: τ, by the serving engine."""
@@ -259,20 +273,19 @@ class VSDTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """And the running acceptance, which weights depend on, and the minutes trained."""
         super()._save_rng_state(output_dir)
-        self._update_acceptance()
         minutes = self._budget.minutes if self._budget else 0.0
-        self._memory(output_dir).write_text(json.dumps({"acceptance": self._acceptance, "minutes": minutes}))
+        if self.is_world_process_zero():
+            memory = json.dumps({"acceptance": self._acceptance, "minutes": minutes})
+            (Path(output_dir) / _MEMORY).write_text(memory)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._memory(checkpoint).exists():
-            memory = json.loads(self._memory(checkpoint).read_text())
+        path = Path(checkpoint or "") / _MEMORY
+        (memory,) = broadcast_object_list([json.loads(path.read_text()) if path.exists() else None])
+        if memory is not None:
             self._acceptance = memory["acceptance"]
             if self._budget is not None:
                 self._budget.go_on(memory["minutes"])
-
-    def _memory(self, folder: str) -> Path:
-        return Path(folder) / f"memory_{self.args.process_index}.json"
 
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""

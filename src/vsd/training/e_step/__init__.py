@@ -1,7 +1,7 @@
 """E-steps: a file for each kind of paths. `E_STEPS` is the one place that lists them.
 
-Each is a class: construction checks that target and texts allow it, and a call returns the posterior of a batch and its
-entries for the log.
+Each is a class. Construction checks that target and texts allow it. A call returns the posterior of a batch and its
+entries for the log. `room` says how many tokens it appends to the target's cache of every text; None: it reads no text.
 """
 
 from typing import Any

@@ -4,7 +4,7 @@ Legend: B batch, T tokens, Q drafted tokens of a sequence, A anchors, P paths, S
 V target and Vd draft vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -17,20 +17,33 @@ from vsd.errors import ConfigurationError
 from vsd.features import Features, Texts
 from vsd.objective import Drafted, HeadTarget, Part, Proposed, Rule
 from vsd.paths import Entries, Paths, Scored, score_paths
-from vsd.targets import Target, TargetInfo
+from vsd.targets import Prefill, Target, TargetInfo
+from vsd.targets.sampling import drawn_at
+from vsd.training.random_source import uniform
 
 
 class Batch(NamedTuple):
-    """Texts with the target's features, and the number of steps K that paths have now."""
+    """Texts with the target's features.
+
+    Attributes:
+        steps: K, of paths, now.
+        prefill: the target's cache of the texts, where the pass that gave the features also filled one; else E-steps
+            that go on from the texts read them once more.
+    """
 
     texts: Texts
     features: Features
     steps: int
+    prefill: Prefill | None = None
 
     @property
     def entries(self) -> Entries:
         """The entries of the texts."""
         return Entries.of(self.texts.inputs, self.features.aux)
+
+    def some(self, rows: list[int]) -> "Batch":
+        """Only these texts, without the cache."""
+        return Batch(self.texts.some(rows), Features(*(field[rows] for field in self.features)), self.steps)
 
 
 class Posterior(NamedTuple):
@@ -121,9 +134,7 @@ class Models:
 
     def score(self, batch: Batch, roots: Tensor, tokens: Tensor) -> tuple[Paths, Scored]:
         """Drafted paths [B, P, K] up to their first EOS, scored by the target."""
-        texts = batch.texts
-        inputs = texts.inputs._replace(lengths=texts.drafted.amax(1) + 1)
-        scored = score_paths(self.target, inputs, roots, tokens, self.temperature)
+        scored = score_paths(self.target, batch.texts.inputs, roots, tokens, self.temperature, batch.prefill)
         return drafted_paths(roots, tokens, self.exist(tokens), scored.rows), scored
 
     def exist(self, tokens: Tensor) -> Tensor:
@@ -150,9 +161,9 @@ class Anchors(NamedTuple):
     chosen: Tensor
 
     @classmethod
-    def sampled(cls, batch: Batch, count: int, generator: torch.Generator) -> "Anchors":
+    def sampled(cls, batch: Batch, count: int, generators: Sequence[torch.Generator]) -> "Anchors":
         """`count` roots of every sequence, uniformly among those drafted from, with replacement."""
-        chosen = torch.multinomial(batch.texts.real.float(), count, replacement=True, generator=generator)
+        chosen = drawn_at(batch.texts.real[:, None].expand(-1, count, -1), uniform(generators, count))
         return cls(batch.texts.drafted.gather(1, chosen) - 2, chosen)
 
 
@@ -163,5 +174,5 @@ def drafted_paths(roots: Tensor, tokens: Tensor, valid: Tensor, rows: Tensor) ->
 
 
 def weight_per_anchor(draw: Drafted | Proposed, batch: Batch) -> Tensor:
-    """Weight of an anchor: all of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
-    return draw.weight * batch.texts.real.sum() / (len(batch.texts.real) * draw.anchors)
+    """Weight of an anchor [B, 1]: all of a text weigh as much as its drafted tokens, times `draw.weight`."""
+    return draw.weight * batch.texts.real.sum(1, keepdim=True) / draw.anchors

@@ -8,12 +8,13 @@ Legend: B batch, Q drafted tokens of a sequence, A anchors, L tokens of a contin
 
 import torch
 
+from vsd.features import Texts
 from vsd.objective import Continued, Part
 from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
 from vsd.targets.sampling import drawn_at
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
 from vsd.training.e_step.kept import Kept
-from vsd.training.random_source import RandomSource
+from vsd.training.random_source import RandomSource, uniform
 
 _LEAST_DOUBT = 1e-3  # weight of a position where the target is sure: every text has anchors
 
@@ -25,6 +26,12 @@ class ContinuedStep:
         check_length(models.target, longest, draw.length)
         self.part, self.draw, self.models = part, draw, models
         self.period, self.kept = 0, Kept()
+
+    def room(self, texts: Texts, epoch: int, steps: int) -> int | None:
+        """All tokens of all continuations but the last one of each; None where some are kept: the others are few."""
+        kept = self._kept_in(epoch)
+        known = any(example in kept for example in texts.examples.tolist())
+        return None if known else self.draw.anchors * (self.draw.length - 1)
 
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
         """The continuations of a text weigh as much as the text, times `draw.weight`."""
@@ -41,28 +48,33 @@ class ContinuedStep:
     @torch.no_grad()
     def _continuations(self, batch: Batch, random: RandomSource) -> Continuations:
         """Those kept, and new ones for texts that have none."""
-        period = random.epoch // self.draw.epochs
-        if period != self.period:
-            self.period, self.kept = period, Kept()
+        kept = self._kept_in(random.epoch)
         examples = batch.texts.examples.tolist()
-        found = [self.kept.get(example) for example in examples]
+        found = [kept.get(example) for example in examples]
         new = [row for row, one in enumerate(found) if one is None]
         if new:
-            generators = [random.seeded(f"{examples[row]}, {period}") for row in new]
-            for row, *fields in zip(new, *self._draw(batch, new, generators)):
+            generators = [random.seeded(f"{examples[row]}, {self.period}") for row in new]
+            some = batch if len(new) == len(examples) else batch.some(new)
+            for row, *fields in zip(new, *self._draw(some, generators)):
                 found[row] = Continuations(*(field.to("cpu", copy=True) for field in fields))
-                self.kept.add(examples[row], found[row])
+                kept.add(examples[row], found[row])
         return Continuations(*(torch.stack(fields).to(batch.texts.real.device) for fields in zip(*found)))
 
-    def _draw(self, batch: Batch, rows: list[int], generators: list[torch.Generator]) -> Continuations:
+    def _kept_in(self, epoch: int) -> Kept:
+        """Those that are kept in an epoch; at its start they may all go."""
+        period = epoch // self.draw.epochs
+        if period != self.period:
+            self.period, self.kept = period, Kept()
+        return self.kept
+
+    def _draw(self, batch: Batch, generators: list[torch.Generator]) -> Continuations:
         """Every text by a generator of its own: but for rounding, its batch does not matter."""
-        draw, models, texts = self.draw, self.models, batch.texts.some(rows)
-        numbers = [torch.rand(draw.anchors, 1 + draw.length, generator=g, device=g.device) for g in generators]
-        uniform = torch.stack(numbers)  # [B, A, 1 + L]
-        doubt = (1 - models.confidence(batch)[rows]).clamp(min=_LEAST_DOUBT) * texts.real  # [B, Q]
-        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), uniform[..., 0])
+        draw, models, texts = self.draw, self.models, batch.texts
+        numbers = uniform(generators, draw.anchors, 1 + draw.length)
+        doubt = (1 - models.confidence(batch)).clamp(min=_LEAST_DOUBT) * texts.real  # [B, Q]
+        chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), numbers[..., 0])
         roots = texts.drafted.gather(1, chosen) - 2
-        layers = models.drafter.needs.layers
+        served, layers = models.temperature, models.drafter.needs.layers
         return continue_text(
-            models.target, texts.inputs, roots, draw.length, models.temperature, uniform[..., 1:], layers
+            models.target, texts.inputs, roots, draw.length, served, numbers[..., 1:], layers, batch.prefill
         )

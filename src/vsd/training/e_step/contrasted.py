@@ -8,6 +8,7 @@ import copy
 import torch
 from torch import Tensor
 
+from vsd.features import Texts
 from vsd.objective import Contrasted, Part
 from vsd.objective.gto import draft_tree_reward, standardised
 from vsd.objective.utility import utility
@@ -26,11 +27,15 @@ class ContrastedStep:
         if models.rule != "greedy":
             models.target  # noqa: B018  refuses at once a target without its layers
 
+    def room(self, texts: Texts, epoch: int, steps: int) -> int | None:
+        """All drafted nodes of both trees; None at temperature 0, where the text holds the target's choices."""
+        return None if self.models.rule == "greedy" else 2 * self.draw.anchors * (self.draw.shape.nodes - 1)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
-        """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
+        """The anchors of a text weigh as much as its drafted tokens, times `draw.weight`."""
         draw, models = self.draw, self.models
-        anchors = Anchors.sampled(batch, draw.anchors, random.batch("draw"))
+        anchors = Anchors.sampled(batch, draw.anchors, random.texts(batch.texts.examples, "draw"))
         both = (models.drafter, self.reference)
         mine, theirs = (trees(models, drafter, draw.shape, batch, anchors.roots) for drafter in both)
         tokens, fresh = (torch.cat(pair, dim=2) for pair in zip(mine, theirs))  # [B, A, L + L', K]

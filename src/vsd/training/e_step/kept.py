@@ -16,12 +16,17 @@ _LEFT = 1 << 30  # bytes that stay free on the disk
 class Kept:
     """Continuations by example, on the CPU. The folder ($TMPDIR decides where) goes with the object.
 
-    What neither memory nor disk has room for is not kept.
+    What neither memory nor disk has room for is not kept, and a resumed run begins with nothing. Both draw anew, and
+    the same: draws depend on seed, text and epoch alone. So it does not matter which process has had a text.
     """
 
     def __init__(self) -> None:
         self.memory, self.files, self._bytes = dict[int, Continuations](), dict[int, Path](), 0
         self._folder: Path | None = None
+
+    def __contains__(self, example: int) -> bool:
+        """Whether those of an example are kept."""
+        return example in self.memory or example in self.files
 
     def get(self, example: int) -> Continuations | None:
         """Those of an example, if they are kept."""

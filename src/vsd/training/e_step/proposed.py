@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vsd.features import Texts
 from vsd.objective import HeadTarget, Part, Proposed
 from vsd.objective.gto import draft_tree_reward
 from vsd.paths import NO_TOKEN, TreeShape, leaf_paths
@@ -23,15 +24,19 @@ class ProposedStep:
         self.part, self.draw, self.models = part, draw, models
         models.target  # noqa: B018  refuses at once a target without its layers
 
+    def room(self, texts: Texts, epoch: int, steps: int) -> int:
+        """All drafted nodes."""
+        return self.draw.anchors * (self.draw.shape.nodes - 1)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, random: RandomSource) -> tuple[Posterior, Info]:
-        """All anchors of a batch together weigh as much as its drafted tokens, times `draw.weight`."""
+        """The anchors of a text weigh as much as its drafted tokens, times `draw.weight`."""
         draw, models = self.draw, self.models
-        anchors = Anchors.sampled(batch, draw.anchors, random.batch("draw"))
+        anchors = Anchors.sampled(batch, draw.anchors, random.texts(batch.texts.examples, "draw"))
         tokens, fresh = trees(models, models.drafter, draw.shape, batch, anchors.roots)  # [B, A, L, K]
         scores = score_trees(models, batch, anchors.roots, tokens)
         reward = draft_tree_reward(scores.kept.movedim(-1, 0), fresh.movedim(-1, 0))  # [B, A]
-        share = (weight_per_anchor(draw, batch) * (fresh & scores.valid)).flatten(1, 2)
+        share = (weight_per_anchor(draw, batch)[..., None, None] * (fresh & scores.valid)).flatten(1, 2)
         L = tokens.shape[2]
         roots = anchors.roots.repeat_interleave(L, 1)
         paths = drafted_paths(roots, *(x.flatten(1, 2) for x in (tokens, scores.valid, scores.rows)))
