@@ -204,6 +204,23 @@ def test_tokens_of_another_target(fake: Any, tmp_path: Path) -> None:
         run(fake(other([20, 21, 2])), tmp_path / "b.jsonl", chats(1))
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_answers_without_their_reasoning_are_refused(fake: Any, tmp_path: Path, field: str) -> None:
+    """Text alone is not what the target wrote; token ids hold the reasoning, too."""
+
+    def answer(content: str | None, **more: Any) -> Callable[[Handler], None]:
+        choice = {"message": {"content": content, field: "hm"}, "finish_reason": "stop", **more}
+        return lambda handler: handler.json(200, {"choices": [choice]})
+
+    for content in ("yes", None):
+        with pytest.raises(ConfigurationError, match="switch its reasoning parser off"):
+            run(fake(answer(content)), tmp_path / f"{content}.jsonl", chats(1))
+    whole = INFO.tokenizer("hm yes", add_special_tokens=False)["input_ids"]
+    run(fake(answer("yes", token_ids=[*whole, END])), tmp_path / "ids.jsonl", chats(1))
+    (record,) = records(tmp_path / "ids.jsonl").values()
+    assert record["response_ids"] == [*whole, END] and record["messages"][-1]["content"] == "hm yes"
+
+
 def test_empty_answers_are_reported_and_end_their_conversation(fake: Any, tmp_path: Path) -> None:
     empty = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
     reports: list[str] = []

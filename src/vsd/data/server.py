@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from vsd.data.lines import LOG, BadLineError
+from vsd.data.messages import REASONING
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 
 T = TypeVar("T")
@@ -112,7 +113,8 @@ class Server:
 
         Raises:
             BadLineError: the server refuses this conversation.
-            ConfigurationError: the server refuses every request: a wrong key or path.
+            ConfigurationError: the server refuses every request (a wrong key or path), or gives answers as text without
+                their reasoning.
             TargetError: the request has failed for ten minutes.
         """
         path, prompt = ("/chat/completions", {"messages": messages}) if messages else ("/completions", {"prompt": ids})
@@ -308,6 +310,11 @@ class Pace:
 
 
 def _reply(answer: dict[str, Any]) -> Reply:
+    """The reply in a response.
+
+    Raises:
+        ConfigurationError: its text lacks the reasoning, and there are no token ids.
+    """
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if text is not None and not isinstance(text, str):
@@ -316,6 +323,10 @@ def _reply(answer: dict[str, Any]) -> Reply:
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
     ids, log_probs = _token_ids(choice.get("token_ids")), dict(choice.get("logprobs") or {}).get("token_logprobs")
+    if ids is None and any(choice.get("message", {}).get(key) for key in REASONING):
+        raise ConfigurationError(
+            "the server separates reasoning from answers and gives no token ids: switch its reasoning parser off"
+        )
     return Reply(text or "", finish, _token_ids(prompt), ids, log_probs, answer.get("kv_transfer_params"))
 
 
