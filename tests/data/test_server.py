@@ -1,6 +1,7 @@
 """Answers from a server: whatever fails, every question is answered once, and no answer is written twice."""
 
 import email.utils
+import http.client
 import json
 import os
 import signal
@@ -159,6 +160,35 @@ def test_the_key_is_sent_and_not_stored(fake: Any, tmp_path: Path, monkeypatch: 
     assert "secret" not in (tmp_path / "b.jsonl.meta.json").read_text()
 
 
+@pytest.mark.parametrize("key", ["secret\n", "sec\r\nret", "sec ret", "secr\u00e9t"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigurationError, match="OPENAI_API_KEY has a space, a line break") as refused:
+        Server("http://localhost:8000", "tiny")
+    assert key.strip() not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"), [("__init__", http.client.InvalidURL("made up")), ("request", UnicodeError("made up"))]
+)
+def test_a_thread_whose_first_request_is_not_sent_tries_again(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    """It has no connection yet, or one that was never used."""
+    sound, failures = getattr(http.client.HTTPConnection, method), [error]
+
+    def fails_once(*arguments: Any, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        sound(*arguments, **options)
+
+    monkeypatch.setattr(http.client.HTTPConnection, method, fails_once)
+    ours = Server(fake().url, "tiny")
+    ours.check()
+    ours.close()
+    assert not failures
+
+
 @pytest.mark.parametrize(
     ("status", "reason"),
     [(401, "OPENAI_API_KEY"), (404, "status 404: no such model"), (301, "status 301")],
@@ -188,7 +218,8 @@ def test_a_server_that_does_not_answer_or_has_another_model(fake: Any, tmp_path:
     gone = Server("http://127.0.0.1:9", "tiny")
     with pytest.raises(TargetError, match="refused"):
         regenerate(ServerTeacher(gone, INFO), chats(1), tmp_path / "b.jsonl", progress=False)
-    for url in ("localhost:8000", "ftp://host", "http://", "http://host:port"):
+    wrong = ("localhost:8000", "ftp://host", "http://", "http://host:port", "http://local host:8000", "http://a..b")
+    for url in (*wrong, "http://host:8000/a path", "http://host/\u00fc"):
         with pytest.raises(ConfigurationError, match="no server's address"):
             Server(url, "tiny")
 
