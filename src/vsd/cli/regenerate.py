@@ -11,7 +11,7 @@ from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
-    from vsd.data import Server, Servers, ServerTeacher
+    from vsd.data import Server, Servers, ServerTeacher, Summary
     from vsd.targets import TargetInfo
 
 S = TypeVar("S", bound="Server")
@@ -100,7 +100,15 @@ def run(given: Given) -> None:
     )
     if by.features is not None:
         _add_missing(a, by, by.features, teacher.info)
-    print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
+    print(f"{a.out}: {summary.written} answers{_cut(a, summary)}, {summary.tokens} tokens, {summary.skipped} skipped")
+
+
+def _cut(a: Regenerate, summary: "Summary") -> str:
+    """How many answers are cut, and the remedy; nothing if none is."""
+    if not summary.cut:
+        return ""
+    remedy = "for whole answers give more, with a larger --max-length if needed, and another --out"
+    return f" ({summary.cut} cut at --max-new-tokens {a.max_new_tokens}: {remedy})"
 
 
 def _count(a: Regenerate) -> int | None:
