@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import load, load_info, report_skipped
+from vsd.cli.shared import check_server, load, load_info, report_skipped
 from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
@@ -79,8 +79,7 @@ def run(given: Given) -> None:
     from vsd.data import TargetTeacher, Teacher, read_conversations, regenerate
 
     a, by, target = given.of(Regenerate), given.of(ServerOptions), given.of(TargetOptions)
-    if bool(by.server) != (by.model is not None):
-        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
+    check_server(by.server, by.model)
     if by.features is not None and not by.server:
         raise ConfigurationError("features of answers come from a server (--server URL); vsd train makes its own store")
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
