@@ -271,7 +271,8 @@ def test_regenerate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 4  # one a user turn
     assert all(record["response_ids"] for record in records)
-    assert f"{out}: 4 answers" in capsys.readouterr().out
+    cut = sum(record["finish"] == "length" for record in records)
+    assert cut and f"{out}: 4 answers ({cut} cut at --max-new-tokens 12: for whole" in capsys.readouterr().out
     before = out.read_bytes()
     assert run(folder, *words) == 0  # again: nothing is done twice
     assert out.read_bytes() == before

@@ -1,6 +1,7 @@
 """Answers from a server: whatever fails, every question is answered once, and no answer is written twice."""
 
 import email.utils
+import http.client
 import json
 import os
 import signal
@@ -159,6 +160,35 @@ def test_the_key_is_sent_and_not_stored(fake: Any, tmp_path: Path, monkeypatch: 
     assert "secret" not in (tmp_path / "b.jsonl.meta.json").read_text()
 
 
+@pytest.mark.parametrize("key", ["secret\n", "sec\r\nret", "sec ret", "secr\u00e9t"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigurationError, match="OPENAI_API_KEY has a space, a line break") as refused:
+        Server("http://localhost:8000", "tiny")
+    assert key.strip() not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"), [("__init__", http.client.InvalidURL("made up")), ("request", UnicodeError("made up"))]
+)
+def test_a_thread_whose_first_request_is_not_sent_tries_again(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    """It has no connection yet, or one that was never used."""
+    sound, failures = getattr(http.client.HTTPConnection, method), [error]
+
+    def fails_once(*arguments: Any, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        sound(*arguments, **options)
+
+    monkeypatch.setattr(http.client.HTTPConnection, method, fails_once)
+    ours = Server(fake().url, "tiny")
+    ours.check()
+    ours.close()
+    assert not failures
+
+
 @pytest.mark.parametrize(
     ("status", "reason"),
     [(401, "OPENAI_API_KEY"), (404, "status 404: no such model"), (301, "status 301")],
@@ -188,7 +218,8 @@ def test_a_server_that_does_not_answer_or_has_another_model(fake: Any, tmp_path:
     gone = Server("http://127.0.0.1:9", "tiny")
     with pytest.raises(TargetError, match="refused"):
         regenerate(ServerTeacher(gone, INFO), chats(1), tmp_path / "b.jsonl", progress=False)
-    for url in ("localhost:8000", "ftp://host", "http://", "http://host:port"):
+    wrong = ("localhost:8000", "ftp://host", "http://", "http://host:port", "http://local host:8000", "http://a..b")
+    for url in (*wrong, "http://host:8000/a path", "http://host/\u00fc"):
         with pytest.raises(ConfigurationError, match="no server's address"):
             Server(url, "tiny")
 
@@ -202,6 +233,23 @@ def test_tokens_of_another_target(fake: Any, tmp_path: Path) -> None:
         run(fake(other([5000, 2])), tmp_path / "a.jsonl", chats(1))
     with pytest.raises(MismatchError, match="do not spell"):
         run(fake(other([20, 21, 2])), tmp_path / "b.jsonl", chats(1))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_answers_without_their_reasoning_are_refused(fake: Any, tmp_path: Path, field: str) -> None:
+    """Text alone is not what the target wrote; token ids hold the reasoning, too."""
+
+    def answer(content: str | None, **more: Any) -> Callable[[Handler], None]:
+        choice = {"message": {"content": content, field: "hm"}, "finish_reason": "stop", **more}
+        return lambda handler: handler.json(200, {"choices": [choice]})
+
+    for content in ("yes", None):
+        with pytest.raises(ConfigurationError, match="switch its reasoning parser off"):
+            run(fake(answer(content)), tmp_path / f"{content}.jsonl", chats(1))
+    whole = INFO.tokenizer("hm yes", add_special_tokens=False)["input_ids"]
+    run(fake(answer("yes", token_ids=[*whole, END])), tmp_path / "ids.jsonl", chats(1))
+    (record,) = records(tmp_path / "ids.jsonl").values()
+    assert record["response_ids"] == [*whole, END] and record["messages"][-1]["content"] == "hm yes"
 
 
 def test_empty_answers_are_reported_and_end_their_conversation(fake: Any, tmp_path: Path) -> None:

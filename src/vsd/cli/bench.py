@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import DecodingOptions, command_line, load
+from vsd.cli.shared import DecodingOptions, check_server, command_line, load
 from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
@@ -64,8 +64,7 @@ class ServerOptions:
 def run(given: Given) -> None:
     """Measure drafters, or compare a server."""
     a, by, target = given.of(Bench), given.of(ServerOptions), given.of(TargetOptions)
-    if (by.server is None) != (by.model is None):
-        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
+    check_server(by.server, by.model)
     if by.server is not None and by.model is not None:
         _beside(by.server, by.model, a, target, command_line(given))
     else:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vsd.cli.parser import Command, Given
-from vsd.cli.shared import load, load_info, report_skipped
+from vsd.cli.shared import check_server, load, load_info, report_skipped
 from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
-    from vsd.data import Server, Servers, ServerTeacher
+    from vsd.data import Server, Servers, ServerTeacher, Summary
     from vsd.targets import TargetInfo
 
 S = TypeVar("S", bound="Server")
@@ -79,8 +79,7 @@ def run(given: Given) -> None:
     from vsd.data import TargetTeacher, Teacher, read_conversations, regenerate
 
     a, by, target = given.of(Regenerate), given.of(ServerOptions), given.of(TargetOptions)
-    if bool(by.server) != (by.model is not None):
-        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
+    check_server(by.server, by.model)
     if by.features is not None and not by.server:
         raise ConfigurationError("features of answers come from a server (--server URL); vsd train makes its own store")
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
@@ -100,7 +99,15 @@ def run(given: Given) -> None:
     )
     if by.features is not None:
         _add_missing(a, by, by.features, teacher.info)
-    print(f"{a.out}: {summary.written} answers, {summary.tokens} tokens, {summary.skipped} skipped")
+    print(f"{a.out}: {summary.written} answers{_cut(a, summary)}, {summary.tokens} tokens, {summary.skipped} skipped")
+
+
+def _cut(a: Regenerate, summary: "Summary") -> str:
+    """How many answers are cut, and the remedy; nothing if none is."""
+    if not summary.cut:
+        return ""
+    remedy = "for whole answers give more, with a larger --max-length if needed, and another --out"
+    return f" ({summary.cut} cut at --max-new-tokens {a.max_new_tokens}: {remedy})"
 
 
 def _count(a: Regenerate) -> int | None:

@@ -23,7 +23,7 @@ class ServedFeatures:
     """features
 
     Attributes:
-        family: family of the drafters that read them: eagle3 (default), peagle, dflash, dspark or lm
+        family: family of the drafters that read them: eagle3 (default), peagle, dflash, dflash2, dspark or lm
         drafter: folder or hub id of a drafter that reads them, instead of a family
         folder: folder for features on their way, which server and trainer share: in memory on one machine, on a shared
             disk on several

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vsd.cli.parser import Given, flag
+from vsd.errors import ConfigurationError
 from vsd.options import TargetOptions
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ class DecodingOptions:
     tree: str = "5x4x12"
     verification: Literal["auto", "rejection"] = "auto"
     compile: bool = False
+
+
+def check_server(server: str | list[str] | None, model: str | None) -> None:
+    """Raise if a server is given without the name of its model, or the name without a server."""
+    if bool(server) != (model is not None):
+        raise ConfigurationError("a server and the name of its model go together: --server URL --model NAME")
 
 
 def load(options: TargetOptions, compiled: bool = False) -> "Target":

@@ -24,7 +24,7 @@ _OWN = {  # arguments of `apply_chat_template` itself
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
     "tokenizer_kwargs",
 }
-_REASONING = ("reasoning_content", "reasoning")
+REASONING = ("reasoning_content", "reasoning")
 
 
 def messages_of(
@@ -131,7 +131,7 @@ def _extras(message: dict[str, Any], role: str) -> Message:
         if role != "assistant":
             raise BadLineError(f"tool_calls in a message of role {role}")
         extras["tool_calls"] = [_call(call) for call in _list(message, "tool_calls")]
-    reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
+    reasoning = next((message[key] for key in REASONING if message.get(key)), None)
     if reasoning is not None and role == "assistant":
         extras["reasoning_content"] = _filled(reasoning)
     return extras

@@ -33,11 +33,12 @@ class GenerationSettings(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Answers in the file, user turns of this run without one, and the answer tokens in the file."""
+    """Answers in the file, user turns of this run without one, and the answer tokens and cut answers in the file."""
 
     written: int
     skipped: int
     tokens: int
+    cut: int
 
 
 class Entry(NamedTuple):
@@ -48,12 +49,15 @@ class Entry(NamedTuple):
     question: str
     answer: str
     tokens: int
+    cut: bool
 
     @classmethod
     def of(cls, record: Record) -> "Entry":
         """The entry of a record."""
         question, answer = [text_of(m["content"]) for m in record.get("messages") or [{"content": ""}] * 2][-2:]
-        return cls(record["id"], record["batch"], question, answer, len(record["response_ids"]))
+        return cls(
+            record["id"], record["batch"], question, answer, len(record["response_ids"]), record["finish"] == "length"
+        )
 
 
 class RecordLog:
@@ -61,6 +65,7 @@ class RecordLog:
 
     Attributes:
         tokens: answer tokens in the file.
+        cut: answers in the file that reached the limit of new tokens.
         last_batch: the largest batch number at opening, -1 for an empty file; this batch may be incomplete.
 
     Raises:
@@ -75,7 +80,7 @@ class RecordLog:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = out.open("a+b")
-        self._places, self.tokens, self.last_batch = dict[str, int](), 0, -1
+        self._places, self.tokens, self.cut, self.last_batch = dict[str, int](), 0, 0, -1
         try:
             lock(self._file, f"another run is writing to {out}: wait for it or use another --out")
             self._noted = _check_settings(out, settings, empty=out.stat().st_size == 0)
@@ -159,6 +164,7 @@ class RecordLog:
     def _add(self, entry: Entry, place: int) -> None:
         self._places[entry.id] = place
         self.tokens += entry.tokens
+        self.cut += entry.cut
 
     def _read(self) -> Iterator[tuple[int, Entry]]:
         """Every record's place and entry."""

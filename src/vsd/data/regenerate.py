@@ -65,7 +65,7 @@ def regenerate(
                 bar.show()
         if not (tally.asked or tally.answers):
             raise DataError("there is no prompt to answer")
-        return Summary(len(log), tally.turns - tally.answers, log.tokens)
+        return Summary(len(log), tally.turns - tally.answers, log.tokens, log.cut)
 
 
 def _shown(conversations: Iterable[Conversation], bar: ConversationBar) -> Iterator[Conversation]:

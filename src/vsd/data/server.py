@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from vsd.data.lines import LOG, BadLineError
+from vsd.data.messages import REASONING
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 
 T = TypeVar("T")
@@ -32,6 +34,7 @@ _TIMEOUT = 600.0  # seconds for one response
 _IDLE = 3.0  # seconds after which a connection is not used again: servers close idle ones
 _REFUSED = (400, 413, 422)  # status of a request that the server refuses for its content
 _TEMPORARY = (408, 425, 429)  # status, besides 5xx, of a request that may succeed later
+_UNSENDABLE = re.compile(r"[\x00-\x20\x7f]")  # characters that addresses and keys cannot have
 
 
 class Reply(NamedTuple):
@@ -76,12 +79,13 @@ class Server:
         retries: whether a request that fails is repeated; else ServerDownError is raised at once.
 
     Raises:
-        ConfigurationError: no URL, or a rate that is not positive.
+        ConfigurationError: no URL, a key that no header can hold, or a rate that is not positive.
     """
 
     def __init__(self, url: str, model: str, requests_per_second: float | None = None) -> None:
         self.url, self.model, self.retries = url, model, True
         self._secure, self._host, self._port, self._root = _address(url)
+        self._headers = {"Content-Type": "application/json", **_authorization()}
         self._pace = Pace(requests_per_second)
         self._thread = threading.local()  # holds each thread's connection
         self._open: set[http.client.HTTPConnection] = set()
@@ -112,7 +116,8 @@ class Server:
 
         Raises:
             BadLineError: the server refuses this conversation.
-            ConfigurationError: the server refuses every request: a wrong key or path.
+            ConfigurationError: the server refuses every request (a wrong key or path), or gives answers as text without
+                their reasoning.
             TargetError: the request has failed for ten minutes.
         """
         path, prompt = ("/chat/completions", {"messages": messages}) if messages else ("/completions", {"prompt": ids})
@@ -194,11 +199,8 @@ class Server:
 
     def _send(self, method: str, path: str, body: Any, api: bool) -> tuple[int, Message, bytes]:
         root = self._root if api else self._root.removesuffix("/v1")
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
         connection = self._connection()
-        connection.request(method, root + path, None if body is None else json.dumps(body), headers)
+        connection.request(method, root + path, None if body is None else json.dumps(body), self._headers)
         late = threading.Timer(_TIMEOUT, _shut_down, [connection])  # a response that drips meets no socket's timeout
         late.daemon = True
         late.start()
@@ -233,30 +235,41 @@ class Server:
         if found is None:
             make = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
             found = self._thread.connection = make(self._host, self._port, timeout=_TIMEOUT)
+            self._thread.used = time.monotonic()
             self._open.add(found)
         return found
 
     def _drop_connection(self) -> None:
-        """Close this thread's connection; the next request opens another."""
-        self._thread.connection.close()
-        self._open.discard(self._thread.connection)
-        self._thread.connection = None
+        """Close this thread's connection, if it has one; the next request opens another."""
+        connection: http.client.HTTPConnection | None = getattr(self._thread, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._open.discard(connection)
+            self._thread.connection = None
 
 
 def _address(url: str) -> tuple[bool, str, int | None, str]:
     """Whether the address is https, its host, its port, and the path of the API's root."""
     try:
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname:
-            return (
-                parts.scheme == "https",
-                parts.hostname,
-                parts.port,
-                parts.path.rstrip("/").removesuffix("/v1") + "/v1",
-            )
-    except ValueError:  # a port that is not a number
+        host, root = parts.hostname, parts.path.rstrip("/").removesuffix("/v1") + "/v1"
+        if parts.scheme in ("http", "https") and host and not _UNSENDABLE.search(host + root):
+            host.encode("idna")
+            root.encode("ascii")
+            return parts.scheme == "https", host, parts.port, root
+    except ValueError:  # a port that is not a number, or characters that host or path cannot have
         pass
     raise ConfigurationError(f"'{url}' is no server's address: give one like http://localhost:8000")
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the API key, if there is a key."""
+    key = os.environ.get("OPENAI_API_KEY")
+    if not key:
+        return {}
+    if not key.isascii() or _UNSENDABLE.search(key):
+        raise ConfigurationError("$OPENAI_API_KEY has a space, a line break or another character that no key has")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _shut_down(connection: http.client.HTTPConnection) -> None:
@@ -308,6 +321,11 @@ class Pace:
 
 
 def _reply(answer: dict[str, Any]) -> Reply:
+    """The reply in a response.
+
+    Raises:
+        ConfigurationError: its text lacks the reasoning, and there are no token ids.
+    """
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if text is not None and not isinstance(text, str):
@@ -316,6 +334,10 @@ def _reply(answer: dict[str, Any]) -> Reply:
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     finish: Literal["stop", "length"] = "length" if choice.get("finish_reason") == "length" else "stop"
     ids, log_probs = _token_ids(choice.get("token_ids")), dict(choice.get("logprobs") or {}).get("token_logprobs")
+    if ids is None and any(choice.get("message", {}).get(key) for key in REASONING):
+        raise ConfigurationError(
+            "the server separates reasoning from answers and gives no token ids: switch its reasoning parser off"
+        )
     return Reply(text or "", finish, _token_ids(prompt), ids, log_probs, answer.get("kv_transfer_params"))
 
 

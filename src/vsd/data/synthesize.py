@@ -79,7 +79,7 @@ def synthesize(
                 raise TargetError(f"the target wrote no usable user turn in {empty * batch_size} tries: bring prompts")
             number += 1
             bar.update(task, completed=kept.progress, tokens=log.tokens - before)
-    return Summary(len(kept.entries), dropped, kept.tokens)
+    return Summary(len(kept.entries), dropped, kept.tokens, sum(entry.cut for entry in kept.entries))
 
 
 class Wanted(NamedTuple):
