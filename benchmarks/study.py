@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vsd, new states only": ("vsd", {"recorded": False}),
     "vsd, new states only, 8 epochs": ("vsd", {"recorded": False, "epochs": 8}),
     "vsd, new states only, 32 of 8 tokens": ("vsd", {"recorded": False, "anchors": 32, "length": 8}),
+    "vsd, new states only, 8 of 8 tokens": ("vsd", {"recorded": False, "anchors": 8, "length": 8}),
     "vsd, new states only, 32 anchors": ("vsd", {"recorded": False, "anchors": 32}),
     "vsd, new states only, 32 tokens": ("vsd", {"recorded": False, "length": 32}),
     "vsd with ARW": ("vsd", {"arw": True}),
