@@ -94,29 +94,40 @@ def test_greedy_answers_are_given_once_and_sampled_ones_in_every_epoch(
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize("e_step", [None, "continued"])
+@pytest.mark.parametrize(
+    ("e_step", "temperature", "step"),
+    [(None, 1.0, 4), ("continued", 1.0, 4), (None, 1.0, 12), (None, 1.0, 14), (None, 0.0, 14)],
+)
 def test_a_killed_run_ends_as_one_that_was_not(
-    tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path, e_step: str | None
+    tiny_target: Target,
+    examples: list[Example],
+    prompts: list[Inputs],
+    tmp_path: Path,
+    e_step: str | None,
+    temperature: float,
+    step: int,
 ) -> None:
-    """Killed behind checkpoint 4, while it wrote a round."""
+    """Killed behind the checkpoint of `step`, while a round was written. An epoch has 12 steps."""
+    online = {"buffer": 8, "answer_temperature": temperature}
     more = {"e_step": e_step, **({"anchors": 2, "length": 3} if e_step else {})}
     options = {"objective": "vsd", "objective_options": more, "learning_rate": 1e-2}
-    saved = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 9}
+    saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
 
     def trained(folder: Path, **kept: Any) -> VSDTrainer:
-        return online_trainer(tiny_target, examples, folder, {"buffer": 8}, prompts, max_steps=14, **options, **kept)
+        return online_trainer(tiny_target, examples, folder, online, prompts, max_steps=step + 10, **options, **kept)
 
     straight = trained(tmp_path / "straight", **saved)
     straight.train()
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "straight", killed)
-    for late in (p for p in killed.glob("checkpoint-*") if p.name != "checkpoint-4"):
+    for late in (p for p in killed.glob("checkpoint-*") if p.name != f"checkpoint-{step}"):
         shutil.rmtree(late)
     last = max(rounds(killed))
     assert last >= 2
-    (killed / "online" / f"round-{last:05d}.json").rename(killed / "online" / f"round-{last:05d}.part")
+    if temperature > 0:  # greedy answers are all given in the first epoch
+        (killed / "online" / f"round-{last:05d}.json").rename(killed / "online" / f"round-{last:05d}.part")
     resumed = trained(killed)
-    resumed.train(resume_from_checkpoint=str(killed / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(killed / f"checkpoint-{step}"))
     assert rounds(killed) == rounds(tmp_path / "straight")
     wanted = straight.model.state_dict()
     for name, weight in resumed.model.state_dict().items():

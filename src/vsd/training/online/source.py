@@ -89,11 +89,12 @@ class OnlineText(Dataset[dict[str, Any]]):
 
     def order(self, epoch: int, batch_size: int) -> Iterator[int]:
         """The texts of an epoch. A round is answered when training gets to it; greedy answers are given once."""
-        for number in range(epoch * self.rounds_per_epoch, (epoch + 1) * self.rounds_per_epoch):
-            new: list[int] = []
-            if self.answer_temperature > 0 or epoch == 0:
-                new = self.rounds.load(number, self._answered)
-            yield from self._chosen(number, new, batch_size)
+        first = epoch * self.rounds_per_epoch
+        if not self.rounds.texts:  # a resumed run begins in this epoch, and its buffer with earlier rounds
+            for number in range(self.oldest_round(first), first):
+                self._new(number)
+        for number in range(first, first + self.rounds_per_epoch):
+            yield from self._chosen(number, self._new(number), batch_size)
 
     def forget(self, texts: int, batch_size: int) -> None:
         """Delete features that the training does not need behind its first `texts` texts."""
@@ -115,6 +116,12 @@ class OnlineText(Dataset[dict[str, Any]]):
             "round": f"{self.size} prompts",
             "temperature": f"{self.temperature:g}",
         }
+
+    def _new(self, number: int) -> list[int]:
+        """The texts that a round adds to the buffer."""
+        if self.answer_temperature == 0 and number >= self.rounds_per_epoch:
+            return []
+        return self.rounds.load(number, self._answered)
 
     def _chosen(self, number: int, new: list[int], batch_size: int) -> list[int]:
         """The new texts, and others of the buffer, in batches of similar length."""
