@@ -66,7 +66,7 @@ def online_trainer(
     **options: Any,
 ) -> VSDTrainer:
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "draft_steps": 3}
-    config = VSDConfig(output_dir=str(folder), per_device_train_batch_size=2, **{**quiet, **options})
+    config = VSDConfig(output_dir=str(folder), **{"per_device_train_batch_size": 2, **quiet, **options})
     drafter = tiny_run.tiny_drafter(target, examples)
     settings = OnlineOptions(online=True, **{"answer_tokens": 12, "round_prompts": 4, **online})
     texts = OnlineText(folder / "online", target, drafter, prompts, settings, seed=3)
@@ -142,6 +142,18 @@ def test_features_behind_the_buffer_of_every_checkpoint_are_deleted(
     assert rounds(tmp_path) == list(range(12))  # of four prompts, which are two steps
     # A run that goes on from checkpoint 24 is trained on round 12, and on round 11 from the buffer.
     assert rounds(tmp_path, "safetensors") == [11]
+
+
+def test_an_epoch_whose_last_step_has_fewer_batches_keeps_its_features(
+    tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path
+) -> None:
+    """A round of 4 prompts is one batch, an epoch one step; two batches could be accumulated."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
+    saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    online = {"buffer": 8, "replay": 1.0}
+    online_trainer(tiny_target, examples, tmp_path, online, prompts[:4], **options, **saved).train()
+    assert rounds(tmp_path) == list(range(5))
+    assert rounds(tmp_path, "safetensors") == [4]  # checkpoint 5 goes on with round 5, and round 4 from the buffer
 
 
 def test_new_texts_come_first_and_old_ones_by_their_passes(

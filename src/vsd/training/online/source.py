@@ -96,9 +96,15 @@ class OnlineText(Dataset[dict[str, Any]]):
         for number in range(first, first + self.rounds_per_epoch):
             yield from self._chosen(number, self._new(number), batch_size)
 
-    def forget(self, texts: int, batch_size: int) -> None:
-        """Delete features that the training does not need behind its first `texts` texts."""
-        self.rounds.forget(self.oldest_round(texts // self.texts_per_round(batch_size)))
+    def forget(self, steps: int, batch_size: int, accumulated: int) -> None:
+        """Delete features that the training does not need behind its first `steps` steps.
+
+        Args:
+            accumulated: batches of a step; the last step of an epoch may have fewer.
+        """
+        batches = self.texts_per_round(batch_size) // batch_size  # of a round
+        epoch, step = divmod(steps, -(-self.rounds_per_epoch * batches // accumulated))
+        self.rounds.forget(self.oldest_round(epoch * self.rounds_per_epoch + step * accumulated // batches))
 
     def oldest_round(self, number: int) -> int:
         """The oldest round that is trained on behind round `number`."""
