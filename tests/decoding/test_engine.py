@@ -10,6 +10,7 @@ from transformers import GPT2Config
 import along
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
+from vsd.data import generate
 from vsd.decoding import Engine, Replay, Result, Sampling
 from vsd.drafters import FAMILIES, lattice
 from vsd.errors import VSDError
@@ -46,6 +47,27 @@ def check_accounts(result: Result, depth: int) -> None:
     assert all(1 <= d <= a + 1 for a, d in zip(result.accepted, result.delivered))
     assert all(d == a + 1 for a, d in zip(result.accepted[:-1], result.delivered[:-1]))
     assert all(0 <= a <= depth for a in result.accepted)
+
+
+def test_caches_hold_no_more_than_the_window_and_a_tree(fluent: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = fluent
+    assert target.context is not None
+    shape, capacities, new, begin = TreeShape(4, 3, 12), [], Target.new_cache, type(drafter).begin
+
+    def new_cache(self: Target, rows: int, capacity: int) -> Any:
+        capacities.append(capacity)
+        return new(self, rows, capacity)
+
+    def begun(self: Any, prompt: Any, aux: Any, root: Any, capacity: int) -> Any:
+        capacities.append(capacity)
+        return begin(self, prompt, aux, root, capacity)
+
+    monkeypatch.setattr(Target, "new_cache", new_cache)
+    monkeypatch.setattr(type(drafter), "begin", begun)
+    next(Engine(target, drafter, shape).stream([Result(Inputs(PROMPTS[0]))], Sampling(10**5)))
+    generate._prefill(target, [Inputs(PROMPTS[0])], 10**5)
+    assert len(capacities) == 3
+    assert max(capacities) <= target.context + shape.largest + 1 + shape.depth * shape.top_k
 
 
 @pytest.mark.parametrize(

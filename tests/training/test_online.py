@@ -66,7 +66,7 @@ def online_trainer(
     **options: Any,
 ) -> VSDTrainer:
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": False, "draft_steps": 3}
-    config = VSDConfig(output_dir=str(folder), per_device_train_batch_size=2, **{**quiet, **options})
+    config = VSDConfig(output_dir=str(folder), **{"per_device_train_batch_size": 2, **quiet, **options})
     drafter = tiny_run.tiny_drafter(target, examples)
     settings = OnlineOptions(online=True, **{"answer_tokens": 12, "round_prompts": 4, **online})
     texts = OnlineText(folder / "online", target, drafter, prompts, settings, seed=3)
@@ -94,29 +94,40 @@ def test_greedy_answers_are_given_once_and_sampled_ones_in_every_epoch(
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize("e_step", [None, "continued"])
+@pytest.mark.parametrize(
+    ("e_step", "temperature", "step"),
+    [(None, 1.0, 4), ("continued", 1.0, 4), (None, 1.0, 12), (None, 1.0, 14), (None, 0.0, 14)],
+)
 def test_a_killed_run_ends_as_one_that_was_not(
-    tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path, e_step: str | None
+    tiny_target: Target,
+    examples: list[Example],
+    prompts: list[Inputs],
+    tmp_path: Path,
+    e_step: str | None,
+    temperature: float,
+    step: int,
 ) -> None:
-    """Killed behind checkpoint 4, while it wrote a round."""
+    """Killed behind the checkpoint of `step`, while a round was written. An epoch has 12 steps."""
+    online = {"buffer": 8, "answer_temperature": temperature}
     more = {"e_step": e_step, **({"anchors": 2, "length": 3} if e_step else {})}
     options = {"objective": "vsd", "objective_options": more, "learning_rate": 1e-2}
-    saved = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 9}
+    saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
 
     def trained(folder: Path, **kept: Any) -> VSDTrainer:
-        return online_trainer(tiny_target, examples, folder, {"buffer": 8}, prompts, max_steps=14, **options, **kept)
+        return online_trainer(tiny_target, examples, folder, online, prompts, max_steps=step + 10, **options, **kept)
 
     straight = trained(tmp_path / "straight", **saved)
     straight.train()
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "straight", killed)
-    for late in (p for p in killed.glob("checkpoint-*") if p.name != "checkpoint-4"):
+    for late in (p for p in killed.glob("checkpoint-*") if p.name != f"checkpoint-{step}"):
         shutil.rmtree(late)
     last = max(rounds(killed))
     assert last >= 2
-    (killed / "online" / f"round-{last:05d}.json").rename(killed / "online" / f"round-{last:05d}.part")
+    if temperature > 0:  # greedy answers are all given in the first epoch
+        (killed / "online" / f"round-{last:05d}.json").rename(killed / "online" / f"round-{last:05d}.part")
     resumed = trained(killed)
-    resumed.train(resume_from_checkpoint=str(killed / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(killed / f"checkpoint-{step}"))
     assert rounds(killed) == rounds(tmp_path / "straight")
     wanted = straight.model.state_dict()
     for name, weight in resumed.model.state_dict().items():
@@ -131,6 +142,18 @@ def test_features_behind_the_buffer_of_every_checkpoint_are_deleted(
     assert rounds(tmp_path) == list(range(12))  # of four prompts, which are two steps
     # A run that goes on from checkpoint 24 is trained on round 12, and on round 11 from the buffer.
     assert rounds(tmp_path, "safetensors") == [11]
+
+
+def test_an_epoch_whose_last_step_has_fewer_batches_keeps_its_features(
+    tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path
+) -> None:
+    """A round of 4 prompts is one batch, an epoch one step; two batches could be accumulated."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
+    saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    online = {"buffer": 8, "replay": 1.0}
+    online_trainer(tiny_target, examples, tmp_path, online, prompts[:4], **options, **saved).train()
+    assert rounds(tmp_path) == list(range(5))
+    assert rounds(tmp_path, "safetensors") == [4]  # checkpoint 5 goes on with round 5, and round 4 from the buffer
 
 
 def test_new_texts_come_first_and_old_ones_by_their_passes(

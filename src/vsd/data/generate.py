@@ -7,6 +7,7 @@ Legend: B prompts of a batch, N tokens of the longest prompt, h hidden size.
 """
 
 import hashlib
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -97,7 +98,8 @@ def generate_batch(
 def _prefill(target: Target, prompts: Sequence[Inputs], max_new_tokens: int) -> tuple[TreeCache, Tensor]:
     """A cache that holds the prompts, and the hidden state of each one's last token, [B, h]."""
     padded = Padded.of(prompts, target.device)
-    cache = target.new_cache(len(prompts), padded.ids.shape[1] + max_new_tokens)
+    longest = min(padded.ids.shape[1] + max_new_tokens, target.context or sys.maxsize)
+    cache = target.new_cache(len(prompts), longest)
     hidden = target.prefill(padded, cache).hidden  # [B, N, h]
     return cache, hidden[torch.arange(len(prompts), device=target.device), padded.lengths - 1]
 

@@ -195,7 +195,7 @@ class Engine:
         clock = _Clock(self.target.device)
         prompt = Padded.of([results[i].prompt for i in rows], self.target.device)
         B, longest = prompt.ids.shape
-        capacity = longest + max_new_tokens + self.shape.largest + 1
+        capacity = min(longest + max_new_tokens, self.target.context or sys.maxsize) + self.shape.largest + 1
         cache = self.target.new_cache(B, capacity)
         output = self.target.prefill(prompt, cache, self.layers)
         last = (prompt.lengths - 1)[:, None, None].expand(-1, 1, output.hidden.shape[-1])

@@ -267,8 +267,7 @@ class VSDTrainer(Trainer):
         if isinstance(self.train_dataset, OnlineText):
             saved = Path(str(self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
             oldest = min(int(path.name.rpartition("-")[2]) for path in saved)
-            batch = self.args.train_batch_size
-            self.train_dataset.forget(oldest * batch * self.args.gradient_accumulation_steps, batch)
+            self.train_dataset.forget(oldest, self.args.train_batch_size, self.args.gradient_accumulation_steps)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """And the running acceptance, which weights depend on, and the minutes trained."""

@@ -89,15 +89,22 @@ class OnlineText(Dataset[dict[str, Any]]):
 
     def order(self, epoch: int, batch_size: int) -> Iterator[int]:
         """The texts of an epoch. A round is answered when training gets to it; greedy answers are given once."""
-        for number in range(epoch * self.rounds_per_epoch, (epoch + 1) * self.rounds_per_epoch):
-            new: list[int] = []
-            if self.answer_temperature > 0 or epoch == 0:
-                new = self.rounds.load(number, self._answered)
-            yield from self._chosen(number, new, batch_size)
+        first = epoch * self.rounds_per_epoch
+        if not self.rounds.texts:  # a resumed run begins in this epoch, and its buffer with earlier rounds
+            for number in range(self.oldest_round(first), first):
+                self._new(number)
+        for number in range(first, first + self.rounds_per_epoch):
+            yield from self._chosen(number, self._new(number), batch_size)
 
-    def forget(self, texts: int, batch_size: int) -> None:
-        """Delete features that the training does not need behind its first `texts` texts."""
-        self.rounds.forget(self.oldest_round(texts // self.texts_per_round(batch_size)))
+    def forget(self, steps: int, batch_size: int, accumulated: int) -> None:
+        """Delete features that the training does not need behind its first `steps` steps.
+
+        Args:
+            accumulated: batches of a step; the last step of an epoch may have fewer.
+        """
+        batches = self.texts_per_round(batch_size) // batch_size  # of a round
+        epoch, step = divmod(steps, -(-self.rounds_per_epoch * batches // accumulated))
+        self.rounds.forget(self.oldest_round(epoch * self.rounds_per_epoch + step * accumulated // batches))
 
     def oldest_round(self, number: int) -> int:
         """The oldest round that is trained on behind round `number`."""
@@ -115,6 +122,12 @@ class OnlineText(Dataset[dict[str, Any]]):
             "round": f"{self.size} prompts",
             "temperature": f"{self.temperature:g}",
         }
+
+    def _new(self, number: int) -> list[int]:
+        """The texts that a round adds to the buffer."""
+        if self.answer_temperature == 0 and number >= self.rounds_per_epoch:
+            return []
+        return self.rounds.load(number, self._answered)
 
     def _chosen(self, number: int, new: list[int], batch_size: int) -> list[int]:
         """The new texts, and others of the buffer, in batches of similar length."""
