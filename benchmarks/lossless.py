@@ -34,6 +34,7 @@ from vsd.decoding import Engine, Sampling
 from vsd.drafters import Drafter, load_drafter
 from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt, load_prompts, write_json
+from vsd.evaluation.plain import neutral
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target, load_target
 
@@ -58,16 +59,18 @@ def plain(target: Target, prompts: Sequence[Inputs], max_new_tokens: int) -> lis
     mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=target.device)
     names = {name for p in prompts for name in p.extras}
     extras = {name: torch.cat([p.extras[name] for p in prompts if p.extras]).to(target.device) for name in names}
-    output = target.model.generate(
-        ids,
-        attention_mask=mask,
-        **extras,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with neutral(target.model):
+        output = target.model.generate(
+            ids,
+            attention_mask=mask,
+            **extras,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(target.eos_ids) or None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     best = torch.stack(output.logits).float().topk(2)  # [T, B, 2]
     return [
         _with_deviations(target, prompt, row[longest:].tolist(), best.values[:, b], best.indices[:, b])

@@ -1,5 +1,6 @@
 """Measurement: intervals that cover, prompts as they are, and a report that says what was measured."""
 
+import copy
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from vsd.errors import VSDError
 from vsd.evaluation import Contender, Prompt, bench, load_prompts, print_details, print_table, write_json
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.paths import TreeShape
-from vsd.targets import Target
+from vsd.targets import Inputs, Target
 
 FIELDS = {
     "drafter",
@@ -185,6 +186,31 @@ def test_drafting_changes_speed_and_not_one_token(report: dict[str, Any]) -> Non
         assert len(shares) == depth and shares == sorted(shares, reverse=True)
         assert 1.1 < run["tau"] <= 1 + sum(shares) + 1e-9  # the end of an answer may cut what was accepted
         assert run["latency"]["draft"] > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generate_samples_from_the_distribution_of_the_engine(
+    tiny_target: Target, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Whatever the model's own generation config holds. (A greedy answer has repetitions that a penalty avoids.)"""
+    from vsd.evaluation.bench import Answers, _generate
+
+    asked, sampling = [Inputs([5, 6, 7]), Inputs([9, 8])], Sampling(20, temperature, seed=1)
+
+    def answered() -> list[list[int]]:
+        answers = Answers()
+        _generate(tiny_target, asked, sampling, answers, 0)
+        return [result.tokens for result in answers.results]
+
+    before, own = answered(), tiny_target.model.generation_config
+    config = copy.deepcopy(own)
+    config.update(repetition_penalty=1.5, top_p=0.3, min_p=0.2, typical_p=0.5, no_repeat_ngram_size=1)
+    config.update(suppress_tokens=[token for answer in before for token in answer[:1]])
+    monkeypatch.setattr(tiny_target.model, "generation_config", config)
+    assert answered() == before
+    assert tiny_target.model.generation_config is config
+    if temperature == 0:
+        assert before == [result.tokens for result in Engine(tiny_target).generate(asked, sampling)]
 
 
 def test_tau_is_pooled_over_all_passes(tiny_target: Target, drafter: Any, report: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The tree is chosen by what a step costs and what it delivers."""
 
 import io
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from vsd.errors import VSDError
 from vsd.evaluation import Tuned, best, print_trees, tune
 from vsd.evaluation.tune import Costs, shared_steps
 from vsd.paths import TreeShape
-from vsd.targets import Inputs
+from vsd.targets import Inputs, Target
 
 SHAPES = [TreeShape.chain(1), TreeShape.chain(3), TreeShape(3, 3, 8), TreeShape(3, 3, 8, 0.05)]
 
@@ -94,6 +95,25 @@ def test_a_pass_is_timed_with_as_many_requests(monkeypatch: pytest.MonkeyPatch) 
     assert "3 requests at a time" in buffer.getvalue()
     with pytest.raises(VSDError, match="1 or more"):
         tune(target, drafter, texts, SHAPES, progress=False, concurrency=0)
+
+
+def test_few_caches_are_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = fluent_pair("llama")
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most, new_cache = [0], Target.new_cache
+
+    def watched(self: Target, rows: int, capacity: int) -> Any:
+        cache = new_cache(self, rows, capacity)
+        alive.add(cache)
+        most.append(len(alive))
+        return cache
+
+    monkeypatch.setattr(Target, "new_cache", watched)
+    shapes = [TreeShape(depth, top_k, 6) for depth in (2, 3, 4) for top_k in (2, 3, 4)][:7]
+    costs = Costs.measure(target, drafter, Inputs(PROMPTS[0]), shapes, concurrency=2)
+    assert len(costs.draft) == 7 and all(seconds > 0 for seconds in costs.draft.values())
+    assert len(most) == 1 + 7 + 3  # plain decoding is in each of three rounds
+    assert max(most) == 4
 
 
 def test_a_block_costs_one_pass_however_deep_the_tree_gets() -> None:

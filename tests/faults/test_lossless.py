@@ -1,5 +1,6 @@
 """`benchmarks/lossless.py` goes on where a killed run stopped, and compares every prompt once."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import lossless
 from overfit import PROMPTS, fluent_pair
+from vsd.decoding import Engine, Sampling
 from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt
 from vsd.targets import Inputs
@@ -68,3 +70,13 @@ def test_pieces_equal_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     found = lossless.measure(tiny_target, None, prompts, request, out)
     assert len(found) == 8 and [len(batch) for batch in compared] == [3, 2]
     assert len(out.read_text().splitlines()) == 9
+
+
+def test_the_reference_is_greedy_whatever_the_model_is_configured_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = fluent_pair("llama")
+    prompts = [Inputs(ids) for ids in PROMPTS]
+    wanted = [result.tokens for result in Engine(target).generate(prompts, Sampling(12))]
+    config = copy.deepcopy(target.model.generation_config)
+    config.update(repetition_penalty=1.5, no_repeat_ngram_size=1)
+    monkeypatch.setattr(target.model, "generation_config", config)
+    assert [answer.tokens for answer in lossless.plain(target, prompts, 12)] == wanted

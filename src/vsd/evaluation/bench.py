@@ -24,6 +24,7 @@ from vsd.errors import ConfigurationError, VSDError
 from vsd.evaluation.answers import Answers
 from vsd.evaluation.bootstrap import pooled_rate, rate_interval, ratio_interval
 from vsd.evaluation.breakdown import Passes, by_answer, by_context, by_position, by_slice, samples
+from vsd.evaluation.plain import neutral
 from vsd.evaluation.prompts import Prompt, has_images
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target
@@ -278,7 +279,8 @@ def _generate(target: Target, asked: Sequence[Inputs], sampling: Sampling, answe
     ids, extras = _padded(target, asked, pad)
     torch.manual_seed(sampling.seed)
     start = time.perf_counter()
-    output = target.model.generate(ids, generation_config=config, **extras)
+    with neutral(target.model):
+        output = target.model.generate(ids, generation_config=config, **extras)
     new = [_ended(row, target.eos_ids) for row in output[:, ids.shape[1] :].tolist()]
     seconds = time.perf_counter() - start
     answers.batches.append((group, sum(map(len, new)), seconds))

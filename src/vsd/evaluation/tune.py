@@ -1,13 +1,15 @@
 """`vsd tune`: find the fastest draft tree for a machine, a drafter, a set of prompts and a number of requests.
 
 A tree's speed is τ / (seconds of a step). τ comes from batched replay of the drafter on greedy answers. The seconds are
-measured on real steps of that many requests decoded together, with all trees in alternation, so that a slower phase of
-the machine affects all trees. The quotient is a prediction; `vsd bench` measures the actual speed.
+measured on real steps of that many requests decoded together, of a few trees in alternation with plain decoding, so
+that a slower phase of the machine affects both and not their ratio. The quotient is a prediction; `vsd bench` measures
+the actual speed.
 
 Requests decoded together share a step: it drafts as many levels and verifies as many nodes as the largest of their
 trees. A request that ends is replaced by another one, so that every request bears an equal part of each step.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -56,6 +58,7 @@ SHAPES = (
     ),
 )
 _STEPS = 12  # timed steps of every tree
+_TOGETHER = 3  # trees that are timed in alternation with plain decoding: each has caches of its own
 
 
 @dataclass(frozen=True)
@@ -162,37 +165,61 @@ class Costs:
     def measure(
         cls, target: Target, drafter: Drafter, context: Inputs, shapes: Sequence[TreeShape], concurrency: int = 1
     ) -> "Costs":
-        """Time every full tree and plain decoding in alternation."""
+        """Time full trees in rounds of a few; seconds are relative to those of plain decoding in the same round."""
         full = list(dict.fromkeys(replace(shape, p_min=0.0, lookup=0) for shape in shapes))
-        engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full)]
         room = (target.context or sys.maxsize) - len(context.ids)
         sampling = Sampling(min(room, 1 + (_STEPS + 2) * (1 + max(shape.depth for shape in shapes))), eos_ids=())
-        streams = [engine.stream([Result(context) for _ in range(concurrency)], sampling) for engine in engines]
-        read: list[float] = []
-        taken: list[list[tuple[float, float, float]]] = [[] for _ in streams]
-        for number in range(_STEPS + 2):
-            for stream, seconds in zip(streams, taken):
-                start = time.perf_counter()
-                step = next(stream, None)
-                whole = time.perf_counter() - start
-                if step is not None and number == 0:
-                    read.append(whole / len(context.ids) / concurrency)
-                elif step is not None and number >= 2:  # the first steps are warm-up
-                    seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
-        if not all(taken):
-            raise VSDError("the prompt leaves too little room in the target's context window to time anything")
-        plain, *medians = [tuple(map(statistics.median, zip(*seconds))) for seconds in taken]
-        verify: dict[int, list[float]] = {1: [plain[1]]}
+        rounds = []
+        for i in range(0, len(full), _TOGETHER):
+            engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full[i : i + _TOGETHER])]
+            rounds.append(_timed(engines, context, sampling, concurrency))
+            gc.collect()  # the caches of ended streams are in reference cycles
+        plain = statistics.median(sum(steps[0]) for _, steps in rounds)
+        rounds = [(read, _times(plain / sum(steps[0]), steps)) for read, steps in rounds]
+        medians = [median for _, steps in rounds for median in steps[1:]]
+        verify: dict[int, list[float]] = {1: [steps[0][1] for _, steps in rounds]}
         for shape, (_, verified, _) in sorted(zip(full, medians), key=lambda pair: pair[0].nodes):
             verify.setdefault(shape.nodes, []).append(verified)
         return cls(
-            (read[0], statistics.median(read[1:])),
-            sum(plain),
+            (
+                statistics.median(read[0] for read, _ in rounds),
+                statistics.median(one for read, _ in rounds for one in read[1:]),
+            ),
+            plain,
             {(shape.depth, shape.top_k): draft for shape, (draft, _, _) in zip(full, medians)},
             {nodes: statistics.median(seconds) for nodes, seconds in verify.items()},
             statistics.median(rest for _, _, rest in medians),
             drafter.one_pass,
         )
+
+
+def _timed(
+    engines: Sequence[Engine], context: Inputs, sampling: Sampling, concurrency: int
+) -> tuple[list[float], list[list[float]]]:
+    """Of every engine the seconds to read a token, and the medians of (draft, verify, rest); steps in alternation.
+
+    Raises:
+        VSDError: there is no room for a step.
+    """
+    streams = [engine.stream([Result(context) for _ in range(concurrency)], sampling) for engine in engines]
+    read: list[float] = []
+    taken: list[list[tuple[float, float, float]]] = [[] for _ in streams]
+    for number in range(_STEPS + 2):
+        for stream, seconds in zip(streams, taken):
+            start = time.perf_counter()
+            step = next(stream, None)
+            whole = time.perf_counter() - start
+            if step is not None and number == 0:
+                read.append(whole / len(context.ids) / concurrency)
+            elif step is not None and number >= 2:  # the first steps are warm-up
+                seconds.append((step.draft, step.verify, whole - step.draft - step.verify))
+    if not all(taken):
+        raise VSDError("the prompt leaves too little room in the target's context window to time anything")
+    return read, [list(map(statistics.median, zip(*seconds))) for seconds in taken]
+
+
+def _times(factor: float, steps: list[list[float]]) -> list[list[float]]:
+    return [[factor * seconds for seconds in step] for step in steps]
 
 
 def best(found: Sequence[Tuned]) -> Tuned:
