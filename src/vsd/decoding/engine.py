@@ -161,27 +161,30 @@ class Engine:
         if not rows:
             return
         state, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings), keep)
-        deliver = [_Delivery(self.target, s) for s in samplings]
-        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
-        while self._retire(state, results):
-            clock = _Clock(self.target.device)
-            tree, chain, levels = self._draft(state, results)
-            drafted = clock.lap()
-            output = self._forward(tree, state)
-            verdict = self._verify(tree, chain, output.hidden, state, results)
-            path = self._path(tree, verdict)
-            counts, decided = verdict.counts.tolist(), path.tolist()
-            verified = clock.lap()
-            self._commit(state, verdict, output, path)
-            if keep is not None:
-                keep(States(state.rows, counts, Output(*(rows_at(x, verdict.nodes) for x in output))))
-            new, size = {}, (tree.tokens.shape[1], levels)
-            for i, count, tokens in zip(state.rows, counts, decided):
-                results[i].accepted.append(count - 1)
-                new[i] = deliver[i](results[i], tokens[:count])
-                results[i].delivered.append(len(new[i]))
-                results[i].trees.append(size)
-            yield Step(new, drafted, verified, clock.lap())
+        try:
+            deliver = [_Delivery(self.target, s) for s in samplings]
+            yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
+            while self._retire(state, results):
+                clock = _Clock(self.target.device)
+                tree, chain, levels = self._draft(state, results)
+                drafted = clock.lap()
+                output = self._forward(tree, state)
+                verdict = self._verify(tree, chain, output.hidden, state, results)
+                path = self._path(tree, verdict)
+                counts, decided = verdict.counts.tolist(), path.tolist()
+                verified = clock.lap()
+                self._commit(state, verdict, output, path)
+                if keep is not None:
+                    keep(States(state.rows, counts, Output(*(rows_at(x, verdict.nodes) for x in output))))
+                new, size = {}, (tree.tokens.shape[1], levels)
+                for i, count, tokens in zip(state.rows, counts, decided):
+                    results[i].accepted.append(count - 1)
+                    new[i] = deliver[i](results[i], tokens[:count])
+                    results[i].delivered.append(len(new[i]))
+                    results[i].trees.append(size)
+                yield Step(new, drafted, verified, clock.lap())
+        finally:
+            state.cache.free()
 
     def _prefill(
         self,

@@ -9,7 +9,6 @@ Requests decoded together share a step: it drafts as many levels and verifies as
 trees. A request that ends is replaced by another one, so that every request bears an equal part of each step.
 """
 
-import gc
 import statistics
 import sys
 import time
@@ -173,7 +172,6 @@ class Costs:
         for i in range(0, len(full), _TOGETHER):
             engines = [Engine(target), *(Engine(target, drafter, shape) for shape in full[i : i + _TOGETHER])]
             rounds.append(_timed(engines, context, sampling, concurrency))
-            gc.collect()  # the caches of ended streams are in reference cycles
         plain = statistics.median(sum(steps[0]) for _, steps in rounds)
         rounds = [(read, _times(plain / sum(steps[0]), steps)) for read, steps in rounds]
         medians = [median for _, steps in rounds for median in steps[1:]]
