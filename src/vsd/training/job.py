@@ -257,7 +257,7 @@ def _checkpoint(job: TrainJob, resume: bool) -> str | None:
         VSDError: the folder holds a run that is not to be resumed, or one that ended without checkpoints.
     """
     folder = Path(job.output_dir)
-    ended = (folder / "drafter").exists()
+    ended = (folder / "trainer_state.json").exists()  # written last
     if not resume and (ended or (folder.is_dir() and get_last_checkpoint(str(folder)) is not None)):
         raise VSDError(f"'{folder}' holds a run already: add --resume to continue it, or give another --output-dir")
     complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json") if _is_json(path)]
