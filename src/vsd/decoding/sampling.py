@@ -32,9 +32,9 @@ class Sampling:
         temperature: 0 is greedy.
         eos_ids: tokens that end an answer; None for the target's EOS tokens, () for none.
         stop: strings that end an answer; the token that completes a string is the last token.
-        seed: random seed. The samples do not depend on the batch. With the rules `greedy` and `target` they do not
-            depend on the drafts; with `rejection` only their distribution does not. With rule `target` the answer
-            equals, token for token, that of transformers' `generate` after `torch.manual_seed(seed)`.
+        seed: random seed. The samples do not depend on the batch; with the rules `greedy` and `target` they do not
+            depend on the drafts, and with `rejection` only their distribution does not. With `target` the answer is,
+            token for token, that of transformers' `generate` after `torch.manual_seed(seed)`.
         top_p: sample from the most likely tokens whose total probability reaches this value; 1 keeps all tokens.
         top_k: sample from the k most likely tokens; 0 keeps all tokens.
         min_p: minimum probability of a token, relative to the most likely token.
