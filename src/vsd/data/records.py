@@ -56,7 +56,12 @@ class Entry(NamedTuple):
         """The entry of a record."""
         question, answer = [text_of(m["content"]) for m in record.get("messages") or [{"content": ""}] * 2][-2:]
         return cls(
-            record["id"], record["batch"], question, answer, len(record["response_ids"]), record.get("finish") == "length"
+            record["id"],
+            record["batch"],
+            question,
+            answer,
+            len(record["response_ids"]),
+            record.get("finish") == "length",
         )
 
 
