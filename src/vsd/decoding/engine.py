@@ -165,26 +165,36 @@ class Engine:
             deliver = [_Delivery(self.target, s) for s in samplings]
             yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
             while self._retire(state, results):
-                clock = _Clock(self.target.device)
-                tree, chain, levels = self._draft(state, results)
-                drafted = clock.lap()
-                output = self._forward(tree, state)
-                verdict = self._verify(tree, chain, output.hidden, state, results)
-                path = self._path(tree, verdict)
-                counts, decided = verdict.counts.tolist(), path.tolist()
-                verified = clock.lap()
-                self._commit(state, verdict, output, path)
-                if keep is not None:
-                    keep(States(state.rows, counts, Output(*(rows_at(x, verdict.nodes) for x in output))))
-                new, size = {}, (tree.tokens.shape[1], levels)
-                for i, count, tokens in zip(state.rows, counts, decided):
-                    results[i].accepted.append(count - 1)
-                    new[i] = deliver[i](results[i], tokens[:count])
-                    results[i].delivered.append(len(new[i]))
-                    results[i].trees.append(size)
-                yield Step(new, drafted, verified, clock.lap())
+                yield self._step(state, results, deliver, keep)
         finally:
             state.cache.free()
+
+    def _step(
+        self,
+        state: _State,
+        results: list[Result],
+        deliver: list["_Delivery"],
+        keep: Callable[[States], None] | None,
+    ) -> Step:
+        """One verification pass: draft, verify, commit, and add the new tokens to the results."""
+        clock = _Clock(self.target.device)
+        tree, chain, levels = self._draft(state, results)
+        drafted = clock.lap()
+        output = self._forward(tree, state)
+        verdict = self._verify(tree, chain, output.hidden, state, results)
+        path = self._path(tree, verdict)
+        counts, decided = verdict.counts.tolist(), path.tolist()
+        verified = clock.lap()
+        self._commit(state, verdict, output, path)
+        if keep is not None:
+            keep(States(state.rows, counts, Output(*(rows_at(x, verdict.nodes) for x in output))))
+        new, size = {}, (tree.tokens.shape[1], levels)
+        for i, count, tokens in zip(state.rows, counts, decided):
+            results[i].accepted.append(count - 1)
+            new[i] = deliver[i](results[i], tokens[:count])
+            results[i].delivered.append(len(new[i]))
+            results[i].trees.append(size)
+        return Step(new, drafted, verified, clock.lap())
 
     def _prefill(
         self,

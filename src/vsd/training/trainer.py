@@ -240,11 +240,10 @@ class VSDTrainer(Trainer):
         """By the verification that the objective is for: greedy, or sampled at the temperature of serving."""
         config, rule = self.args, self._models.rule
         prompts: list[Inputs] = self.eval_dataset or []  # type: ignore[assignment]
-        shape = TreeShape.parse(config.tree)
+        shape, verification = TreeShape.parse(config.tree), "auto"
         if rule == "rejection":
-            engine = Engine(self._models.target, drafter, TreeShape.chain(shape.depth), "rejection")
-        else:
-            engine = Engine(self._models.target, drafter, shape)
+            shape, verification = TreeShape.chain(shape.depth), "rejection"
+        engine = Engine(self._models.target, drafter, shape, verification)
         temperature = 0.0 if rule == "greedy" else config.temperature
         sampling = Sampling(config.eval_max_new_tokens, temperature, seed=config.seed)
         results = [
