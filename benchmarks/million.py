@@ -58,7 +58,8 @@ def text(path: Path) -> Examples:
 
 def order(path: Path) -> None:
     """What `vsd train` does before the first step, and the order of one epoch."""
-    kept, _ = hold_out(text(path), 64)
+    examples = text(path)
+    kept, _ = hold_out(examples, 64, examples.openings)
     dataset = DraftDataset(kept)
     dataset.draft_vocabulary(49152, 8192)
     kept.digest  # noqa: B018

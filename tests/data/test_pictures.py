@@ -159,6 +159,12 @@ def test_tokens_are_the_processors(family: str, folder: Path) -> None:
     assert supervised(target, example) == " cat<|im_end|>"
 
 
+def test_a_question_about_another_picture_opens_another_conversation(target: Target, folder: Path) -> None:
+    rows = asked(A, text("see")), asked(B, text("see")), asked(A, text("see"))
+    a, b, again = load_examples(write(folder, *rows), target.tokenizer, 512, images=target.images).openings.tolist()
+    assert a == again != b
+
+
 def test_rows_that_cannot_be_encoded_are_named(target: Target, folder: Path) -> None:
     noise = seeing.picture(0, 64, 64).source
     (folder / "half.png").write_bytes(noise[: len(noise) // 2])

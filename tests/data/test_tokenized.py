@@ -133,3 +133,18 @@ def test_a_process_encodes_as_this_one_does(tmp_path: Path, monkeypatch: pytest.
     found = list(blocks.blocks_of(file, INFO.tokenizer, 60, "skip"))
     assert [e for block in found for e in block.examples] == list(load_examples(file, INFO.tokenizer, 60, "skip", str))
     assert [line.split(": ")[0].rpartition(":")[2] for block in found for line in block.skipped] == ["301", "602"]
+
+
+def test_turns_of_a_conversation_draws_and_duplicates_have_one_opening(tmp_path: Path) -> None:
+    """As `vsd data regenerate` writes them: one line for each turn and draw."""
+
+    def line(*texts: str) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        return json.dumps({"messages": messages}) + "\n"
+
+    lines = line("hi", "yo"), line("hi", "yo", "so", "it is"), line("hi", "you"), line("hi", "yo"), line("hi you", "yo")
+    *same, other = training_text([text(tmp_path, *lines)], INFO, 512).openings.tolist()
+    assert len(set(same)) == 1 and other != same[0]
+    ids = [json.dumps({"prompt_ids": [1, n], "response_ids": [2, 3, 4]}) + "\n" for n in (5, 5, 6)]
+    first, second, third = training_text([text(tmp_path, *ids)], INFO, 512).openings.tolist()
+    assert first == second != third

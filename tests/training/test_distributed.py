@@ -77,7 +77,7 @@ def uneven(examples: list[Example]) -> list[Example]:
     """Answers of very different lengths: a mean of means would not be the mean."""
     return [
         Example(Inputs(inputs.ids[:end]), drafted[:end])
-        for i, (inputs, drafted) in enumerate(examples)
+        for i, (inputs, drafted, _) in enumerate(examples)
         for end in [drafted.index(True) + 1 + 3 * i]
     ]
 

@@ -22,7 +22,7 @@ def examples(tiny_target: Target) -> list[Example]:
     """Answers of different lengths, so that a batch has padding."""
     return [
         Example(Inputs(inputs.ids[:end]), drafted[:end])
-        for i, (inputs, drafted) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
+        for i, (inputs, drafted, _) in enumerate(tiny_run.tiny_examples(tiny_target, 4))
         for end in [drafted.index(True) + 3 + 3 * i]
     ]
 

@@ -19,7 +19,7 @@ from vsd.data import Example
 from vsd.drafters import load_drafter
 from vsd.errors import VSDError
 from vsd.targets import Inputs, Target, load_target, load_target_info
-from vsd.training.job import hold_out, prompt_of
+from vsd.training.job import hold_out, prompts_of
 from vsd.training.trainer import VSDTrainer
 
 
@@ -33,9 +33,21 @@ def test_held_out_conversations_are_spread_over_the_text() -> None:
         hold_out(examples, 10)
 
 
+def test_texts_of_one_conversation_are_held_out_together() -> None:
+    talks = [7, 3, 7, 5, 3, 9, 7]
+    kept, held_out = hold_out([*"abcdefg"], 2, talks)  # four conversations, in the order 7, 3, 5, 9
+    assert held_out == ["a", "c", "d", "g"]  # the first and the third of them
+    assert kept == ["b", "e", "f"]
+    with pytest.raises(VSDError, match="4 of 4"):
+        hold_out([*"abcdefg"], 4, talks)
+
+
 def test_the_prompt_ends_where_the_first_answer_begins() -> None:
     example = Example(Inputs([1, 2, 3, 4, 5, 6]), [False, False, False, True, True, False])
-    assert prompt_of(example).ids == [1, 2]  # 3 is the first token of the answer: the target's prefill gives it
+    again = Example(Inputs([1, 2, 4, 5]), [False, False, False, True])  # another answer to this prompt
+    assert [prompt.ids for prompt in prompts_of([example, again])] == [
+        [1, 2]
+    ]  # 3 is the first token of the answer: the target's prefill gives it
 
 
 # ---- runs

@@ -35,7 +35,7 @@ def uneven(examples: list[Example]) -> list[Example]:
     """Answers of very different lengths: a mean of means would not be the mean."""
     return [
         Example(Inputs(inputs.ids[:ids_end]), drafted[:ids_end])
-        for i, (inputs, drafted) in enumerate(examples)
+        for i, (inputs, drafted, _) in enumerate(examples)
         for ids_end in [drafted.index(True) + 1 + 3 * i]
     ]
 
@@ -95,7 +95,7 @@ def test_the_served_temperature_is_the_targets_law(
     inputs = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1.0))
     total, drafter = torch.zeros(()), trainer.model
-    for inputs, drafted in examples:
+    for inputs, drafted, _ in examples:
         text = torch.tensor([inputs.ids])
         features = tiny_target.features(along.text(text))
         roots = torch.tensor(drafted).nonzero()[:, 0] - 2

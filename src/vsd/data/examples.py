@@ -20,8 +20,11 @@ One sequence holds all answers of a conversation if the template prints each ans
 messages follow. A template that rewrites earlier turns yields a sequence of its own for each answer that it rewrites.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from vsd.data.chat import Conversation, read_conversations
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.messages import Message
+from vsd.data.pictures import pictures_of, text_of
 from vsd.data.sequences import Example, Examples, drafted_mask
 from vsd.data.template import answer_text, check_printed, control_ids, inputs_of, render, tokenize
 from vsd.errors import DataError, TargetError
@@ -129,7 +133,16 @@ def encode(
     draftable = [example for example in examples if any(example.drafted)]
     if not draftable:
         raise BadLineError("nothing to draft: the answer is a single token")
-    return draftable
+    first = opening(conversation)
+    return [example._replace(opening=first) for example in draftable]
+
+
+def opening(conversation: Conversation) -> int:
+    """`Example.opening`; of a line with token ids alone, of its prompt."""
+    before = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
+    said = [(message["role"], text_of(message["content"])) for message in before]
+    text = json.dumps([said or conversation.prompt_ids, [picture.digest for picture in pictures_of(before)]])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _exact(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, images: ImageReader | None) -> Example:

@@ -92,7 +92,6 @@ def generate_batch(
             cache.select(keep)
             rows, token, running = rows[keep], token[keep], running[keep]
         hidden = _next(target, token, cache)
-    cache.free()
     return [_answer(row, stop_ids) for row in tokens.tolist()]
 
 

@@ -22,10 +22,17 @@ FILES = {"ids": np.int32, "drafted": np.bool_, "spans": np.int64}  # of mapped s
 
 
 class Example(NamedTuple):
-    """One training sequence: drafted[j] is True iff token j is drafted when the conversation is served."""
+    """One training sequence.
+
+    Attributes:
+        drafted: drafted[j] is True iff token j is drafted when the conversation is served.
+        opening: 63-bit digest of the conversation up to its first answer: later turns, further answers to the same
+            prompt and duplicates have the same one.
+    """
 
     inputs: Inputs
     drafted: list[bool]
+    opening: int = 0
 
 
 def drafted_mask(prompt: int, answer: int) -> list[bool]:
@@ -43,7 +50,8 @@ class Examples(Sequence[Example]):
     Args:
         ids: tokens of all sequences, [N] int32.
         drafted: which of them are drafted, [N] bool.
-        spans: of every sequence the first token, the number of tokens and of drafted ones, [n, 3] int64.
+        spans: of every sequence the first token, the number of tokens, that of drafted ones and the opening, [n, 4]
+            int64.
         shown: inputs of the sequences with images, by first token.
     """
 
@@ -56,20 +64,20 @@ class Examples(Sequence[Example]):
         if isinstance(examples, cls):
             return examples
         ids, drafted, spans, shown = array("i"), bytearray(), array("q"), dict[int, Inputs]()
-        for inputs, mask in examples:
+        for inputs, mask, opening in examples:
             if inputs.extras or inputs.positions is not None:
                 shown[len(ids)] = inputs
-            spans.extend((len(ids), len(mask), sum(mask)))
+            spans.extend((len(ids), len(mask), sum(mask), opening))
             ids.extend(inputs.ids)
             drafted.extend(mask)
-        arrays = np.array(ids, np.int32), np.array(drafted, np.bool_), np.array(spans, np.int64).reshape(-1, 3)
+        arrays = np.array(ids, np.int32), np.array(drafted, np.bool_), np.array(spans, np.int64).reshape(-1, 4)
         return cls(*arrays, shown)
 
     @classmethod
     def mapped(cls, folder: Path) -> "Examples":
         """The sequences in a folder with `FILES`, read when they are needed."""
         ids, drafted, spans = (np.memmap(folder / name, kind, "r") for name, kind in FILES.items())
-        return cls(ids, drafted, spans.reshape(-1, 3))
+        return cls(ids, drafted, spans.reshape(-1, 4))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -82,13 +90,13 @@ class Examples(Sequence[Example]):
         """One sequence as lists; a slice shares the arrays."""
         if isinstance(index, slice):
             return Examples(self.ids, self.drafted, self.spans[index], self.shown)
-        start, count, _ = self.spans[index].tolist()
+        start, count, _, opening = self.spans[index].tolist()
         here = slice(start, start + count)
         inputs = self.shown[start] if start in self.shown else Inputs(self.ids[here].tolist())
-        return Example(inputs, self.drafted[here].tolist())
+        return Example(inputs, self.drafted[here].tolist(), opening)
 
-    def chosen(self, indices: Sequence[int]) -> "Examples":
-        """Some of the sequences; the arrays are shared."""
+    def chosen(self, indices: Any) -> "Examples":
+        """Some of the sequences, by their indices, [k]; the arrays are shared."""
         return Examples(self.ids, self.drafted, self.spans[np.array(indices, np.int64)], self.shown)
 
     @property
@@ -101,6 +109,11 @@ class Examples(Sequence[Example]):
         """Drafted tokens of every sequence, [n]."""
         return torch.from_numpy(self.spans[:, 2].copy())
 
+    @property
+    def openings(self) -> Any:
+        """The opening of every sequence, [n] int64."""
+        return self.spans[:, 3]
+
     def drafted_counts(self, vocab_size: int) -> Tensor:
         """How often every token is drafted, [V]."""
         counts = np.zeros(vocab_size, np.int64)
@@ -111,14 +124,14 @@ class Examples(Sequence[Example]):
 
     def _drafted(self, spans: Any) -> Iterator[Any]:
         """The drafted tokens of some sequences."""
-        for start, count, _ in spans.tolist():
+        for start, count, *_ in spans.tolist():
             yield self.ids[start : start + count][self.drafted[start : start + count]]
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits that change with the sequences, their order and their images."""
         found = hashlib.sha256()
-        for start, count, _ in self.spans.tolist():
+        for start, count, *_ in self.spans.tolist():
             found.update(count.to_bytes(8, "little"))
             found.update(self.ids[start : start + count].tobytes())
             found.update(self.drafted[start : start + count].tobytes())

@@ -46,7 +46,8 @@ class TextOptions:
     Attributes:
         data: training text that the target wrote: files (JSONL, Parquet, …), folders of files or hub datasets
         max_length: longest conversation in tokens; a longer one is an unusable line
-        held_out: conversations that are not trained on: τ is measured on their prompts during training
+        held_out: conversations that are not trained on, with all their turns and all answers to the same first prompt:
+            τ is measured on their prompts during training
         on_bad_line: unusable line: stop (fatal), or report the line and continue (skip)
         download_images: fetch images from http URLs in the text; else such a line is unusable
         features: store (compute the target's features once and keep them in the output folder), online (compute them in

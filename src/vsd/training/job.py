@@ -3,12 +3,13 @@
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
@@ -61,7 +62,7 @@ def _train(
     examples = training_text(
         job.data, info, job.max_length, job.on_bad_line, report, download_images=job.download_images
     )
-    kept, held_out = hold_out(examples, job.held_out)
+    kept, held_out = hold_out(examples, job.held_out, examples.openings)
     dataset = DraftDataset(kept)
     served = job.server is not None or (job.store is not None and TextStore.is_at(job.store))
     stored = served or (job.store is not None and FeatureStore.complete(job.store, kept))
@@ -78,7 +79,7 @@ def _train(
         config,
         dataset,
         features=features,
-        eval_prompts=[prompt_of(example) for example in held_out],
+        eval_prompts=prompts_of(held_out),
     )
     if not isinstance(features, Served):
         return _finish(trainer, job, checkpoint)
@@ -99,7 +100,7 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
         for source in job.data
         for prompt in load_prompts(source, target.tokenizer, room, job.on_bad_line, report)
     ]
-    kept, held_out = hold_out(prompts, job.held_out)
+    kept, held_out = hold_out(prompts, job.held_out, [*map(_key, prompts)])
     set_seed(config.seed)
     drafter = _given(job.drafter, target)
     folder = Path(job.output_dir) / "online"
@@ -207,27 +208,43 @@ def end_processes() -> None:
     PartialState().destroy_process_group()
 
 
-def hold_out(texts: Texts, count: int) -> tuple[Texts, Texts]:
-    """(training, held-out) examples or conversations; the held-out ones are spread evenly over the text.
+def hold_out(texts: Texts, count: int, openings: Any = None) -> tuple[Texts, Texts]:
+    """(training, held-out) texts; the held-out conversations are spread evenly over all.
+
+    Args:
+        openings: what the texts of one conversation have in common, [n]; they are held out together. By default every
+            text is a conversation of its own.
 
     Raises:
         VSDError: nothing is left to train on.
     """
-    size = len(texts)
+    _, first, belongs = np.unique(
+        range(len(texts)) if openings is None else openings, return_index=True, return_inverse=True
+    )
+    size = len(first)
     if count >= size:
         raise VSDError(f"{count} of {size} conversations are to be held out: nothing is left to train on")
-    picked = {i * size // count for i in range(count)}
-    kept = [i for i in range(size) if i not in picked]
-    return _chosen(texts, kept), _chosen(texts, sorted(picked))
+    picked = np.argsort(first)[[i * size // count for i in range(count)]]  # among the conversations in their order
+    held_out = np.isin(belongs, picked)
+    return _chosen(texts, np.flatnonzero(~held_out)), _chosen(texts, np.flatnonzero(held_out))
 
 
-def _chosen(texts: Any, indices: list[int]) -> Any:
+def _chosen(texts: Any, indices: Any) -> Any:
     return texts.chosen(indices) if isinstance(texts, Examples) else [texts[i] for i in indices]
 
 
+def prompts_of(examples: Iterable[Example]) -> list[Inputs]:
+    """The prompts of some examples; one with several answers stands there once."""
+    return list({_key(prompt): prompt for prompt in map(prompt_of, examples)}.values())
+
+
 def prompt_of(example: Example) -> Inputs:
-    """The inputs before the first answer."""
+    """The inputs before the first drafted answer."""
     return example.inputs.upto(example.drafted.index(True) - 1)
+
+
+def _key(prompt: Inputs) -> int:
+    return hash((*prompt.ids, prompt.digest))
 
 
 def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:
