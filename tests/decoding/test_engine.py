@@ -1,6 +1,8 @@
 """The engine at temperature 0 is greedy decoding, token for token; and how answers end and are accounted for."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import GPT2Config
 
 import along
+import seeing
 from architectures import ARCHITECTURES, SIZES, build, llama
 from overfit import PROMPTS, fluent_pair, greedy, random_drafter
 from vsd.data import generate
@@ -16,6 +19,7 @@ from vsd.drafters import FAMILIES, lattice
 from vsd.errors import VSDError
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
+from vsd.targets.cache import Slots
 
 LENGTH = 24
 Pair = tuple[Target, Any]
@@ -68,6 +72,29 @@ def test_caches_hold_no_more_than_the_window_and_a_tree(fluent: Pair, monkeypatc
     generate._prefill(target, [Inputs(PROMPTS[0])], 10**5)
     assert len(capacities) == 3
     assert max(capacities) <= target.context + shape.largest + 1 + shape.depth * shape.top_k
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_of_an_answer_are_free_when_it_is_complete(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector, also if nobody reads the answer to its end."""
+    target = seeing.target("llava") if family == "vispec" else llama()
+    drafter, alive = random_drafter(target, family=family), []
+    store_for = Slots.store_for
+
+    def watched(slots: Slots, *states: Any) -> Any:
+        alive.append(weakref.ref(store := store_for(slots, *states)))
+        return store
+
+    monkeypatch.setattr(Slots, "store_for", watched)
+    engine = Engine(target, drafter, TreeShape(3, 2, 6))
+    gc.disable()
+    try:
+        engine.generate([Inputs(PROMPTS[0])], Sampling(6))
+        next(engine.stream([Result(Inputs(PROMPTS[0]))], Sampling(6)))
+        generate.generate_batch(target, [Inputs(PROMPTS[0])], max_new_tokens=6, temperature=0.0, seed=0)
+        assert len(alive) >= 3 and not any(one() for one in alive)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_few_caches_are_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def watched(self: Target, rows: int, capacity: int) -> Any:
         cache = new_cache(self, rows, capacity)
         alive.add(cache)
-        most.append(1 + sum(bool(other.stores) for other in alive))
+        most.append(1 + sum(bool(other.slots.stores) for other in alive))
         return cache
 
     monkeypatch.setattr(Target, "new_cache", watched)

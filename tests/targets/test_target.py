@@ -104,11 +104,11 @@ def test_tree_passes_equal_plain_sequences(target: Target) -> None:
         sequences = [s + nodes[b, accepted[b]].tolist() for b, s in enumerate(sequences)]
         assert cache.lengths.tolist() == cache.next.tolist() == [len(s) for s in sequences]
         for b, sequence in enumerate(sequences):
-            assert cache.positions[b, : len(sequence)].tolist() == list(range(len(sequence)))
+            assert cache.slots.positions[b, : len(sequence)].tolist() == list(range(len(sequence)))
         if turn == 1:
             cache.select(torch.tensor([3, 1]))
             sequences = [sequences[3], sequences[1]]
-            assert cache.fill == max(map(len, sequences))
+            assert cache.slots.fill == max(map(len, sequences))
 
 
 class Squares(TorchDispatchMode):
@@ -138,7 +138,7 @@ def test_prefill_equals_a_pass_under_a_dense_causal_mask(target: Target) -> None
     nodes, above = torch.tensor([tokens(rng, 2)] * 3), torch.ones(1, 2, 2, dtype=torch.bool).tril()
     later = [target.forward(nodes, c.next[:, None] + torch.arange(2), above, c).hidden for c in caches]
     torch.testing.assert_close(*later, **CLOSE)
-    assert torch.equal(caches[0].positions, caches[1].positions)
+    assert torch.equal(caches[0].slots.positions, caches[1].slots.positions)
 
 
 def test_prefill_builds_masks_for_sliding_layers_alone(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_rows_that_leave_cost_no_copy_of_unused_slots() -> None:
     target = llama()
     cache = target.new_cache(3, capacity=100)
     target.prefill(padded(*([20] * n for n in (5, 7, 3))), cache)
-    (kept,) = cache.stores
+    (kept,) = cache.slots.stores
     before, small = kept.keys.untyped_storage().data_ptr(), 2 * 4 * 2 * 7 * 8  # numbers of two rows' seven slots
 
     class Sizes(TorchDispatchMode):

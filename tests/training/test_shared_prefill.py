@@ -15,6 +15,7 @@ import tiny_run
 from vsd.data import Example
 from vsd.features import Features, InProcess, Texts
 from vsd.targets import Target, TreeCache
+from vsd.targets.cache import Slots
 from vsd.training import VSDTrainer
 from vsd.training.e_step import Batch, Posterior
 
@@ -85,7 +86,7 @@ def trained(written: tuple[Target, list[Example]], folder: Path, kind: tuple[str
 
     def count(module: object, arguments: object, inputs: dict[str, Any]) -> None:
         cache = next((value for value in inputs.values() if isinstance(value, TreeCache)), None)
-        if cache is None or cache.fill == 0:
+        if cache is None or cache.slots.fill == 0:
             counts[0] += inputs["input_ids"].numel()
             counts[1] += 0 if cache is None else inputs["input_ids"].numel()
 
@@ -139,10 +140,10 @@ def test_the_m_step_runs_without_the_cache(
     if apart:
         trainer.features = Apart(trainer.features)  # type: ignore[arg-type]
     alive, m_steps, m_step = [], [], VSDTrainer._m_step
-    store_for = TreeCache.store_for
+    store_for = Slots.store_for
 
-    def watched(cache: TreeCache, *states: Tensor) -> Any:
-        store = store_for(cache, *states)
+    def watched(slots: Slots, *states: Tensor) -> Any:
+        store = store_for(slots, *states)
         alive.append(weakref.ref(store))
         return store
 
@@ -150,8 +151,8 @@ def test_the_m_step_runs_without_the_cache(
         m_steps.append([one() for one in alive])
         return m_step(trainer, *inputs)
 
-    monkeypatch.setattr(TreeCache, "store_for", watched)
-    monkeypatch.setattr(TreeCache, "reserve", lambda cache, slots: cache.capacity >= slots or pytest.fail("it grew"))
+    monkeypatch.setattr(Slots, "store_for", watched)
+    monkeypatch.setattr(Slots, "reserve", lambda slots, count: slots.capacity >= count or pytest.fail("it grew"))
     monkeypatch.setattr(VSDTrainer, "_m_step", checked)
     gc.disable()
     try:

@@ -161,13 +161,10 @@ class Engine:
         if not rows:
             return
         state, first = self._prefill(rows, results, laws, max(s.max_new_tokens for s in samplings), keep)
-        try:
-            deliver = [_Delivery(self.target, s) for s in samplings]
-            yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
-            while self._retire(state, results):
-                yield self._step(state, results, deliver, keep)
-        finally:
-            state.cache.free()
+        deliver = [_Delivery(self.target, s) for s in samplings]
+        yield Step({i: deliver[i](results[i], [int(t)]) for i, t in zip(state.rows, state.root)}, 0, first, 0)
+        while self._retire(state, results):
+            yield self._step(state, results, deliver, keep)
 
     def _step(
         self,

@@ -96,9 +96,7 @@ def continue_text(
         if not step:
             logits = logits.scatter(-1, ids.gather(1, roots + 2)[..., None], float("-inf"))
         tokens.append(drawn_at(logits.softmax(-1), uniform[..., step]))
-    if prefill is None:
-        cache.free()
-    else:
+    if prefill is not None:
         cache.truncate(ids.new_full((B,), T))  # as it was: the batch may have other paths
     return Continuations(roots, *(torch.stack(x, 2) for x in (tokens, hidden, normalisers, aux)))
 

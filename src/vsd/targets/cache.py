@@ -52,102 +52,34 @@ class Store:
         self.keys, self.values = (_selected(states, rows, slots) for states in (self.keys, self.values))
 
 
-class TreeLayer(CacheLayerMixin):
-    """The cache of one decoder layer, as transformers uses it: one layer of a store."""
+class Slots:
+    """The slots of a cache, which all its layers share.
 
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, cache: "TreeCache") -> None:
-        super().__init__()
-        self.cache = cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take a place on first use, when heads, dtype and device are known."""
-        self.store = self.cache.store_for(key_states, value_states)
-        self.place = self.store.used
-        self.store.used += 1
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, H, N, D] at slots [fill, fill + N); return what attention reads: slots [0, fill + N)."""
-        if self.cache.slots is not None:
-            self.keys.index_copy_(2, self.cache.slots, key_states)
-            self.values.index_copy_(2, self.cache.slots, value_states)
-            reach = self.cache.reach
-            return self.keys[:, :, :reach], self.values[:, :, :reach]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        fill, end = self.cache.fill, self.cache.fill + key_states.shape[2]
-        self.cache.reserve(end)
-        self.look_up()
-        self.keys[:, :, fill:end], self.values[:, :, fill:end] = key_states, value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def look_up(self) -> None:
-        """Find this layer's keys and values, each [B, H, C, D], in its store, which may have grown or shrunk."""
-        self.keys, self.values = self.store.keys[self.place], self.store.values[self.place]
-
-    def get_seq_length(self) -> int:
-        """Slots that the next pass comes after."""
-        return self.cache.fill
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys seen by a pass of `query_length` nodes."""
-        return (self.cache.fill + query_length if self.cache.slots is None else self.cache.reach), 0
-
-    def get_max_length(self) -> int:
-        """-1: grows without bound."""
-        return -1
-
-
-class TreeCache(Cache):
-    """One `TreeLayer` per decoder layer, and the committed length of every row.
+    The layers refer to this object and not to the cache: a cycle would keep the memory until the garbage collector runs.
 
     Attributes:
-        lengths: committed tokens of every row, [B].
-        next: position of the token behind the committed ones, [B]: one above the largest.
+        layers: decoder layers of the cache.
+        capacity: slots that there is memory for.
         positions: largest position (of several rows of positions) of the token in every slot, [B, C].
+        stores: keys and values.
         fill: first slot of the next pass.
-        slots: where a traced pass writes, [N]; else None.
+        written: where a traced pass writes, [N]; else None.
         reach: slots that it reads.
     """
 
-    layers: list[TreeLayer]  # type: ignore[assignment]
-
-    def __init__(
-        self, num_layers: int, batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__(layers=[TreeLayer(self) for _ in range(num_layers)])
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.next = torch.zeros_like(self.lengths)
-        self.positions = torch.zeros(batch_size, capacity, dtype=torch.long, device=device)
-        self.fill = 0
-        self.capacity = capacity
+    def __init__(self, layers: int, positions: Tensor) -> None:
+        self.layers, self.capacity, self.positions = layers, positions.shape[1], positions
         self.stores: list[Store] = []
-        self.slots: Tensor | None = None
+        self.fill = 0
+        self.written: Tensor | None = None
         self.reach = 0
-
-    @contextmanager
-    def traced(self, nodes: int, static: bool) -> Iterator[None]:
-        """Make one pass of so many nodes traceable by a compiler; static: shapes do not depend on the context."""
-        self.reserve(self.fill + nodes)
-        for layer in self.layers:
-            layer.look_up()
-        self.slots = torch.arange(self.fill, self.fill + nodes, device=self.lengths.device)
-        self.reach = self.capacity if static else self.fill + nodes
-        try:
-            yield
-        finally:
-            self.slots = None
 
     def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
         """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""
         for store in self.stores:
             if store.holds(key_states, value_states):
                 return store
-        layers = 1 if self.stores else len(self.layers)
+        layers = 1 if self.stores else self.layers
         self.stores.append(Store(layers, self.capacity, key_states, value_states))
         return self.stores[-1]
 
@@ -160,11 +92,96 @@ class TreeCache(Cache):
             for store in self.stores:
                 store.grow(more)
 
+
+class TreeLayer(CacheLayerMixin):
+    """The cache of one decoder layer, as transformers uses it: one layer of a store."""
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take a place on first use, when heads, dtype and device are known."""
+        self.store = self.slots.store_for(key_states, value_states)
+        self.place = self.store.used
+        self.store.used += 1
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write [B, H, N, D] at slots [fill, fill + N); return what attention reads: slots [0, fill + N)."""
+        slots = self.slots
+        if slots.written is not None:
+            self.keys.index_copy_(2, slots.written, key_states)
+            self.values.index_copy_(2, slots.written, value_states)
+            return self.keys[:, :, : slots.reach], self.values[:, :, : slots.reach]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        fill, end = slots.fill, slots.fill + key_states.shape[2]
+        slots.reserve(end)
+        self.look_up()
+        self.keys[:, :, fill:end], self.values[:, :, fill:end] = key_states, value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def look_up(self) -> None:
+        """Find this layer's keys and values, each [B, H, C, D], in its store, which may have grown or shrunk."""
+        self.keys, self.values = self.store.keys[self.place], self.store.values[self.place]
+
+    def get_seq_length(self) -> int:
+        """Slots that the next pass comes after."""
+        return self.slots.fill
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys seen by a pass of `query_length` nodes."""
+        return (self.slots.fill + query_length if self.slots.written is None else self.slots.reach), 0
+
+    def get_max_length(self) -> int:
+        """-1: grows without bound."""
+        return -1
+
+
+class TreeCache(Cache):
+    """One `TreeLayer` per decoder layer, and the committed length of every row.
+
+    Attributes:
+        lengths: committed tokens of every row, [B].
+        next: position of the token behind the committed ones, [B]: one above the largest.
+        slots: keys, values and positions.
+    """
+
+    layers: list[TreeLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self, num_layers: int, batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
+    ) -> None:
+        self.slots = Slots(num_layers, torch.zeros(batch_size, capacity, dtype=torch.long, device=device))
+        super().__init__(layers=[TreeLayer(self.slots) for _ in range(num_layers)])
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.next = torch.zeros_like(self.lengths)
+
+    @contextmanager
+    def traced(self, nodes: int, static: bool) -> Iterator[None]:
+        """Make one pass of so many nodes traceable by a compiler; static: shapes do not depend on the context."""
+        slots, end = self.slots, self.slots.fill + nodes
+        slots.reserve(end)
+        for layer in self.layers:
+            layer.look_up()
+        slots.written = torch.arange(slots.fill, end, device=self.lengths.device)
+        slots.reach = slots.capacity if static else end
+        try:
+            yield
+        finally:
+            slots.written = None
+
     def place(self, positions: Tensor) -> Tensor:
         """Note the positions [B, N] or [R, B, N] of the nodes of the next pass; returns the largest of each, [B, N]."""
-        self.reserve(self.fill + positions.shape[-1])
+        slots, end = self.slots, self.slots.fill + positions.shape[-1]
+        slots.reserve(end)
         largest = positions if positions.dim() == 2 else positions.amax(0)
-        self.positions[:, self.fill : self.fill + positions.shape[-1]] = largest
+        slots.positions[:, slots.fill : end] = largest
         return largest
 
     def commit(self, nodes: Tensor, counts: Tensor) -> None:
@@ -173,35 +190,32 @@ class TreeCache(Cache):
         nodes [B, A]: indices into the pass's N nodes, in path order; entries beyond counts[b] are ignored.
         """
         offset = torch.arange(nodes.shape[1], device=nodes.device)
-        source = self.fill + nodes
+        slots = self.slots
+        source = slots.fill + nodes
         destination = self.lengths[:, None] + offset
         kept = offset < counts[:, None]
-        positions = self.positions.gather(1, source)
+        positions = slots.positions.gather(1, source)
         if bool(((source != destination) & kept).any()):
-            self.positions.scatter_(1, destination, positions)
-            for store in self.stores:
+            slots.positions.scatter_(1, destination, positions)
+            for store in slots.stores:
                 store.move(source, destination)
         self.next = torch.maximum(self.next, positions.masked_fill(~kept, -1).amax(1) + 1)
         self.lengths = self.lengths + counts
-        self.fill = int(self.lengths.max())
+        slots.fill = int(self.lengths.max())
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget the tokens of every row behind its first lengths[b] ≥ 1."""
         self.lengths = lengths
-        self.next = self.positions.gather(1, lengths[:, None] - 1)[:, 0] + 1
-        self.fill = int(lengths.max())
+        self.next = self.slots.positions.gather(1, lengths[:, None] - 1)[:, 0] + 1
+        self.slots.fill = int(lengths.max())
 
     def select(self, rows: Tensor) -> None:
         """Keep only the batch rows `rows` [B']: finished sequences leave, repeated ones are copied."""
-        self.lengths, self.next, self.positions = self.lengths[rows], self.next[rows], self.positions[rows]
-        self.fill = int(self.lengths.max())
-        for store in self.stores:
-            store.select(rows, self.fill)
-
-    def free(self) -> None:
-        """Give the memory back now: cache and layers refer to each other, and would wait for the garbage collector."""
-        self.layers.clear()
-        self.stores.clear()
+        slots = self.slots
+        self.lengths, self.next, slots.positions = self.lengths[rows], self.next[rows], slots.positions[rows]
+        slots.fill = int(self.lengths.max())
+        for store in slots.stores:
+            store.select(rows, slots.fill)
 
 
 def _selected(states: Tensor, rows: Tensor, slots: int) -> Tensor:

@@ -105,14 +105,14 @@ class Decoder:
         Args:
             layers: decoder layers whose inputs are returned as `aux`.
         """
-        queries = cache.place(positions)
-        allowed = visible(cache.lengths[:, None] if context is None else context, cache.fill, ancestors)
-        if self._compiled is None or cache.fill == 0:  # an empty cache has no slots to compile for
-            masks = self._masks(allowed, queries, cache.positions)
+        queries, slots = cache.place(positions), cache.slots
+        allowed = visible(cache.lengths[:, None] if context is None else context, slots.fill, ancestors)
+        if self._compiled is None or slots.fill == 0:  # an empty cache has no slots to compile for
+            masks = self._masks(allowed, queries, slots.positions)
             return self._run(ids, positions, masks, cache, layers, {})
         with cache.traced(ids.shape[1], self._static):
-            allowed = F.pad(allowed, (0, cache.reach - allowed.shape[-1]))
-            return self._compiled(ids, positions, self._masks(allowed, queries, cache.positions), cache, layers)
+            allowed = F.pad(allowed, (0, slots.reach - allowed.shape[-1]))
+            return self._compiled(ids, positions, self._masks(allowed, queries, slots.positions), cache, layers)
 
     def sequences(self, inputs: Padded, layers: Sequence[int] = ()) -> Output:
         """One pass over whole sequences without a cache, by the model's own causal masks: padding is on the right."""

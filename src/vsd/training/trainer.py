@@ -131,8 +131,7 @@ class VSDTrainer(Trainer):
         """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
-        if batch.prefill is not None:
-            batch.prefill.cache.free()
+        batch = batch._replace(prefill=None)  # its memory is the M-step's
         output = self._m_step(model, batch, posteriors)
         if posteriors[0].part.paths.written:
             self._remember(output)

@@ -221,13 +221,13 @@ class LMDrafter(Autoregressive, nn.Module):
     def expand(self, state: LMState, hidden: Tensor, tokens: Tensor, depth: int, seen: Tensor) -> Tensor:
         """See `Autoregressive.expand`."""
         cache, (W, S) = state.cache, seen.shape[1:]
-        fill, lengths = cache.fill, cache.lengths
+        fill, lengths = cache.slots.fill, cache.lengths
         committed = (torch.arange(fill, device=tokens.device) < lengths[:, None])[:, None].expand(-1, W, -1)
         before, own = seen.split([S - W, W], dim=-1)
-        cache.fill = fill + S - W  # behind the levels drafted before
+        cache.slots.fill = fill + S - W  # behind the levels drafted before
         positions = (cache.next - 1 + depth)[:, None].expand(-1, W)
         output = self.decoder.nodes(tokens, positions, own, cache, torch.cat([committed, before], dim=-1))
-        cache.fill = fill
+        cache.slots.fill = fill
         return output.hidden
 
     def freeze(self) -> None:
