@@ -37,6 +37,7 @@ from vsd.drafters.load import family_for, read_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bench import machine
 from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
+from vsd.evaluation.plain import neutral
 from vsd.export import export_drafter
 from vsd.paths import TreeShape
 from vsd.targets import Target, load_target
@@ -64,10 +65,10 @@ def transformers_decoder(model: Any, length: int, **options: Any) -> Decoder:
 
     def answer(prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt], device=model.device)
-        mask, pad = torch.ones_like(ids), model.generation_config.eos_token_id
-        output = model.generate(
-            ids, attention_mask=mask, pad_token_id=pad, max_new_tokens=length, do_sample=False, **options
-        )
+        mask, eos = torch.ones_like(ids), model.generation_config.eos_token_id
+        ends = {"eos_token_id": eos, "pad_token_id": eos, "max_new_tokens": length}
+        with neutral(model):
+            output = model.generate(ids, attention_mask=mask, do_sample=False, **ends, **options)
         tokens: list[int] = output[0, len(prompt) :].tolist()
         return tokens
 

@@ -45,6 +45,7 @@ from vsd.drafters import draft_vocabulary, new_drafter
 from vsd.drafters.load import FAMILIES
 from vsd.errors import TargetError
 from vsd.evaluation import write_json
+from vsd.evaluation.plain import neutral
 from vsd.features import Features, Texts
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target, load_target
@@ -253,7 +254,8 @@ def generated(target: Target, prompt: list[int], new: int) -> list[int]:
     ids, eos = torch.tensor([prompt], device=target.device), list(target.eos_ids)
     ends = {"eos_token_id": eos, "pad_token_id": eos[0]}
     model: Any = target.model
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, **ends)
+    with neutral(model):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, **ends)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
 

@@ -116,7 +116,7 @@ def side(*shares: float) -> dict[str, Any]:
 
 
 def write_served(path: Path, here: dict[str, Any] | None, differing: int = 2, **more: Any) -> Path:
-    """A JSON file of `vsd bench --server`, with a drafter whose acceptance parts at position 2, or without one."""
+    """A JSON file of `vsd bench --server`, with a drafter whose acceptance differs at position 2, or without one."""
     where = {"prompt": ATTACK, "turn": 0, "position": 4, "here": 17, "there": None, "margin": 0.03125, "second": False}
     tie = {"prompt": "7", "turn": 1, "position": 0, "here": 5, "there": 99, "margin": 0.0, "second": True}
     server = {
@@ -124,7 +124,7 @@ def write_served(path: Path, here: dict[str, Any] | None, differing: int = 2, **
         "depth": 3,
         "acceptance": side(0.6, 0.3, 0.1),
         "here": here,
-        "parts": None if here is None else {"position": 2, "difference": -0.1, "ci": [-0.15, -0.05]},
+        "difference": None if here is None else {"position": 2, "difference": -0.1, "ci": [-0.15, -0.05]},
         "enough": True,
         "answers": 60,
         "equal": 1 - differing / 60,

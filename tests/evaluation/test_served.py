@@ -25,7 +25,7 @@ from vsd.decoding import Engine, Result, Sampling
 from vsd.decoding.statistics import acceptance_per_position
 from vsd.errors import VSDError
 from vsd.evaluation import Prompt, compare, connect, print_server, write_json
-from vsd.evaluation.served import first_difference, parts
+from vsd.evaluation.served import acceptance_difference, first_difference
 from vsd.evaluation.serving import _Counters
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Target
@@ -183,11 +183,11 @@ def test_the_same_chain_is_accepted_alike(
     for side in ("acceptance", "here"):
         del server[side]["tokens_per_second"]
     assert server["acceptance"] == server["here"]
-    assert server["parts"] is None and server["equal"] == 1.0 and server["differences"] == []
+    assert server["difference"] is None and server["equal"] == 1.0 and server["differences"] == []
     write_json(report, tmp_path / "out.json")
 
 
-def test_a_drafter_that_is_served_otherwise_parts_where_it_does(fake: Any, tiny_target: Target, drafter: Any) -> None:
+def test_a_drafter_that_is_served_otherwise_is_seen(fake: Any, tiny_target: Target, drafter: Any) -> None:
     """The second drafted token is never accepted on the server."""
     own = chain(tiny_target, drafter)
 
@@ -197,11 +197,11 @@ def test_a_drafter_that_is_served_otherwise_parts_where_it_does(fake: Any, tiny_
         return result
 
     report = compared(tiny_target, fake(answer), drafter)
-    found = report["server"]["parts"]
+    found = report["server"]["difference"]
     assert found["position"] == 2 and found["ci"][0] <= found["difference"] <= found["ci"][1] < 0
     assert found["difference"] == pytest.approx(-report["server"]["here"]["per_position"][1])
     text = printed(report)
-    assert "parts at drafted token 2" in text and "9 of 9 equal" in text
+    assert "differs from drafted token 2 on" in text and "9 of 9 equal" in text
 
 
 def test_answers_that_differ_are_named_with_their_margin(fake: Any, tiny_target: Target, drafter: Any) -> None:
@@ -262,17 +262,21 @@ def test_equal_engines_part_seldom_and_others_where_they_do() -> None:
         return np.array([rng.binomial(passes, share) for share in shares]).astype(float), passes.astype(float)
 
     for _ in range(60):
-        alarms += parts(*draw([0.6, 0.4, 0.2]), *draw([0.6, 0.4, 0.2])) is not None
-        found.append(parts(*draw([0.6, 0.3, 0.1]), *draw([0.6, 0.4, 0.2])))
+        alarms += acceptance_difference(*draw([0.6, 0.4, 0.2]), *draw([0.6, 0.4, 0.2])) is not None
+        found.append(acceptance_difference(*draw([0.6, 0.3, 0.1]), *draw([0.6, 0.4, 0.2])))
     assert alarms <= 11
     assert sum(one is not None and one["position"] == 2 for one in found) >= 45
 
 
 def test_few_prompts_show_nothing() -> None:
     ones, none = np.ones((2, 7)), np.zeros((2, 7))
-    assert parts(ones, np.ones(7), none, np.ones(7)) is None
+    assert acceptance_difference(ones, np.ones(7), none, np.ones(7)) is None
     ones, none = np.ones((2, 8)), np.zeros((2, 8))
-    assert parts(ones, np.ones(8), none, np.ones(8)) == {"position": 1, "difference": 1.0, "ci": (1.0, 1.0)}
+    assert acceptance_difference(ones, np.ones(8), none, np.ones(8)) == {
+        "position": 1,
+        "difference": 1.0,
+        "ci": (1.0, 1.0),
+    }
 
 
 # ---- mistakes

@@ -20,7 +20,7 @@ from setting import ENVIRONMENT, TEXT
 from vsd.data import Conversation, Example, ServerTeacher, load_examples, read_conversations, regenerate
 from vsd.drafters import new_drafter
 from vsd.errors import MismatchError
-from vsd.features import FeatureServer, KeepingServer, KeptFeatures, Served, TextStore, compute_features
+from vsd.features import FeatureServer, KeepingServer, KeptFeatures, ServedFeatures, TextStore, compute_features
 from vsd.features.server import command
 from vsd.targets import Target, TargetInfo, load_target_info
 from vsd.training import Collator, DraftDataset, VSDConfig, VSDTrainer
@@ -107,7 +107,7 @@ def test_features_are_those_in_process(
     client: FeatureServer, targets: dict[str, Target], examples: list[Example]
 ) -> None:
     assert client.layers == LAYERS
-    source = Served(client, LAYERS)
+    source = ServedFeatures(client, LAYERS)
     assert_same(source, targets["float32"], examples)
 
 
@@ -125,7 +125,7 @@ def test_a_drafter_learns_the_same(
     client: FeatureServer, targets: dict[str, Target], info: TargetInfo, examples: list[Example], tmp_path: Path
 ) -> None:
     found = []
-    for target, features in ((targets["float32"], None), (info, Served(client, LAYERS))):
+    for target, features in ((targets["float32"], None), (info, ServedFeatures(client, LAYERS))):
         dataset = DraftDataset(examples)
         torch.manual_seed(3)
         drafter = new_drafter(target, dataset.draft_vocabulary(target.vocab_size, 1024))

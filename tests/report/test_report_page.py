@@ -163,11 +163,11 @@ def test_the_trained_length_lies_between_the_ranges_within_and_beyond(trained: i
 
 
 def test_a_served_engine_has_a_section(tmp_path: Path) -> None:
-    """Acceptance and speed on both sides, where acceptance parts, and the answers that differ."""
+    """Acceptance and speed on both sides, where acceptance differs, and the answers that differ."""
     file = write_served(tmp_path / "served.json", side(0.6, 0.4, 0.2))
     path = write_report([file], tmp_path / "served.html")
     served = section(path, "A served engine")
-    assert served is not None and "Acceptance parts at drafted token 2: -0.100 [-0.150, -0.050]" in served.text
+    assert served is not None and "Acceptance differs from drafted token 2 on: -0.100 [-0.150, -0.050]" in served.text
     titles = [title.text for title in served.all("title")]
     assert (
         "vLLM, 2 tokens or more: 0.30 [0.26, 0.34]" in titles and "vsd, 3 tokens or more: 0.20 [0.16, 0.24]" in titles
@@ -193,7 +193,7 @@ def test_a_served_engine_without_a_drafter_here_and_many_differences(tmp_path: P
     path = write_report(files, tmp_path / "served.html")
     alone, many = section(path, "A served engine: a.json"), section(path, "A served engine: b.json")
     assert alone is not None and "60 of 60 answers (100 %)" in alone.text and "vsd" not in alone.text
-    assert not alone.all("p", "fastest") and len(alone.all("table")) == 2 and "parts at" not in alone.text
+    assert not alone.all("p", "fastest") and len(alone.all("table")) == 2 and "Acceptance differs" not in alone.text
     assert many is not None and "60 answers that differ" in many.text and "10 more are in the file" in many.text
     assert len(rows_of(many.all("table", "wide")[1])) == 50
 

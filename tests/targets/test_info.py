@@ -1,4 +1,4 @@
-"""The ends of a target read from its checkpoint are those of the loaded target."""
+"""Embedding, norm and LM head read from a checkpoint are those of the loaded target."""
 
 import json
 from pathlib import Path

@@ -138,9 +138,9 @@ def test_features_of_anything_else_are_refused(tiny_target: Target, examples: li
         FeatureStore.build(tmp_path, other, examples, LAYERS)
     with pytest.raises(VSDError, match=r"made with another text\b"):
         FeatureStore.build(tmp_path, tiny_target, examples[1:], LAYERS)
-    unmasked = [Example(ids, [False] * 3 + drafted[3:]) for ids, drafted in examples[2:]]
+    unmasked = [Example(ids, [False] * 3 + drafted[3:]) for ids, drafted, _ in examples[2:]]
     FeatureStore.build(tmp_path / "mask", tiny_target, examples[2:], LAYERS)
-    moved = [Example(ids, [*drafted[1:], True]) for ids, drafted in unmasked]
+    moved = [Example(ids, [*drafted[1:], True]) for ids, drafted, _ in unmasked]
     with pytest.raises(VSDError, match=r"made with another text\b"):
         FeatureStore.build(tmp_path / "mask", tiny_target, moved, LAYERS)
     tokenizer = tiny_target.tokenizer

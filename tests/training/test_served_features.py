@@ -25,7 +25,7 @@ from fake_server import FakeServer, Handler
 from vsd import cli
 from vsd.data import Conversation, Example, Server, Servers, ServerTeacher, load_examples, prompt_inputs, regenerate
 from vsd.errors import VSDError
-from vsd.features import FeatureServer, InProcess, KeepingServer, KeptFeatures, Served, Texts, TextStore, server
+from vsd.features import FeatureServer, InProcess, KeepingServer, KeptFeatures, ServedFeatures, Texts, TextStore, server
 from vsd.options import TrainJob
 from vsd.targets import Target, TargetInfo, load_target_info
 from vsd.training import Collator, DraftDataset
@@ -127,7 +127,7 @@ class TinyVLLM(FakeServer):
     def states(self, ids: list[int], prompt: int, body: dict[str, Any]) -> dict[str, Any] | None:
         """The states of a request in blocks of a cache, and what the connector makes of them."""
         found = list[torch.Tensor]()
-        norm = self.target.ends.norm.register_forward_pre_hook(lambda module, given: found.append(given[0][0]))
+        norm = self.target.outer.norm.register_forward_pre_hook(lambda module, given: found.append(given[0][0]))
         inputs = self.target.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         norm.remove()
         rows = torch.stack(
@@ -229,10 +229,10 @@ def assert_same(source: Any, target: Target, examples: list[Example], layers: tu
 def test_features_are_those_in_process(
     start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], shared: Path
 ) -> None:
-    source = Served(client(start(), info), LAYERS)
+    source = ServedFeatures(client(start(), info), LAYERS)
     assert_same(source, tiny_target, examples)
     assert_same(source, tiny_target, examples[::-1])
-    fewer = Served(source.server, (3, 0))
+    fewer = ServedFeatures(source.server, (3, 0))
     assert_same(fewer, tiny_target, examples[:2], (3, 0))
     assert not list(shared.iterdir())  # all files were taken
 
@@ -250,7 +250,7 @@ def test_expected_texts_are_asked_for_once_and_early(
     start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example]
 ) -> None:
     of = start()
-    source = Served(client(of, info), LAYERS)
+    source = ServedFeatures(client(of, info), LAYERS)
     texts = texts_of(Collator()([DraftDataset(examples)[i] for i in (0, 3)]))
     before = len(of.asked)
     source.expect(texts)
@@ -268,10 +268,10 @@ def test_expected_texts_are_asked_for_once_and_early(
 def test_a_drafter_learns_the_same(
     start: Start, tiny_target: Target, info: TargetInfo, tmp_path: Path, family: str
 ) -> None:
-    """With the ends of the target alone: same losses, step by step, and same weights."""
+    """With `TargetInfo` alone: same losses, step by step, and same weights."""
     text = tiny_run.tiny_examples(tiny_target, 8)
     layers = tiny_run.tiny_drafter(tiny_target, text, family=family).needs.layers
-    source = Served(client(start(layers=(0, 1, 2, 3)), info), layers)
+    source = ServedFeatures(client(start(layers=(0, 1, 2, 3)), info), layers)
     found = []
     for target, features in ((tiny_target, None), (info, source)):
         options = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2, "objective": "eagle3"}
@@ -295,7 +295,7 @@ def test_files_that_a_killed_server_did_not_write_are_asked_for_again(
     start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], monkeypatch: Any
 ) -> None:
     of = start()
-    source = Served(client(of, info), LAYERS)
+    source = ServedFeatures(client(of, info), LAYERS)
     monkeypatch.setattr(server, "_WAIT", 0.2)
     of.lost = 2
     (of.connector.folder / f"{NAME}.safetensors.part").write_bytes(b"half")
@@ -322,7 +322,7 @@ def test_a_server_that_stops_between_two_texts_is_waited_for(
         handler.close_connection = True
 
     of = start()
-    source = Served(client(of, info), LAYERS)
+    source = ServedFeatures(client(of, info), LAYERS)
     of.faults = [gone, busy, cut, gone]
     assert_same(source, tiny_target, examples[:3])
 
@@ -332,7 +332,7 @@ def test_a_response_that_is_lost_behind_its_file_is_given_again(
 ) -> None:
     """The server does the work twice; both files have one name."""
     of = start()
-    source = Served(client(of, info), LAYERS)
+    source = ServedFeatures(client(of, info), LAYERS)
 
     def lost(handler: Handler) -> None:
         of.completion(handler.path, handler.body)
@@ -350,7 +350,7 @@ def test_a_file_of_another_text_is_passed_over(
     of = start()
     ours = client(of, info)
     of.connector._executor = Late(of.connector._executor)
-    assert_same(Served(ours, LAYERS), tiny_target, examples[:2])
+    assert_same(ServedFeatures(ours, LAYERS), tiny_target, examples[:2])
     assert of.connector._executor.replaced == 2
 
 
@@ -378,7 +378,7 @@ def test_fewer_states_than_tokens_are_refused(
     start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], short: int, shared: Path
 ) -> None:
     of = start()
-    source = Served(client(of, info), LAYERS)
+    source = ServedFeatures(client(of, info), LAYERS)
     of.short = short
     with pytest.raises(VSDError, match=r"gives states .* of \d+ tokens.*without prefix caching"):
         assert_same(source, tiny_target, examples[1:2])
@@ -414,7 +414,7 @@ def test_states_of_anything_else_are_refused(
     with pytest.raises(VSDError, match=r"has a model of 5 layers, .* has 4"):
         client(deep, info)
     with pytest.raises(VSDError, match=r"gives features of layers \[0, 2, 3\], and the drafter reads \[1, 2\]"):
-        Served(client(start(), info), (1, 2))
+        ServedFeatures(client(start(), info), (1, 2))
 
 
 def test_servers_without_features_are_refused(start: Start, info: TargetInfo, shared: Path, monkeypatch: Any) -> None:
@@ -525,7 +525,7 @@ def test_a_killed_client_loses_and_doubles_nothing(
 def test_features_of_earlier_answers_are_added(
     start: Start, tiny_target: Target, info: TargetInfo, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """By the same command with --features; then `vsd train` reads them with the ends of the target alone."""
+    """By the same command with --features; then `vsd train` reads them with `TargetInfo` alone."""
     of, out, kept = start(), tmp_path / "out.jsonl", tmp_path / "kept"
     regenerate(ServerTeacher(Server(of.url, "tiny"), info, 4), chats(), out, max_new_tokens=12, progress=False)
     store = TextStore(kept, info, LAYERS)
@@ -537,7 +537,7 @@ def test_features_of_earlier_answers_are_added(
     with pytest.raises(VSDError, match=r"are of another layers: give another folder"):
         TextStore(kept, info, (0, 1, 3))
     other = load_target_info(str(folder / "target"), device="cpu", dtype="float32")
-    other.ends.head.weight = torch.nn.Parameter(-other.ends.head.weight)
+    other.outer.head.weight = torch.nn.Parameter(-other.outer.head.weight)
     with pytest.raises(VSDError, match=r"are of another target"):
         TextStore(kept, other)
 

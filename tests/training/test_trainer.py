@@ -112,7 +112,7 @@ def test_the_served_temperature_is_the_targets_law(
 
 def test_short_answers_train_with_many_steps(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """Fewer drafted tokens than steps in the whole batch."""
-    text = [Example(Inputs(one.ids[: d.index(True) + 2]), d[: d.index(True) + 2]) for one, d in examples]
+    text = [Example(Inputs(one.ids[: d.index(True) + 2]), d[: d.index(True) + 2]) for one, d, _ in examples]
     assert max(sum(example.drafted) for example in text) == 2
     weights = weights_after(tiny_target, text, tmp_path, draft_steps=6)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())

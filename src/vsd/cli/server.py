@@ -19,7 +19,7 @@ Options of vllm serve may be added, such as --tensor-parallel-size 8. Then
 
 
 @dataclass
-class ServedFeatures:
+class FeatureOptions:
     """features
 
     Attributes:
@@ -42,7 +42,7 @@ def run(given: Given) -> None:
     from vsd.features.server import command
     from vsd.targets.load import resolve
 
-    a, target = given.of(ServedFeatures), given.of(TargetOptions)
+    a, target = given.of(FeatureOptions), given.of(TargetOptions)
     if a.family is not None and a.drafter is not None:
         raise ConfigurationError("a drafter has a family: give --family or --drafter")
     info = load_info(target)
@@ -56,6 +56,6 @@ def run(given: Given) -> None:
 COMMAND = Command(
     "Print the vLLM command of a server that answers and gives the target's features.",
     EXAMPLES,
-    (ServedFeatures, TargetOptions),
+    (FeatureOptions, TargetOptions),
     run,
 )

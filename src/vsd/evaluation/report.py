@@ -88,11 +88,11 @@ def print_server(report: dict[str, Any], console: Console | None = None) -> None
 
 def verdict(server: dict[str, Any]) -> str:
     """Whether acceptance differs by more than chance, and from which position on."""
-    if (parts := server["parts"]) is not None:
-        low, high = parts["ci"]
+    if (found := server["difference"]) is not None:
+        low, high = found["ci"]
         return (
-            f"acceptance parts at drafted token {parts['position']}: "
-            f"{parts['difference']:+.3f} [{low:+.3f}, {high:+.3f}] on the server"
+            f"acceptance differs from drafted token {found['position']} on: "
+            f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}] on the server"
         )
     if not server["enough"]:
         return "acceptance: too few prompts to tell a difference from chance"

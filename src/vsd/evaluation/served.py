@@ -2,8 +2,8 @@
 
 Both engines draft chains of the same length with the same drafter, so that they accept the same tokens, and both give
 the target's own answers. Where they do not, the drafter is served otherwise than it was trained: the first position at
-which acceptance parts says where. Answers may part where the target's two best tokens have nearly the same logit: the
-engines add the same numbers in another order.
+which acceptance differs says where. Answers may differ where the target's two best tokens have nearly the same logit:
+the engines add the same numbers in another order.
 
 Acceptance counts all drafted tokens that a pass accepts, also those behind the end of an answer.
 
@@ -27,7 +27,7 @@ from vsd.evaluation.answers import totals
 from vsd.evaluation.bench import Talk, machine, versions
 from vsd.evaluation.bootstrap import Counts, difference_interval, pooled_rate, rate_interval
 from vsd.evaluation.prompts import Prompt
-from vsd.evaluation.serving import Served, Serving
+from vsd.evaluation.serving import ServedAnswer, Serving
 from vsd.paths import TreeShape
 from vsd.targets import Inputs, Padded, Target
 
@@ -80,7 +80,7 @@ class _Side:
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, prompt: int, found: Served, seconds: float) -> None:
+    def add(self, prompt: int, found: ServedAnswer, seconds: float) -> None:
         """One more answer."""
         self.prompts.append(prompt)
         self.passes.append(found.passes)
@@ -155,7 +155,7 @@ def compare(
             "depth": serving.depth,
             "acceptance": asdict(there.summary()),
             "here": asdict(here.summary()) if chain is not None else None,
-            "parts": parts(*there.counts(), *here.counts()) if chain is not None else None,
+            "difference": acceptance_difference(*there.counts(), *here.counts()) if chain is not None else None,
             "enough": len(prompts) >= _ENOUGH,
             "answers": count,
             "equal": 1 - len(differences) / count,
@@ -167,13 +167,15 @@ def compare(
     }
 
 
-def _counted(result: Result, depth: int) -> Served:
+def _counted(result: Result, depth: int) -> ServedAnswer:
     """An answer of this engine as a server counts it."""
     accepted = [sum(count >= k for count in result.accepted) for k in range(1, depth + 1)]
-    return Served(result.tokens, len(result.accepted), accepted)
+    return ServedAnswer(result.tokens, len(result.accepted), accepted)
 
 
-def parts(accepted: Counts, passes: Counts, base_accepted: Counts, base_passes: Counts) -> dict[str, Any] | None:
+def acceptance_difference(
+    accepted: Counts, passes: Counts, base_accepted: Counts, base_passes: Counts
+) -> dict[str, Any] | None:
     """The first position whose acceptance differs by more than chance, from 1; None if there is none.
 
     An interval over prompts of the difference of the shares excludes 0; its level is 1 - 0.05 / K, so that all

@@ -24,7 +24,7 @@ _SAMPLE = re.compile(r"^([\w:]+?)(?:_total)?(?:\{(.*)\})? (\S+)", re.M)  # name,
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
-class Served(NamedTuple):
+class ServedAnswer(NamedTuple):
     """An answer of the server.
 
     Attributes:
@@ -49,7 +49,7 @@ class Serving(Protocol):
     name: str
     depth: int
 
-    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> ServedAnswer:
         """The greedy answer to a prompt, while the server has no other request.
 
         Args:
@@ -86,7 +86,7 @@ class _VLLM:
         if not self.depth:
             raise MismatchError(f"{server.url} decodes without a drafter: start vLLM with --speculative-config")
 
-    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> ServedAnswer:
         """See `Serving`."""
         reply = self.server.ask(messages, ids, max_tokens=max_new_tokens, temperature=0.0)
         if reply.ids is None:
@@ -104,7 +104,7 @@ class _VLLM:
                 "compare while nothing else uses it"
             )
         accepted = [now.accepted[k] - count for k, count in before.accepted.items()]
-        return Served(reply.ids, now.passes - before.passes, accepted)
+        return ServedAnswer(reply.ids, now.passes - before.passes, accepted)
 
 
 class _Counters(NamedTuple):
@@ -146,7 +146,7 @@ class _SGLang:
             raise MismatchError(f"{server.url} drafts trees: start SGLang with --speculative-eagle-topk 1")
         self.depth = info.get("speculative_num_steps") or info["speculative_num_draft_tokens"] - 1
 
-    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> Served:
+    def answer(self, ids: list[int], messages: list[Any], max_new_tokens: int) -> ServedAnswer:
         """See `Serving`."""
         if messages:
             raise MismatchError(f"{self.server.url}: prompts with images are compared with vLLM only: leave them out")
@@ -157,7 +157,7 @@ class _SGLang:
         tokens, passes, histogram = found
         if passes and not histogram:
             raise MismatchError(f"{self.server.url} does not count accepted tokens by position: use a later SGLang")
-        return Served(tokens, passes, [sum(histogram[k:]) for k in range(1, self.depth + 1)])
+        return ServedAnswer(tokens, passes, [sum(histogram[k:]) for k in range(1, self.depth + 1)])
 
 
 def _generated(response: bytes) -> tuple[list[int], int, list[int]]:

@@ -1,7 +1,7 @@
 """Target features for training: computed in process, read from a store on disk, or given by a server."""
 
 from vsd.features.base import Features, FeatureSource, InProcess, Texts, compute_features, stacked
-from vsd.features.served import KeepingServer, KeptFeatures, Served, TextStore
+from vsd.features.served import KeepingServer, KeptFeatures, ServedFeatures, TextStore
 from vsd.features.server import FeatureServer
 from vsd.features.store import FeatureStore, affordable
 
@@ -13,7 +13,7 @@ __all__ = [
     "InProcess",
     "KeepingServer",
     "KeptFeatures",
-    "Served",
+    "ServedFeatures",
     "TextStore",
     "Texts",
     "affordable",

@@ -25,7 +25,7 @@ from vsd.targets.info import TargetInfo
 _MANIFEST = "served.json"
 
 
-class Served:
+class ServedFeatures:
     """A server computes features when they are asked for: `FeatureSource`.
 
     Args:

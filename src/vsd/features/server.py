@@ -1,8 +1,8 @@
 """A vLLM server that gives features: a request returns an answer and leaves the text's states in a shared folder.
 
 The server runs the connector in `in_vllm/`, whose docstring has the protocol; `command` is the line that starts it. Of
-the target the client needs the ends alone. The server's last state is the one before the final norm, which is ours to
-apply.
+the target the client needs embedding, final norm and LM head alone. The server's last state is the one before the final
+norm, which is ours to apply.
 
 Every request names its own file. A file that does not appear, because the server was killed between answer and file, is
 requested again; one of an earlier attempt of the request is passed over. Before the first of them, `check` compares the
@@ -84,7 +84,7 @@ class FeatureServer(Server):
 
     Args:
         model: the name under which the target is served; None: it is the only one.
-        info: the ends of the target that the server holds.
+        info: embedding, final norm and LM head of the server's target.
 
     Attributes:
         layers: decoder layers, by input index, whose inputs the server gives; known after `check`.

@@ -3,7 +3,7 @@
 A store is a folder of safetensors shards (bfloat16, memory-mapped when read) and a manifest that names the target, its
 chat template and the text by fingerprint, so that features of another model can never be trained on by mistake.
 
-Reading needs the ends of the target alone (`TargetInfo`); computing needs the target.
+Reading needs embedding, final norm and LM head of the target (`TargetInfo`); computing needs the target.
 
 Legend: B batch, T tokens, Q drafted tokens, h hidden.
 """

@@ -121,7 +121,7 @@ class Difference(NamedTuple):
     second: bool
 
 
-class Served(NamedTuple):
+class EngineComparison(NamedTuple):
     """An engine that ran beside this one; `here` is None if only answers were compared.
 
     Attributes:
@@ -165,12 +165,12 @@ def measured(run: dict[str, Any]) -> Measured:
     )
 
 
-def served(server: dict[str, Any]) -> Served:
+def served(server: dict[str, Any]) -> EngineComparison:
     """The entry `server`."""
     here = server["here"]
     if server["answers"] < 1 or server["depth"] < 1:
         raise ValueError("nothing was drafted or answered")
-    return Served(
+    return EngineComparison(
         server["engine"],
         int(server["depth"]),
         _side(server["acceptance"], server["depth"]),

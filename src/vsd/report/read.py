@@ -11,7 +11,7 @@ from typing import Any
 from vsd.errors import ConfigurationError, DataError
 from vsd.evaluation.tune import Tuned
 from vsd.paths import TreeShape
-from vsd.report.entries import Measured, Served, measured, served
+from vsd.report.entries import EngineComparison, Measured, measured, served
 
 _RECIPE, _STATE = "recipe.json", "trainer_state.json"
 _SETTINGS = ("settings", "training", "machine", "versions")  # of a measurement
@@ -23,7 +23,7 @@ class Bench:
 
     path: Path
     runs: list[Measured]
-    served: Served | None
+    served: EngineComparison | None
     trees: list[Tuned]
     settings: dict[str, Any]
     command: str | None

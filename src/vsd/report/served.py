@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vsd.report.entries import Difference, Served, Side
+from vsd.report.entries import Difference, EngineComparison, Side
 from vsd.report.html import Html, folded, table, tag
 from vsd.report.layout import Section, figures, section
 from vsd.report.position import INTERVALS, by_position
@@ -23,12 +23,12 @@ def served(benches: Sequence[Bench]) -> list[Section]:
     ]
 
 
-def beside(one: Served) -> str:
+def beside(one: EngineComparison) -> str:
     """The comparison in short."""
     return f"{one.engine} beside vsd"
 
 
-def _section(one: Served, name: str, file: str) -> Section:
+def _section(one: EngineComparison, name: str, file: str) -> Section:
     sides = [(Series(one.engine, 0), one.there)]
     sides += [] if one.here is None else [(Series("vsd", 1), one.here)]
     chains = f"chains of {one.depth} drafted tokens"
@@ -48,7 +48,7 @@ def _engines(sides: Sequence[tuple[Series, Side]]) -> Html:
     return table(head, cells, class_="wide")
 
 
-def _answers(one: Served) -> list[Html]:
+def _answers(one: EngineComparison) -> list[Html]:
     """How many answers are equal, and those that differ, folded."""
     equal = one.answers - len(one.differences)
     share = f"{equal} of {one.answers} answers ({100 * equal / one.answers:.0f} %)"

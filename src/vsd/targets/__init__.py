@@ -1,4 +1,4 @@
-"""The frozen model: its ends, its passes over packed nodes, its cache."""
+"""The frozen model: embedding and LM head, its passes over packed nodes, its cache."""
 
 from vsd.targets.cache import TreeCache
 from vsd.targets.checkpoint import load_target_info

@@ -55,7 +55,7 @@ class Store:
 class Slots:
     """The slots of a cache, which all its layers share.
 
-    The layers refer to this object and not to the cache: a cycle would keep the memory until the garbage collector runs.
+    The layers refer to this object and not to the cache: in a cycle they would wait for the garbage collector.
 
     Attributes:
         layers: decoder layers of the cache.

@@ -1,7 +1,7 @@
-"""The ends of a target read straight from its safetensors: of a 70B target 4 GB, in seconds.
+"""Embedding, final norm and LM head of a target, read straight from its safetensors: of a 70B target 4 GB, in seconds.
 
 The model is built without memory for its parameters, so that its modules have the names and kinds that transformers
-gives them; then only the tensors of the ends are read.
+gives them; then only the tensors of these modules are read.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from vsd.errors import TargetError
 from vsd.targets.images import image_reader
-from vsd.targets.info import Ends, TargetInfo, end_ids, ends_of
+from vsd.targets.info import OuterModules, TargetInfo, end_ids, outer_modules
 from vsd.targets.load import auto_class, chosen_dtype, device_named, first_line, resolve
 
 # Before the base model's own name of a tensor: how checkpoints of whole, bare and multimodal models call it.
@@ -56,39 +56,41 @@ def load_target_info(
         generation = GenerationConfig.from_pretrained(path, revision=revision or "main")
     except OSError:  # many models have no generation_config.json
         generation = None
-    read = partial(_read_ends, path, config, chosen_dtype(dtype, where), where, revision, trust_remote_code)
+    read = partial(_read_outer, path, config, chosen_dtype(dtype, where), where, revision, trust_remote_code)
     return TargetInfo(name, tokenizer, config.get_text_config(), end_ids(generation, tokenizer), read, images)
 
 
-def _read_ends(
+def _read_outer(
     path: str,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     revision: str | None,
     trust_remote_code: bool,
-) -> Ends:
+) -> OuterModules:
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
-    ends, shards = ends_of(model), _Shards(path, revision)
+    outer, shards = outer_modules(model), _Shards(path, revision)
     names = {id(module): name for name, module in model.named_modules()}
-    tied = model.config.get_text_config().tie_word_embeddings and not any(shards.keys(names[id(ends.head)] + ".weight"))
-    *whole, last_layer, vision = ends
-    for end in (*whole, last_layer, *vision):
-        if tied and end is ends.head:
+    tied = model.config.get_text_config().tie_word_embeddings and not any(
+        shards.keys(names[id(outer.head)] + ".weight")
+    )
+    *whole, last_layer, vision = outer
+    for one in (*whole, last_layer, *vision):
+        if tied and one is outer.head:
             continue
-        for inner, module in end.named_modules(prefix=names[id(end)]):
+        for inner, module in one.named_modules(prefix=names[id(one)]):
             for own, parameter in list(module.named_parameters(recurse=False)):
-                if end not in whole and parameter.dim() != 1:
+                if one not in whole and parameter.dim() != 1:
                     module.register_parameter(own, None)
                     continue
                 read = shards.read(f"{inner}.{own}")
                 module.register_parameter(own, nn.Parameter(read.to(device, dtype), requires_grad=False))
     if tied:
-        ends.head.weight = ends.embedding.weight
-    for end in (*whole, last_layer, *vision):
-        end.to(device)
-    return ends
+        outer.head.weight = outer.embedding.weight
+    for one in (*whole, last_layer, *vision):
+        one.to(device)
+    return outer
 
 
 class _Shards:

@@ -1,7 +1,7 @@
-"""The ends of a target: tokenizer, end tokens, context length, embedding, final norm and LM head, without its layers.
+"""A target without its layers: tokenizer, end tokens, context length, embedding, final norm and LM head.
 
-Export, import and training on recorded text from a feature store need nothing else. `Target` is these ends and the
-layers between them; `load_target_info` (`vsd.targets.load`) reads the ends alone from a checkpoint.
+Export, import and training on recorded text from a feature store need nothing else. `Target` adds the layers;
+`load_target_info` (`vsd.targets.load`) reads the rest from a checkpoint.
 
 Legend: N tokens, h hidden size, V vocabulary.
 """
@@ -22,8 +22,8 @@ from vsd.targets.images import ImageReader
 _HEAD_ROWS = 256  # logits of so many tokens at once
 
 
-class Ends(NamedTuple):
-    """Modules of a causal LM.
+class OuterModules(NamedTuple):
+    """Modules of a causal LM around its decoder layers.
 
     Of `last_layer`, and of the vision tower and what connects it, only one-dimensional parameters are used, to tell
     fine-tunes apart.
@@ -42,7 +42,7 @@ class TargetInfo:
     Args:
         name: hub id, folder or `.gguf` file it was loaded from.
         config: of its language model.
-        read_ends: called at the first use of a weight.
+        read: called at the first use of a weight.
         images: reads its images; None for a target of text.
 
     Attributes:
@@ -58,7 +58,7 @@ class TargetInfo:
         tokenizer: PreTrainedTokenizerBase,
         config: PreTrainedConfig,
         eos_ids: tuple[int, ...],
-        read_ends: Callable[[], Ends],
+        read: Callable[[], OuterModules],
         images: ImageReader | None = None,
     ) -> None:
         self.images = images
@@ -67,32 +67,32 @@ class TargetInfo:
         self.hidden_size: int = config.hidden_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._read_ends = read_ends
+        self._read = read
 
     @cached_property
-    def ends(self) -> Ends:
+    def outer(self) -> OuterModules:
         """Embedding, final norm and LM head."""
-        return self._read_ends()
+        return self._read()
 
     @property
     def head(self) -> nn.Module:
         """The LM head."""
-        return self.ends.head
+        return self.outer.head
 
     @cached_property
     def embedding_weight(self) -> Tensor:
         """[V, h]."""
-        return cast(Tensor, self.ends.embedding.weight)
+        return cast(Tensor, self.outer.embedding.weight)
 
     @cached_property
     def head_weight(self) -> Tensor:
         """[V, h]."""
-        return cast(Tensor, self.ends.head.weight)
+        return cast(Tensor, self.outer.head.weight)
 
     @cached_property
     def head_bias(self) -> Tensor | None:
         """[V]; None in most models."""
-        return cast(Tensor | None, getattr(self.ends.head, "bias", None))
+        return cast(Tensor | None, getattr(self.outer.head, "bias", None))
 
     @property
     def device(self) -> torch.device:
@@ -106,11 +106,11 @@ class TargetInfo:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., h] of token ids [...], as the target itself embeds them."""
-        return cast(Tensor, self.ends.embedding(ids))
+        return cast(Tensor, self.outer.embedding(ids))
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm [..., h] of the last layer's output [..., h]: what enters the LM head."""
-        return cast(Tensor, self.ends.norm(hidden))
+        return cast(Tensor, self.outer.norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM-head logits [..., V] in float32 of final hidden states [..., h]."""
@@ -144,7 +144,7 @@ class TargetInfo:
     def _weights_sample(self) -> bytes:
         """Rows of embedding and head, the last layer's norms and biases, and those of the vision tower."""
         rows = slice(None, None, max(1, self.vocab_size // 64))
-        sampled = self.ends.last_layer, *self.ends.vision
+        sampled = self.outer.last_layer, *self.outer.vision
         norms = [p for module in sampled for p in module.parameters() if p.dim() == 1]
         # Multiples of 2^-14 are the same whichever of bfloat16, float16 and float32 the weights are loaded in.
         return b"".join(
@@ -153,8 +153,8 @@ class TargetInfo:
         )
 
 
-def ends_of(model: PreTrainedModel) -> Ends:
-    """The ends of a causal LM.
+def outer_modules(model: PreTrainedModel) -> OuterModules:
+    """The modules around the layers of a causal LM.
 
     Raises:
         TargetError: it has no LM head, or its decoder layers cannot be found.
@@ -171,7 +171,7 @@ def ends_of(model: PreTrainedModel) -> Ends:
     norm = norms[-1] if norms else nn.Identity()
     text = language_model(model)
     others = () if text is model.base_model else (part for part in model.base_model.children() if part is not text)
-    return Ends(model.get_input_embeddings(), norm, head, layers[-1], tuple(others))
+    return OuterModules(model.get_input_embeddings(), norm, head, layers[-1], tuple(others))
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

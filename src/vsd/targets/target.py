@@ -1,4 +1,4 @@
-"""The frozen target: its ends, and one forward pass over any packed set of nodes.
+"""The frozen target: one forward pass over any packed set of nodes.
 
 Legend: B batch, N tokens or nodes of one pass, R rows of positions, h hidden size, n feature layers, V vocabulary.
 """
@@ -14,7 +14,7 @@ from vsd.errors import ConfigurationError, TargetError
 from vsd.targets.cache import TreeCache
 from vsd.targets.decoder import Decoder, Output
 from vsd.targets.images import ImageReader
-from vsd.targets.info import TargetInfo, end_ids, ends_of
+from vsd.targets.info import TargetInfo, end_ids, outer_modules
 from vsd.targets.inputs import Inputs, Padded
 
 
@@ -58,10 +58,10 @@ class Target(TargetInfo):
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder = Decoder(model)
-        ends = ends_of(model)  # now: packing hides weights later
+        outer = outer_modules(model)  # now: packing hides weights later
         self.parameters = sum(weight.numel() for weight in model.parameters())
         eos_ids = end_ids(model.generation_config, tokenizer)
-        super().__init__(name, tokenizer, model.config.get_text_config(), eos_ids, lambda: ends, images)
+        super().__init__(name, tokenizer, model.config.get_text_config(), eos_ids, lambda: outer, images)
         self.fingerprint()  # for the same reason
         self._check_head()
 

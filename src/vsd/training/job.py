@@ -19,7 +19,7 @@ from vsd.data import Example, Examples, training_text
 from vsd.drafters import new_drafter
 from vsd.drafters.load import adopted_drafter, family_for, family_named, start_drafter
 from vsd.errors import MismatchError, VSDError
-from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, Served, TextStore
+from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, ServedFeatures, TextStore
 from vsd.files import alone, writing
 from vsd.objective import objective
 from vsd.options import TrainJob, draft_vocabulary_size
@@ -81,7 +81,7 @@ def _train(
         features=features,
         eval_prompts=prompts_of(held_out),
     )
-    if not isinstance(features, Served):
+    if not isinstance(features, ServedFeatures):
         return _finish(trainer, job, checkpoint)
     trainer.data_collator = announced(features.expect)
     try:
@@ -168,7 +168,7 @@ def _features(
     if job.server is not None:
         server = FeatureServer(job.server, None, None, target)
         server.check()
-        return Served(server, layers, temperature)
+        return ServedFeatures(server, layers, temperature)
     if job.store is None:
         return None
     if TextStore.is_at(job.store):

@@ -44,7 +44,7 @@ class VSDTrainer(Trainer):
     """Trains a drafter for a frozen target.
 
     Args:
-        target: its ends are enough for objectives on recorded text with stored features and no `eval_prompts`.
+        target: `TargetInfo` is enough for objectives on recorded text with stored features and no `eval_prompts`.
         drafter: of any family, attached to the target.
         features: their source; None computes them in every step.
         eval_prompts: held-out prompts; `evaluate` answers them and reports τ.

@@ -6,7 +6,7 @@ V target and Vd draft vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Models:
     """The models that E-steps use.
 
     Args:
-        target: its ends are enough for recorded paths.
+        target: embeddings, final norm and LM head alone are enough for recorded paths.
         drafter: as it is trained.
         rule: of verification.
         temperature: at which the target is served: its p is taken there. By `rejection` the drafter draws at it, too;
@@ -112,11 +112,19 @@ class Models:
         """The target with its layers.
 
         Raises:
-            ConfigurationError: only its ends were loaded.
+            ConfigurationError: as `check_whole`.
+        """
+        self.check_whole()
+        return cast(Target, self.info)
+
+    def check_whole(self) -> None:
+        """Refuse a target without its layers.
+
+        Raises:
+            ConfigurationError: only embeddings, final norm and LM head were loaded.
         """
         if not isinstance(self.info, Target):
             raise ConfigurationError("paths that are not recorded need the target's layers: load the whole target")
-        return self.info
 
     def recorded(self, features: Features) -> HeadTarget:
         """The target's side of the texts' own tokens."""

@@ -25,7 +25,7 @@ class ContrastedStep:
         self.part, self.draw, self.models = part, draw, models
         self.reference = copy.deepcopy(models.drafter).eval().requires_grad_(False)
         if models.rule != "greedy":
-            models.target  # noqa: B018  refuses at once a target without its layers
+            models.check_whole()
 
     def room(self, texts: Texts, epoch: int, steps: int) -> int | None:
         """All drafted nodes of both trees; None at temperature 0, where the text holds the target's choices."""

@@ -22,7 +22,7 @@ class DraftedStep:
 
     def __init__(self, part: Part, draw: Drafted, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
-        models.target  # noqa: B018  refuses at once a target without its layers
+        models.check_whole()
 
     def room(self, texts: Texts, epoch: int, steps: int) -> int:
         """All tokens of all paths but the last one of each; equal prefixes share their tokens, so some stay free."""

@@ -22,7 +22,7 @@ class ProposedStep:
 
     def __init__(self, part: Part, draw: Proposed, models: Models, longest: int) -> None:
         self.part, self.draw, self.models = part, draw, models
-        models.target  # noqa: B018  refuses at once a target without its layers
+        models.check_whole()
 
     def room(self, texts: Texts, epoch: int, steps: int) -> int:
         """All drafted nodes."""
