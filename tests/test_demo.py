@@ -31,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "ANSWER_TOKENS", 24)
     monkeypatch.setattr(parts, "TREES", SHAPES[4:6])
     monkeypatch.setitem(logs.PLAN.ways["VSD"]["objective_options"], "anchors", 4)
-    for name, share in {"demo": 0.2, "from_scratch": 0.5}.items():
+    for name, share in {"demo": 0.2, "from_scratch": 0.3}.items():
         shorter = partial(timed, getattr(demo, name), share)
         monkeypatch.setattr(demo, name, shorter)
 

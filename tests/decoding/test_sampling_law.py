@@ -184,8 +184,7 @@ def wanted(name: str, ask: Callable[[str, float], list[Sampling]], processor: st
     return [by_transformers(target, prompt, 28, one) for prompt, one in zip(PROMPTS, ask(processor, temperature))]
 
 
-@pytest.mark.parametrize("target_name", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("shape", ["tree", "chain"])
+@pytest.mark.parametrize(("target_name", "shape"), [("llama", "tree"), ("qwen3", "chain"), ("gemma3", "tree")])
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_answers_are_those_of_transformers(target_name: str, name: str, temperature: float, shape: str) -> None:

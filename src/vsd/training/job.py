@@ -175,14 +175,14 @@ def _features(
         return KeptFeatures(TextStore(job.store, target), target, examples, layers, temperature)
     if not isinstance(target, Target):
         return FeatureStore(job.store, target, examples, layers, temperature)
-    processes = PartialState()
-    missing = FeatureStore.missing_bytes(job.store, target, examples, layers)
-    asked = job.features == "auto" and processes.is_main_process  # whose folder is there
-    reason = _against_storing(target, job.store, missing) if asked else None
+    processes, reason = PartialState(), None
+    if processes.is_main_process:
+        missing = FeatureStore.missing_bytes(job.store, target, examples, layers)
+        reason = _against_storing(target, job.store, missing) if job.features == "auto" else None
+        if missing:
+            stored = f"{missing / 1e9:.2f} GB, stored in {job.store}"
+            print(f"target features: {f'computed in every step, as {reason}' if reason else stored}")
     (reason,) = broadcast_object_list([reason])
-    if missing and processes.is_main_process:
-        where = f"computed in every step, as {reason}" if reason else f"{missing / 1e9:.2f} GB, stored in {job.store}"
-        print(f"target features: {where}")
     if reason:
         return None
     worker = processes.process_index, processes.num_processes
