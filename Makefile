@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --no-compile
 # Modules are compiled when they are first imported; pip would compile all 15,000, of which few are.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test integration lint docs benchmarks clean
+.PHONY: help demo test suite integration lint style types docs benchmarks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,17 +15,24 @@ help:  ## list the targets
 demo: .venv/installed  ## improve a drafter of SmolLM2-135M for MINUTES (default 10) and measure it
 	$(BIN)/vsd demo --minutes $(MINUTES)
 
-test: .venv/installed-dev lint  ## linter, type checker and all tests
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+test: style  ## linter, type checker and all tests
+	$(MAKE) --no-print-directory --jobs 2 types suite
 
 # Not part of `make test`: installs vLLM in .venv-vllm (4 GB) and takes a quarter of an hour.
 integration: .venv/installed-dev .venv-vllm/installed .venv-llama/installed  ## tests against the real vLLM and llama.cpp
 	$(BIN)/pytest tests/integration -s
 
-lint: .venv/installed-dev  ## ruff and mypy
+lint: style types  ## ruff and mypy
+
+style: .venv/installed-dev
 	$(BIN)/ruff check src tests benchmarks examples docs tools
 	$(BIN)/ruff format --check src tests benchmarks examples docs tools
+
+types: .venv/installed-dev
 	$(BIN)/mypy
+
+suite: .venv/installed-dev
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # Not part of `make test`, as it needs mkdocs; the tests check links and commands of the documentation without it.
 docs: .venv/installed-docs  ## the documentation as a site, in site/
