@@ -4,6 +4,7 @@ The server is the tiny target behind HTTP. Its states reach the client through o
 and cache are imitated here.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,9 +29,10 @@ from vsd.data import Conversation, Example, Server, Servers, ServerTeacher, load
 from vsd.errors import VSDError
 from vsd.features import FeatureServer, InProcess, KeepingServer, KeptFeatures, ServedFeatures, Texts, TextStore, server
 from vsd.options import TrainJob
-from vsd.targets import Target, TargetInfo, load_target_info
+from vsd.targets import Inputs, Padded, Target, TargetInfo, load_target_info
 from vsd.training import Collator, DraftDataset
 from vsd.training.batch import announced, texts_of
+from vsd.training.e_step.continued import ContinuedStep
 
 LAYERS, SLOTS, H = (0, 2, 3), 4, 32
 NAME = "0123456789abcdef" * 2
@@ -114,12 +117,14 @@ class TinyVLLM(FakeServer):
         return {**found, "choices": [{**choice, "logprobs": {"token_logprobs": log_probs}}]}
 
     def generated(self, prompt: list[int], body: dict[str, Any]) -> tuple[list[int], list[float]]:
-        """A greedy answer and its log-probabilities."""
-        ids, log_probs = list(prompt), list[float]()
+        """An answer, greedy or sampled, and its log-probabilities."""
+        ids, log_probs, temperature = list(prompt), list[float](), body.get("temperature", 0.0)
+        generator = torch.Generator().manual_seed(body.get("seed") or 0)
         while len(log_probs) < body["max_tokens"]:
-            best = self.target.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
-            ids.append(int(best.indices))
-            log_probs.append(float(best.values))
+            law = self.target.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            drawn = (law / temperature).softmax(-1).multinomial(1, generator=generator) if temperature else law.argmax()
+            ids.append(int(drawn))
+            log_probs.append(float(law[ids[-1]]))
             if ids[-1] in self.target.eos_ids and not body.get("ignore_eos"):
                 break
         return ids[len(prompt) :], log_probs
@@ -288,6 +293,82 @@ def test_a_drafter_learns_the_same(
         torch.testing.assert_close(ours[name], weight, rtol=1e-2, atol=1e-3, msg=name)
 
 
+# ---- continuations
+
+
+def drawn(trainer: Any, examples: list[Example]) -> tuple[Texts, Any]:
+    """Some texts, and the continuations that the E-step of a trainer draws for them."""
+    dataset = DraftDataset(examples)
+    batch = trainer.batch(Collator()([dataset[i] for i in range(len(examples))]))
+    (step,) = (step for step in trainer._e_steps if isinstance(step, ContinuedStep))
+    return batch.texts, step._continuations(batch, trainer._random())
+
+
+CONTINUED = {"recorded": False, "anchors": 3, "length": 5}
+
+
+def test_continuations_have_the_states_of_the_target(
+    start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], tmp_path: Path, shared: Path
+) -> None:
+    """Hidden states, features and normalisers are those of one pass in process over text and continuation."""
+    layers = tiny_run.tiny_drafter(tiny_target, examples).needs.layers
+    of = start(layers=(0, 1, 2, 3))
+    source = ServedFeatures(client(of, info), layers, temperature=0.8)
+    options = {"objective": "vsd", "objective_options": CONTINUED, "temperature": 0.8}
+    trainer = tiny_run.tiny_trainer(info, examples, tmp_path, features=source, **options)
+    texts, found = drawn(trainer, examples)
+    assert found.tokens.shape == (8, 3, 5)
+    for b, p in itertools.product(range(8), range(3)):
+        root, tokens = int(found.roots[b, p]), found.tokens[b, p].tolist()
+        ids = texts.inputs.ids[b, : root + 2].tolist()
+        assert root + 2 in texts.drafted[b][texts.real[b]] and tokens[0] != texts.inputs.ids[b, root + 2]
+        whole = tiny_target.features(Padded.of([Inputs(ids + tokens)]), layers)
+        behind = slice(root + 1, root + 1 + 5)  # states that predict the new tokens
+        torch.testing.assert_close(found.hidden[b, p], whole.hidden[0, behind], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.aux[b, p], whole.aux[0, root + 2 : root + 6], rtol=1e-4, atol=1e-4)
+        normaliser = (tiny_target.logits(whole.hidden[0, behind]) / 0.8).logsumexp(-1)
+        torch.testing.assert_close(found.log_normaliser[b, p], normaliser, rtol=1e-4, atol=1e-4)
+    asked = of.asked[-1]
+    assert (asked["temperature"], asked["top_p"], asked["ignore_eos"]) == (0.8, 1.0, True)  # p itself, whatever ends
+    assert not list(shared.iterdir())
+    again = drawn(tiny_run.tiny_trainer(info, examples, tmp_path, features=source, **options), examples)[1]
+    assert torch.equal(again.tokens, found.tokens)  # draws depend on seed, text and epoch alone
+
+
+def test_first_tokens_are_drawn_as_in_process(
+    start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], tmp_path: Path
+) -> None:
+    layers = tiny_run.tiny_drafter(tiny_target, examples).needs.layers
+    source = ServedFeatures(client(start(layers=(0, 1, 2, 3)), info), layers)
+    options = {"objective": "vsd", "objective_options": CONTINUED}
+    ours = drawn(tiny_run.tiny_trainer(info, examples, tmp_path, features=source, **options), examples)[1]
+    wanted = drawn(tiny_run.tiny_trainer(tiny_target, examples, tmp_path, **options), examples)[1]
+    assert torch.equal(ours.roots, wanted.roots) and torch.equal(ours.tokens[..., 0], wanted.tokens[..., 0])
+
+
+def test_a_server_that_continues_too_little_is_refused(start: Start, info: TargetInfo) -> None:
+    of = start()
+    ours = client(of, info)
+    one = of.completion
+    of.completion = lambda path, body: one(path, {**body, "max_tokens": 2})
+    with pytest.raises(VSDError, match=r"did not continue a text by 4 tokens"):
+        ours.continued([1, 2, 3], 4, 1.0, 0)
+    of.completion = one
+    of.faults = [lambda handler: handler.json(400, {"error": {"message": "too long"}})]
+    with pytest.raises(VSDError, match=r"of a text of 7 tokens: .*too long.*--max-model-len"):
+        ours.continued([1, 2, 3], 4, 1.0, 0)
+
+
+@pytest.mark.parametrize("e_step", ["drafted", "trees"])
+def test_other_e_steps_need_the_layers(
+    start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], tmp_path: Path, e_step: str
+) -> None:
+    source = ServedFeatures(client(start(layers=(0, 1, 2, 3)), info), (0, 2, 3))
+    options = {"objective": "vsd", "objective_options": {"e_step": e_step, "rule": "target"}}
+    with pytest.raises(VSDError, match="need the target's layers"):
+        tiny_run.tiny_trainer(info, examples, tmp_path, features=source, **options)
+
+
 # ---- what goes wrong on the way
 
 
@@ -364,8 +445,7 @@ class Late:
         if not rest:
             return self.executor.submit(write, one)
         self.replaced += 1
-        other = type(one)(one.request, one.path, [t + 1 for t in one.ids], one.read, one.blocks, one.rows)
-        write(other, *rest)
+        write(replace(one, ids=[t + 1 for t in one.ids]), *rest)
         return self.executor.submit(self.late, write, one, *rest)
 
     def late(self, write: Any, *rest: Any) -> None:
@@ -542,9 +622,9 @@ def test_features_of_earlier_answers_are_added(
         TextStore(kept, other)
 
 
-@pytest.mark.parametrize("kind", ["url", "folder"])
+@pytest.mark.parametrize(("kind", "objective"), [("url", "eagle3"), ("folder", "eagle3"), ("url", "vsd")])
 def test_the_commands(
-    start: Start, folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, shared: Path, kind: str
+    start: Start, folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, shared: Path, kind: str, objective: str
 ) -> None:
     """`vsd data regenerate` keeps features, `vsd train` reads them or asks for them; the target is never loaded."""
     monkeypatch.setattr("vsd.training.job.load_target", lambda *args, **more: pytest.fail("the target was loaded"))
@@ -557,9 +637,10 @@ def test_the_commands(
     assert cli.main([*words, *target]) == 0
     assert "features of 8 texts" in capsys.readouterr().out
     features = of.url if kind == "url" else str(tmp_path / "kept")
-    words = ["train", "--data", str(out), "--held-out", "0", "--features", features, "--objective", "eagle3"]
+    words = ["train", "--data", str(out), "--held-out", "0", "--features", features, "--objective", objective]
     words += ["--output-dir", str(tmp_path / "run"), "--draft-vocab-size", "64", "--max-length", "256"]
     words += ["--set", "max_steps=3", "logging_steps=1", "report_to=none", "bf16=false"]
+    words += ["objective_options={anchors: 2, length: 4}"] if objective == "vsd" else []
     before = len(of.asked)
     assert cli.main([*words, *target]) == 0
     assert (len(of.asked) > before) == (kind == "url")
@@ -611,7 +692,9 @@ def test_the_connector_writes_what_is_asked_for(connector: ModuleType, shared: P
     keep, says = ours.request_finished(request(asked), [0])
     assert keep and says == {"vsd": {"path": str(shared / f"{NAME}.safetensors"), "layers": [0, 2, 3], "depth": 4}}
     ours.request_finished(request({"vsd": {"name": NAME, "final": [[1, 2], [5, 9]]}}), [0])
-    whole, prompt = ours.build_connector_meta(None).wanted
+    ours.request_finished(request({"vsd": {"name": NAME, "from": 1}}), [0])
+    whole, prompt, own = ours.build_connector_meta(None).wanted
+    assert (own.ids, own.first, own.read, own.rows) == ([6, 7], 1, 3, [1, 2])
     assert (whole.ids, whole.rows, prompt.ids, prompt.rows) == ([5, 6, 7], [2], [5, 6], [1])
     assert not ours.build_connector_meta(None).wanted  # each is told once
 

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from vsd.data import Example
 from vsd.data.server import Reply
@@ -21,6 +22,8 @@ from vsd.features.base import Features, Texts, padded
 from vsd.features.server import FeatureServer, States, read, taken
 from vsd.files import write_text
 from vsd.targets.info import TargetInfo
+
+T = TypeVar("T")
 
 _MANIFEST = "served.json"
 
@@ -59,14 +62,44 @@ class ServedFeatures:
             VSDError: of `FeatureServer.text`.
         """
         self.expect(texts)
-        try:
-            found = [self._asked[index].result() for index in texts.examples.tolist()]
-        except BaseException:
-            self.server.interrupt()  # threads that wait for other texts
-            raise
+        found = self._all([self._asked[index] for index in texts.examples.tolist()])
         for index in set(texts.examples.tolist()):
             del self._asked[index]
         return _features(self.server.info, texts, found, self.columns, self.temperature)
+
+    def continued(self, texts: Sequence[list[int]], count: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """`count` tokens behind each of N texts, sampled at the served temperature, and their states, on the CPU.
+
+        Args:
+            texts: tokens.
+            seeds: of the N samples.
+
+        Returns:
+            tokens: [N, count].
+            hidden: final hidden states that predict them, [N, count, h].
+            aux: features of each text's last token and of the new tokens but the last, [N, count, n h].
+
+        Raises:
+            VSDError: of `FeatureServer.continued`.
+        """
+        info, h = self.server.info, self.server.info.hidden_size
+        found = self._all([self._pool.submit(self._continue, ids, count, seed) for ids, seed in zip(texts, seeds)])
+        tokens, states = zip(*found)
+        aux = torch.stack([one.aux for one in states]).unflatten(2, (-1, h))[:, :, self.columns]
+        hidden = torch.stack([one.hidden for one in states]).to(info.device, info.dtype)
+        return torch.tensor(tokens), info.norm(hidden).float(), aux.flatten(2).float()
+
+    def _continue(self, ids: list[int], count: int, seed: int) -> tuple[list[int], States]:
+        tokens, path = self.server.continued(ids, count, self.temperature, seed)
+        return tokens, taken(path)
+
+    def _all(self, asked: Sequence[Future[T]]) -> list[T]:
+        """The outcomes of requests; when one fails, the others are not waited for."""
+        try:
+            return [one.result() for one in asked]
+        except BaseException:
+            self.server.interrupt()
+            raise
 
     def close(self) -> None:
         """Ask for nothing more."""

@@ -41,6 +41,7 @@ _TOLERANCE = 0.25  # nats between the two log-probabilities of a token, on avera
 _WAIT = 60.0  # seconds until a file is requested again
 _ATTEMPTS = 3
 _LONGEST_PAUSE = 0.1  # seconds between two looks for a file
+_PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}  # not the model's own
 _REMEDY = "start it with the command that `vsd data server` prints"
 
 
@@ -153,9 +154,37 @@ class FeatureServer(Server):
         try:
             return self._file_of(ask)[1]
         except BadLineError as error:
-            raise ConfigurationError(
-                f"{self.url} gives no features of a text of {len(ids)} tokens: {error} (see vllm serve --max-model-len)"
-            ) from None
+            raise self._refused(len(ids), error) from None
+
+    def continued(self, ids: list[int], count: int, temperature: float, seed: int) -> tuple[list[int], Path]:
+        """`count` tokens behind a text, sampled from the target as it is; and the file of states, now the caller's.
+
+        The file holds the states of the text's last token and of the new tokens but the last: `count` each of `aux` and
+        `hidden`, which predicts the new ones.
+
+        Raises:
+            as `text`.
+        """
+        first = len(ids) - 1
+        sampling: dict[str, Any] = {"max_tokens": count, "temperature": temperature, "seed": seed, **_PLAIN}
+
+        def ask(name: str) -> tuple[Reply, list[int], int]:
+            transfer = {"vsd": {"name": name, "from": first}}
+            reply = super(FeatureServer, self).ask([], ids, **sampling, kv_transfer_params=transfer)
+            if reply.ids is None or len(reply.ids) != count:
+                raise ConfigurationError(f"{self.url} did not continue a text by {count} tokens: {_REMEDY}")
+            return reply, [*ids, *reply.ids][first:-1], count
+
+        try:
+            reply, path = self._file_of(ask)
+        except BadLineError as error:
+            raise self._refused(len(ids) + count, error) from None
+        return reply.ids or [], path
+
+    def _refused(self, tokens: int, error: BadLineError) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.url} gives no features of a text of {tokens} tokens: {error} (see vllm serve --max-model-len)"
+        )
 
     def _file_of(self, ask: Callable[[str], tuple[Reply, list[int], int]]) -> tuple[Reply, Path]:
         """The reply to a request, and its file when it is whole; both are requested again if the file does not appear.

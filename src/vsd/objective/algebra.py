@@ -85,8 +85,13 @@ class Objective:
 
     @property
     def needs_target(self) -> bool:
-        """Whether training asks the target for more than the features of recorded text."""
-        return any(not isinstance(part.paths, Recorded) for part in self.parts)
+        """Whether training asks the target for more than the features of texts and their continuations."""
+        return any(not isinstance(part.paths, Recorded | Continued) for part in self.parts)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the target continues texts in training, which a server can do as well."""
+        return any(isinstance(part.paths, Continued) for part in self.parts)
 
     def __post_init__(self) -> None:
         kinds = [part.paths for part in self.parts]

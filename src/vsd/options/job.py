@@ -53,8 +53,9 @@ class TextOptions:
         features: store (compute the target's features once and keep them in the output folder), online (compute them in
             every step), auto (store those of a target of up to a billion parameters, if the disk has room), the path of
             a folder that several runs on the same text share, or the URL of a vLLM server started as vsd data server
-            says: with --held-out 0 and an objective on recorded text only the tokenizer,
-            embeddings, final norm and LM head of the target are loaded here
+            says: with --held-out 0 and an objective that samples nothing from the drafter only the tokenizer,
+            embeddings, final norm and LM head of the target are loaded here; the server also samples the continuations
+            of the E-step
     """
 
     data: list[str] = field(default_factory=list)

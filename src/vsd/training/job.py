@@ -67,7 +67,8 @@ def _train(
     served = job.server is not None or (job.store is not None and TextStore.is_at(job.store))
     stored = served or (job.store is not None and FeatureStore.complete(job.store, kept))
     PartialState().wait_for_everyone()  # all processes list the shards before any process adds one
-    whole = held_out or not stored or objective(config.objective, config.objective_options).needs_target
+    trained = objective(config.objective, config.objective_options)
+    whole = held_out or not stored or trained.needs_target or (trained.continues and job.server is None)
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)

@@ -23,7 +23,7 @@ from vsd.decoding import Engine, Sampling
 from vsd.decoding.statistics import acceptance_length
 from vsd.drafters.lattice import Head
 from vsd.errors import ConfigurationError, VSDError
-from vsd.features import FeatureSource, InProcess
+from vsd.features import FeatureSource, InProcess, ServedFeatures
 from vsd.objective import Confidence, FusedLoss, PathTarget, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import Paths, TreeShape
@@ -90,7 +90,8 @@ class VSDTrainer(Trainer):
         if self.is_fsdp_enabled:
             raise ConfigurationError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP")
         objective = objective_named(args.objective, args.objective_options)
-        self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast)
+        server = features if isinstance(features, ServedFeatures) else None
+        self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast, server)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._first = torch.zeros(2)  # first drafted tokens of this step so far: right ones, and all

@@ -8,10 +8,11 @@ features, this connector copies what training needs into a safetensors file in a
     aux    [N, n h]   inputs of the n layers that drafters read
     hidden [Q, h]     output of the last layer, only at the positions that predict drafted tokens
 
-A request asks with `kv_transfer_params: {"vsd": {"name": 32 hex digits, "final": ranges}}`. With `final`, a list of
-[first, end) positions of `hidden`, the text is the prompt. Without, it is prompt and answer, all tokens but the last,
-which the model never reads, and `hidden` predicts the tokens of the answer but the first. The response says
-`kv_transfer_params: {"vsd": {"path", "layers", "depth"}}`, where `depth` counts the model's layers. It may arrive
+A request asks with `kv_transfer_params: {"vsd": {"name": 32 hex digits, …}}`. The text is prompt and answer, all tokens
+but the last, which the model never reads, and `hidden` predicts the tokens of the answer but the first. With
+`"final": ranges`, a list of [first, end) positions of `hidden`, the text is the prompt. With `"from": position`, the
+text begins there, and `hidden` has all its positions: an answer's own states, without those of its prompt. The response
+says `kv_transfer_params: {"vsd": {"path", "layers", "depth"}}`, where `depth` counts the model's layers. It may arrive
 before the file. A file has its name when it is whole: a killed server leaves at most a `.part`. Files that nobody has
 fetched for an hour are deleted.
 
@@ -45,11 +46,19 @@ _SWEEP = 60.0  # seconds between two looks for such files
 
 @dataclass
 class Wanted:
-    """Features of a finished request: tokens, how many the model has read, cache blocks, positions of `hidden`."""
+    """Features of a finished request.
+
+    Attributes:
+        ids: the tokens, from position `first` on.
+        read: how many tokens the model has read, those before `first` included.
+        blocks: of the cache.
+        rows: positions of `hidden`.
+    """
 
     request: str
     path: str
     ids: list[int]
+    first: int
     read: int
     blocks: list[int]
     rows: list[int]
@@ -97,11 +106,11 @@ class VSDConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
             return False, None
         path = str(self.folder / f"{asked['name']}.safetensors")
         ids, prompt, ranges = list(request.all_token_ids), request.num_prompt_tokens, asked.get("final")
-        ids = ids[:prompt] if ranges else ids[:-1]
-        rows = [row for first, end in ranges or [[prompt, len(ids)]] for row in range(first, min(end, len(ids)))]
-        self.finished.append(
-            Wanted(request.request_id, path, ids, min(len(ids), request.num_computed_tokens), list(block_ids), rows)
-        )
+        ids, first = ids[:prompt] if ranges else ids[:-1], asked.get("from", 0)
+        ranges = ranges or [[first or prompt, len(ids)]]
+        rows = [row for start, end in ranges for row in range(start, min(end, len(ids)))]
+        read = min(len(ids), request.num_computed_tokens)
+        self.finished.append(Wanted(request.request_id, path, ids[first:], first, read, list(block_ids), rows))
         return True, {"vsd": {"path": path, "layers": self.layers, "depth": self.depth}}
 
     # ---- in the workers
@@ -118,7 +127,7 @@ class VSDConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         if not self._is_tp_rank_zero or not wanted:
             return None, None
         for one in wanted:
-            aux, hidden = states(self._kv_cache, one.blocks, one.read, one.rows)
+            aux, hidden = states(self._kv_cache, one.blocks, one.first, one.read, one.rows)
             ready = None if aux.device.type == "cpu" else torch.cuda.current_stream().record_event()
             self._executor.submit(write, one, aux, hidden, ready).add_done_callback(_report)
         if time.monotonic() - self.swept > _SWEEP:
@@ -127,15 +136,17 @@ class VSDConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         return {one.request for one in wanted}, None
 
 
-def states(cache: torch.Tensor, blocks: list[int], count: int, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of aux [N, n h] and hidden [Q, h] of the first `count` tokens; rows behind them are left out.
+def states(
+    cache: torch.Tensor, blocks: list[int], first: int, end: int, rows: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of aux [end - first, n h] of tokens [first, end), and of hidden [Q, h]; rows behind them are left out.
 
     Args:
         cache: [blocks, n + 1, slots, h].
     """
-    found = cache[torch.tensor(blocks, device=cache.device)].transpose(1, 2).flatten(0, 1)[:count]  # [N, n + 1, h]
+    found = cache[torch.tensor(blocks, device=cache.device)].transpose(1, 2).flatten(0, 1)[:end]  # [end, n + 1, h]
     kept = torch.tensor([row for row in rows if row < len(found)], dtype=torch.long, device=cache.device)
-    return found[:, :-1].flatten(1).contiguous(), found[kept, -1]
+    return found[first:, :-1].flatten(1).contiguous(), found[kept, -1]
 
 
 def write(one: Wanted, aux: torch.Tensor, hidden: torch.Tensor, ready: torch.cuda.Event | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vsd.drafters import of_label
 from vsd.drafters.lattice import Head, logits
 from vsd.errors import ConfigurationError
-from vsd.features import Features, Texts
+from vsd.features import Features, ServedFeatures, Texts
 from vsd.objective import Drafted, HeadTarget, Part, Proposed, Rule
 from vsd.paths import Entries, Paths, Scored, score_paths
 from vsd.targets import Prefill, Target, TargetInfo
@@ -90,6 +90,7 @@ class Models:
         temperature: at which the target is served: its p is taken there. By `rejection` the drafter draws at it, too;
             trees are grown by its log-probabilities as they are.
         autocast: the precision in which a drafter is run; the target has its own.
+        server: continues texts in the target's place.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class Models:
         rule: Rule,
         temperature: float,
         autocast: Callable[[], AbstractContextManager[Any]],
+        server: ServedFeatures | None = None,
     ) -> None:
+        self.server = server
         self.info, self.drafter, self.rule, self.autocast = target, drafter, rule, autocast
         self.temperature, self.draft_temperature = temperature, temperature if rule == "rejection" else 1.0
         vocabulary = drafter.vocabulary

@@ -1,16 +1,21 @@
 """E-step of alternative continuations, sampled from the target at positions where its confidence is low.
 
-The target states p of the new states as it writes them, so no further pass scores them. The continuations of a text are
-kept for some epochs (`vsd.training.e_step.kept`).
+The target states p of the new states as it writes them, so no further pass scores them. Where a server gives the
+features, it also continues the texts. The continuations of a text are kept for some epochs
+(`vsd.training.e_step.kept`).
 
 Legend: B batch, Q drafted tokens of a sequence, A anchors, L tokens of a continuation.
 """
 
-import torch
+from collections.abc import Sequence
 
-from vsd.features import Texts
+import torch
+from torch import Tensor
+
+from vsd.features import ServedFeatures, Texts
 from vsd.objective import Continued, Part
 from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
+from vsd.paths.entries import rows_at
 from vsd.targets.sampling import drawn_at
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
 from vsd.training.e_step.kept import Kept
@@ -23,7 +28,9 @@ class ContinuedStep:
     """Draws continuations, and remembers them for `draw.epochs` epochs."""
 
     def __init__(self, part: Part, draw: Continued, models: Models, longest: int) -> None:
-        check_length(models.target, longest, draw.length)
+        check_length(models.info, longest, draw.length)
+        if models.server is None:
+            models.check_whole()
         self.part, self.draw, self.models = part, draw, models
         self.period, self.kept = 0, Kept()
 
@@ -74,7 +81,44 @@ class ContinuedStep:
         doubt = (1 - models.confidence(batch)).clamp(min=_LEAST_DOUBT) * texts.real  # [B, Q]
         chosen = drawn_at(doubt[:, None].expand(-1, draw.anchors, -1), numbers[..., 0])
         roots = texts.drafted.gather(1, chosen) - 2
+        if models.server is not None:
+            return self._on_server(models.server, batch, chosen, numbers[..., 1], generators)
         served, layers = models.temperature, models.drafter.needs.layers
         return continue_text(
             models.target, texts.inputs, roots, draw.length, served, numbers[..., 1:], layers, batch.prefill
         )
+
+    def _on_server(
+        self,
+        server: ServedFeatures,
+        batch: Batch,
+        chosen: Tensor,
+        numbers: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Continuations:
+        """As `continue_text`; a first token, which differs from the text's, is drawn here, and the others there.
+
+        Args:
+            chosen: indices of the first tokens among the drafted ones, [B, A].
+            numbers: decide the first tokens, [B, A].
+        """
+        info, ids, temperature = self.models.info, batch.texts.inputs.ids, self.models.temperature
+        places = batch.texts.drafted.gather(1, chosen)  # [B, A]
+        hidden = rows_at(batch.features.hidden, chosen)
+        logits = info.logits(hidden.to(info.dtype)) / temperature
+        first = drawn_at(logits.scatter(-1, ids.gather(1, places)[..., None], float("-inf")).softmax(-1), numbers)
+        texts = [
+            [*ids[b, :place].tolist(), token]
+            for b, (row, tokens) in enumerate(zip(places.tolist(), first.tolist()))
+            for place, token in zip(row, tokens)
+        ]
+        seeds = [
+            int(seed)
+            for g in generators
+            for seed in torch.randint(1 << 31, first.shape[1:], generator=g, device=g.device)
+        ]
+        found = server.continued(texts, self.draw.length - 1, seeds)
+        tokens, later, aux = (x.to(ids.device).unflatten(0, first.shape) for x in found)
+        hidden = torch.cat([hidden[:, :, None], later], 2)  # [B, A, L, h]
+        normaliser = info.log_normaliser(hidden.flatten(0, 2).to(info.dtype), temperature).view(hidden.shape[:3])
+        return Continuations(places - 2, torch.cat([first[..., None], tokens], -1), hidden, normaliser, aux)
