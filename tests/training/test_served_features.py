@@ -93,12 +93,13 @@ class TinyVLLM(FakeServer):
     """Answers with the tiny target and gives its states. `lost` of the next files are not written, as after a kill."""
 
     models = ("tiny",)
+    working = threading.Lock()  # of all servers: they share the target, whose norm tells its input
 
     def __init__(self, target: Target, connector: ModuleType, folder: Path, *faults: Any, **more: Any) -> None:
         self.target, self.connector = target, connector.VSDConnector(settings(folder, **more), "", "")
         self.lost, self.short = 0, 0  # files that are not written, states that are missing in every file
         self.final: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
-        self.working, self.clients = threading.Lock(), list[FeatureServer]()
+        self.clients = list[FeatureServer]()
         super().__init__(*faults)
 
     def completion(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
