@@ -7,17 +7,21 @@ batches, the gradient of several processes is the mean over theirs, and all repl
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny
 import tiny_run
 import warm
+from vsd import cli
 from vsd.data import Example
 from vsd.targets import Inputs, Target
 from vsd.training import VSDTrainer
@@ -303,3 +307,26 @@ def test_a_run_resumes_with_another_number_of_processes(
     found += [torch.load(two_processes / f"from-one-{kind}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for one in found:
         torch.testing.assert_close(one, straight, rtol=1e-4, atol=1e-5)
+
+
+# ---- the command
+
+
+def test_torchrun_trains_what_one_process_does(tiny_target: Target, tmp_path: Path) -> None:
+    """The documented command, with features that both processes store and τ measured: the drafter of one process."""
+    target, text = tmp_path / "target", tmp_path / "text.jsonl"
+    tiny_run.write_target(tiny_target, target)
+    tiny_run.write_text(tiny_target, text, 10)
+    words = ["train", "--target", target, "--data", text, "--held-out", 2, "--features", "store", "--max-steps", 4]
+    words += ["--objective", "eagle3", "--draft-vocab-size", 64, "--device", "cpu", "--dtype", "float32"]
+    words += ["--set", "warmup_steps=0", "report_to=none", "bf16=false", "adam_epsilon=1e-2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*map(str, words), "per_device_train_batch_size=4", "--output-dir", str(one)]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python"]
+    command = [*launcher, Path(sys.executable).with_name("vsd"), *words, "per_device_train_batch_size=2"]
+    done = subprocess.run([*map(str, command), "--output-dir", str(two)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("drafter", "best"):
+        wanted, found = (load_file(folder / name / "model.safetensors") for folder in (one, two))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert done.stdout.count("GB, stored in") == 1
