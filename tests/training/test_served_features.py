@@ -360,6 +360,26 @@ def test_a_server_that_continues_too_little_is_refused(start: Start, info: Targe
         ours.continued([1, 2, 3], 4, 1.0, 0)
 
 
+def test_samples_from_another_law_are_refused(start: Start, tiny_target: Target, info: TargetInfo) -> None:
+    """Tokens that the target would hardly write; a server that is asked for no samples passes."""
+    of = start()
+    ours = FeatureServer(of.url, None, None, info, temperature=0.7)
+    of.clients.append(ours)
+    ours.check()
+    one = of.generated
+
+    def noise(prompt: list[int], body: dict[str, Any]) -> tuple[list[int], list[float]]:
+        if not body["temperature"]:
+            return one(prompt, body)
+        law = tiny_target.model(torch.tensor([prompt])).logits[0, -1]
+        return [int(law.argmin())] * body["max_tokens"], []
+
+    of.generated = noise
+    with pytest.raises(VSDError, match=r"does not sample from the target: at temperature 0.7 "):
+        ours.check()
+    client(of, info)  # asks for no samples
+
+
 @pytest.mark.parametrize("e_step", ["drafted", "trees"])
 def test_other_e_steps_need_the_layers(
     start: Start, tiny_target: Target, info: TargetInfo, examples: list[Example], tmp_path: Path, e_step: str

@@ -84,7 +84,7 @@ def run(given: Given) -> None:
         raise ConfigurationError("features of answers come from a server (--server URL); vsd train makes its own store")
     conversations = read_conversations(a.source, on_bad_line=a.on_bad_line, report=report_skipped, need_answer=False)
     first = next(conversations)  # a missing or unreadable source is known before the target is loaded
-    teacher: Teacher = _by_servers(by, load_info(target)) if by.server else TargetTeacher(load(target), a.batch_size)
+    teacher: Teacher = _by_servers(a, by, load_info(target)) if by.server else TargetTeacher(load(target), a.batch_size)
     summary = regenerate(
         teacher,
         islice(chain([first], conversations), a.limit),
@@ -117,14 +117,14 @@ def _count(a: Regenerate) -> int | None:
     return min((n for n in (count_rows(a.source), a.limit) if n is not None), default=None)
 
 
-def _by_servers(by: ServerOptions, info: "TargetInfo") -> "ServerTeacher":
+def _by_servers(a: Regenerate, by: ServerOptions, info: "TargetInfo") -> "ServerTeacher":
     from vsd.data import Server, ServerTeacher
     from vsd.features import KeepingServer
 
     model, folder = by.model or "", by.features
     if folder is None:
         return ServerTeacher(_joined(by, lambda url, rate: Server(url, model, rate)), info, by.concurrency)
-    keeping = _joined(by, lambda url, rate: KeepingServer(url, model, rate, info, folder))
+    keeping = _joined(by, lambda url, rate: KeepingServer(url, model, rate, info, folder, a.temperature))
     return ServerTeacher(keeping, info, by.concurrency)
 
 

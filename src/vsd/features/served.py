@@ -212,8 +212,16 @@ class KeptFeatures:
 class KeepingServer(FeatureServer):
     """A server whose answers' states are kept in a folder before the answer is returned."""
 
-    def __init__(self, url: str, model: str, requests_per_second: float | None, info: TargetInfo, folder: Path) -> None:
-        super().__init__(url, model, requests_per_second, info)
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        requests_per_second: float | None,
+        info: TargetInfo,
+        folder: Path,
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__(url, model, requests_per_second, info, temperature)
         self.folder = folder
 
     def check(self) -> None:

@@ -38,6 +38,8 @@ CONNECTOR = Path(__file__).parent / "in_vllm"
 _PROBE = "The three largest rivers of Europe are the"
 _PROBE_TOKENS = 8
 _TOLERANCE = 0.25  # nats between the two log-probabilities of a token, on average
+_SAMPLES = 8  # of so many tokens
+_SURPRISE = 2.0  # nats, eight standard deviations of their mean
 _WAIT = 60.0  # seconds until a file is requested again
 _ATTEMPTS = 3
 _LONGEST_PAUSE = 0.1  # seconds between two looks for a file
@@ -86,20 +88,28 @@ class FeatureServer(Server):
     Args:
         model: the name under which the target is served; None: it is the only one.
         info: embedding, final norm and LM head of the server's target.
+        temperature: at which it will be asked for samples; 0: for none.
 
     Attributes:
         layers: decoder layers, by input index, whose inputs the server gives; known after `check`.
     """
 
-    def __init__(self, url: str, model: str | None, requests_per_second: float | None, info: TargetInfo) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        requests_per_second: float | None,
+        info: TargetInfo,
+        temperature: float = 0.0,
+    ) -> None:
         super().__init__(url, model or "", requests_per_second)
-        self.info, self.layers = info, tuple[int, ...]()
+        self.info, self.temperature, self.layers = info, temperature, tuple[int, ...]()
 
     def check(self) -> None:
-        """Find out what the server gives, and whether its states are those of the target.
+        """Find out what the server gives, and whether its states and samples are those of the target.
 
         Raises:
-            MismatchError: the server has other models, another target, or other states.
+            MismatchError: the server has other models, another target, other states, or samples from another law.
             ConfigurationError: it gives no features, or none that this machine sees.
         """
         if not self.model:
@@ -120,6 +130,27 @@ class FeatureServer(Server):
             raise MismatchError(
                 f"the states of {self.url} are not those of '{self.info.name}': log-probabilities from them are "
                 f"{away:.2f} nats away from the server's own; serve this target, and {_REMEDY}"
+            )
+        if self.temperature > 0:
+            self._check_samples(prompt)
+
+    def _check_samples(self, prompt: list[int]) -> None:
+        """Whether samples are as likely as the target's own: the mean of -log p - entropy over tokens is about 0.
+
+        vLLM's CPU build (0.32.0) does not pass this: it verifies drafted tokens, those of `extract_hidden_states`
+        included, at a temperature that it has not set.
+        """
+        away = []
+        for seed in range(_SAMPLES):
+            tokens, path = self.continued(prompt, _PROBE_TOKENS, self.temperature, seed)
+            law = (self._logits(taken(path).hidden) / self.temperature).log_softmax(-1)  # [tokens, V]
+            surprise = -law.gather(1, torch.tensor(tokens, device=law.device)[:, None])[:, 0]
+            away.append(surprise + (law.exp() * law).sum(-1))
+        if not (mean := float(torch.cat(away).mean())) < _SURPRISE:
+            raise MismatchError(
+                f"{self.url} does not sample from the target: at temperature {self.temperature:g} its tokens are "
+                f"{mean:.0f} nats less likely than the target's own (vLLM's CPU build samples wrongly while it gives "
+                "features): use temperature 0 or a GPU"
             )
 
     def answer(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> tuple[Reply, Path]:
@@ -259,12 +290,16 @@ class FeatureServer(Server):
             )
         return bool(tokens == ids)
 
-    @torch.no_grad()
     def _log_probs(self, hidden: Tensor, ids: list[int]) -> Tensor:
         """What the target's head gives to the tokens of an answer but the first, [Q]."""
-        final = self.info.norm(hidden.to(self.info.device, self.info.dtype))
-        tokens = torch.tensor(ids[1:], dtype=torch.long, device=final.device)
-        return self.info.logits(final).log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu()
+        law = self._logits(hidden).log_softmax(-1)
+        tokens = torch.tensor(ids[1:], dtype=torch.long, device=law.device)
+        return law.gather(1, tokens[:, None])[:, 0].cpu()
+
+    @torch.no_grad()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The target's logits [Q, V] of the server's last states [Q, h]."""
+        return self.info.logits(self.info.norm(hidden.to(self.info.device, self.info.dtype)))
 
 
 def ranges(positions: Sequence[int]) -> list[list[int]]:

@@ -73,7 +73,7 @@ def _train(
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
     checkpoint = _begin(job, config, resume, held, examples.digest)
-    features = _features(job, target, kept, drafter.needs.layers, config.temperature)
+    features = _features(job, target, kept, drafter.needs.layers, config.temperature, trained.continues)
     trainer = VSDTrainer(
         target,
         drafter,
@@ -163,11 +163,15 @@ def _sound(checkpoint: str | None) -> Iterator[None]:
 
 
 def _features(
-    job: TrainJob, target: TargetInfo, examples: Examples, layers: tuple[int, ...], temperature: float
+    job: TrainJob, target: TargetInfo, examples: Examples, layers: tuple[int, ...], temperature: float, continues: bool
 ) -> FeatureSource | None:
-    """The server or the store of a job, a store's missing shards computed by all processes; None: the target itself."""
+    """The server or the store of a job, a store's missing shards computed by all processes; None: the target itself.
+
+    Args:
+        continues: whether a server will be asked for continuations.
+    """
     if job.server is not None:
-        server = FeatureServer(job.server, None, None, target)
+        server = FeatureServer(job.server, None, None, target, temperature if continues else 0.0)
         server.check()
         return ServedFeatures(server, layers, temperature)
     if job.store is None:
