@@ -8,8 +8,10 @@ Every pair (objective, seed) is one `vsd train` from the same drafter, text and 
 counts. Then every drafter drafts along the same answers of the target, by replay (`vsd.decoding.replay`): with trees,
 with a chain and, above temperature 0, with a chain verified by rejection sampling. Reported are τ and its ratio to the
 control, the family's own objective trained further with the same seeds, with 95 % paired bootstrap intervals over
-prompts; seeds are pooled. --speed N: the drafters of the first seed also answer N prompts of each file in the decoder,
-alternately, with the first of --decodings. Results are stored in --out; an interrupted command can be repeated.
+prompts; seeds are pooled. Measured is the drafter of a run with the highest held-out τ, or with --measure last the one
+at its end: the held-out conversations are of the training text, and --prompts may be of another kind. --speed N: the
+drafters of the first seed also answer N prompts of each file in the decoder, alternately, with the first of
+--decodings. Results are stored in --out; an interrupted command can be repeated.
 
 "new states only" trains on continuations alone, without recorded paths. "eagle3, more answers" uses the first third of
 its minutes for further answers of the target to the prompts of the text.
@@ -124,7 +126,14 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
         words += ["--on-bad-line", "skip", "--held-out", a.held_out]
         words += ["--set", f"objective={objective}", f"objective_options={json.dumps(options)}", f"seed={seed}"]
         words += [f"max_minutes={minutes}", f"learning_rate={a.learning_rate}"]
-        words += ["save_strategy=no", "eval_steps=0.2", "eval_max_new_tokens=48", f"draft_steps={a.draft_steps}"]
+        words += [
+            "save_strategy=steps",
+            "save_steps=0.5",
+            "save_total_limit=1",
+            "eval_steps=0.2",
+            "eval_max_new_tokens=48",
+            f"draft_steps={a.draft_steps}",
+        ]
         words += [f"per_device_train_batch_size={a.batch_size}"]
         with (folder / "log.txt").open("w") as log:
             subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
@@ -150,15 +159,27 @@ def more_answers(folder: Path, seed: int, a: argparse.Namespace) -> tuple[list[s
     return files, minutes
 
 
+def drafter_of(folder: Path, a: argparse.Namespace) -> Path:
+    """The drafter of a run that is measured."""
+    if a.measure == "best":
+        return folder / "drafter"
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def counts_file(decoding: str, temperature: float, a: argparse.Namespace) -> str:
+    """Name of the file in a run's folder with new tokens and passes of every prompt."""
+    return f"{'' if a.measure == 'best' else 'last-'}{decoding}-{temperature:g}.json"
+
+
 def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argparse.Namespace) -> None:
-    """Write `folder`/<decoding>-<temperature>.json: new tokens and passes of every prompt."""
+    """Write new tokens and passes of every prompt."""
     drafter = None
     for temperature in a.temperatures:
         for name, (shape, verification, greedy_too) in DECODINGS.items():
-            path = folder / f"{name}-{temperature:g}.json"
+            path = folder / counts_file(name, temperature, a)
             if path.exists() or name not in a.decodings or (temperature == 0 and not greedy_too):
                 continue
-            drafter = drafter or load_drafter(folder / "drafter", target)
+            drafter = drafter or load_drafter(drafter_of(folder, a), target)
             turns, replay = read(temperature)
             seeds = range(REJECTION_SEEDS if verification == "rejection" else 1)
             found = [per_prompt(turns, replay(drafter, shape, verification, seed)) for seed in seeds]
@@ -166,11 +187,11 @@ def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argpa
 
 
 def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt], a: argparse.Namespace) -> None:
-    """Write speed.json: new tokens and seconds of every prompt by temperature and objective, one request at a time."""
-    path, shape = a.out / "speed.json", DECODINGS[a.decodings[0]][0]
+    """Write new tokens and seconds of every prompt by temperature and objective, one request at a time."""
+    path, shape = speed_file(a), DECODINGS[a.decodings[0]][0]
     if path.exists():
         return
-    drafters = {name: load_drafter(folders[0] / "drafter", target) for name, folders in runs.items()}
+    drafters = {name: load_drafter(drafter_of(folders[0], a), target) for name, folders in runs.items()}
     engines = [Engine(target, drafter, shape) for drafter in drafters.values()]
     questions = [
         prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}], target.images)
@@ -190,10 +211,15 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
     path.write_text(json.dumps(found))
 
 
+def speed_file(a: argparse.Namespace) -> Path:
+    out: Path = a.out
+    return out / ("speed.json" if a.measure == "best" else "last-speed.json")
+
+
 def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second of every objective, and the ratio to the control."""
     rows = []
-    for temperature, found in json.loads((a.out / "speed.json").read_text()).items():
+    for temperature, found in json.loads(speed_file(a).read_text()).items():
         base = np.array(found[a.control]).T
         for name, spent in found.items():
             mine = np.array(spent).T
@@ -224,7 +250,7 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
     rows = []
     for temperature in a.temperatures:
         for name in a.decodings:
-            file = f"{name}-{temperature:g}.json"
+            file = counts_file(name, temperature, a)
             have = {variant: folders for variant, folders in runs.items() if all((f / file).exists() for f in folders)}
             if a.control not in have:
                 continue
@@ -278,6 +304,9 @@ def main() -> None:
     parser.add_argument("--draft-steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=48, help="held-out conversations, as in the training of START")
+    parser.add_argument(
+        "--measure", choices=["best", "last"], default="best", help="drafter by held-out τ, or at the end"
+    )
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, help="prompts of each file")
     parser.add_argument("--speed", type=int, default=0, help="prompts of each file to time (default none)")
@@ -306,7 +335,7 @@ def main() -> None:
         speed(runs, target, load_prompts(a.prompts, a.speed), a)
         found["speed"] = speed_rows(a)
         show_speed(found["speed"], a.control)
-    write_json(found, a.out / "study.json")
+    write_json(found, a.out / ("study.json" if a.measure == "best" else "last-study.json"))
 
 
 if __name__ == "__main__":
