@@ -19,6 +19,7 @@ its minutes for further answers of the target to the prompts of the text.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,8 @@ def train(name: str, seed: int, a: argparse.Namespace) -> Path:
     if path.exists() and json.loads(path.read_text()) != variant:
         sys.exit(f"{folder} was trained with other options of '{name}': delete it, or give another --out")
     if not (folder / "drafter" / "model.safetensors").exists():
+        for checkpoint in folder.glob("checkpoint-*"):  # of an interrupted run, which begins anew: its time counts
+            shutil.rmtree(checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(variant))
         text, features, minutes = a.text, a.features or a.out / "features", a.minutes
@@ -163,7 +166,10 @@ def drafter_of(folder: Path, a: argparse.Namespace) -> Path:
     """The drafter of a run that is measured."""
     if a.measure == "best":
         return folder / "drafter"
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    if not checkpoints:
+        sys.exit(f"{folder} has no checkpoint, so it is older than --measure last: delete it, or give another --out")
+    return checkpoints[-1]
 
 
 def counts_file(decoding: str, temperature: float, a: argparse.Namespace) -> str:

@@ -252,7 +252,7 @@ def printed(report: dict[str, Any]) -> str:
 # ---- chance
 
 
-def test_equal_engines_part_seldom_and_others_where_they_do() -> None:
+def test_equal_engines_seldom_seem_different_and_others_do() -> None:
     """60 comparisons of 40 prompts and 3 positions: at most 11 false alarms (binomial at 0.07, 1e-3)."""
     rng = np.random.default_rng(0)
     alarms, found = 0, []

@@ -19,7 +19,7 @@ from vsd.data import Example
 from vsd.drafters import load_drafter
 from vsd.errors import VSDError
 from vsd.targets import Inputs, Target, load_target, load_target_info
-from vsd.training.job import hold_out, prompts_of
+from vsd.training.job import distinct, hold_out, prompt_of
 from vsd.training.trainer import VSDTrainer
 
 
@@ -45,7 +45,7 @@ def test_texts_of_one_conversation_are_held_out_together() -> None:
 def test_the_prompt_ends_where_the_first_answer_begins() -> None:
     example = Example(Inputs([1, 2, 3, 4, 5, 6]), [False, False, False, True, True, False])
     again = Example(Inputs([1, 2, 4, 5]), [False, False, False, True])  # another answer to this prompt
-    assert [prompt.ids for prompt in prompts_of([example, again])] == [
+    assert [prompt.ids for prompt in distinct(map(prompt_of, [example, again]))] == [
         [1, 2]
     ]  # 3 is the first token of the answer: the target's prefill gives it
 

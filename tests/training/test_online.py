@@ -234,8 +234,11 @@ def test_every_turn_with_a_recorded_past_is_a_prompt(tiny_target: Target, tmp_pa
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = load_prompts(path, tiny_target.tokenizer, 100)
     assert len(found) == 5
-    assert found[4].ids == [5, 6, 7]
-    assert all(later.ids[: len(earlier.ids)] == earlier.ids for earlier, later in pairwise(found[:3]))
+    ids = [one.inputs.ids for one in found]
+    assert ids[4] == [5, 6, 7]
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(ids[:3]))
+    talk, question, tokens = {one.opening for one in found[:3]}, found[3].opening, found[4].opening
+    assert len(talk) == 1 and len({*talk, question, tokens}) == 3  # held out with all its turns, or not at all
     with pytest.raises(DataError, match=r"prompts.jsonl:1: too long"):
         load_prompts(path, tiny_target.tokenizer, 5)
 

@@ -347,7 +347,7 @@ def test_first_tokens_are_drawn_as_in_process(
     assert torch.equal(ours.roots, wanted.roots) and torch.equal(ours.tokens[..., 0], wanted.tokens[..., 0])
 
 
-def test_a_server_that_continues_too_little_is_refused(start: Start, info: TargetInfo) -> None:
+def test_a_server_that_continues_too_little_is_refused(start: Start, info: TargetInfo, monkeypatch: Any) -> None:
     of = start()
     ours = client(of, info)
     one = of.completion
@@ -355,6 +355,17 @@ def test_a_server_that_continues_too_little_is_refused(start: Start, info: Targe
     with pytest.raises(VSDError, match=r"did not continue a text by 4 tokens"):
         ours.continued([1, 2, 3], 4, 1.0, 0)
     of.completion = one
+    says = of.connector.request_finished
+    with monkeypatch.context() as patch:
+
+        def former(*given: Any) -> Any:
+            """The connector before it knew `from`."""
+            keep, said = says(*given)
+            return keep, {"vsd": {name: value for name, value in said["vsd"].items() if name != "from"}}
+
+        patch.setattr(of.connector, "request_finished", former)
+        with pytest.raises(VSDError, match=r"has an older connector: start it with the command"):
+            ours.continued([1, 2, 3], 4, 1.0, 0)
     of.faults = [lambda handler: handler.json(400, {"error": {"message": "too long"}})]
     with pytest.raises(VSDError, match=r"of a text of 7 tokens: .*too long.*--max-model-len"):
         ours.continued([1, 2, 3], 4, 1.0, 0)
@@ -386,7 +397,7 @@ def test_other_e_steps_need_the_layers(
 ) -> None:
     source = ServedFeatures(client(start(layers=(0, 1, 2, 3)), info), (0, 2, 3))
     options = {"objective": "vsd", "objective_options": {"e_step": e_step, "rule": "target"}}
-    with pytest.raises(VSDError, match="need the target's layers"):
+    with pytest.raises(VSDError, match="need the whole target"):
         tiny_run.tiny_trainer(info, examples, tmp_path, features=source, **options)
 
 
@@ -711,7 +722,9 @@ def test_the_connector_writes_what_is_asked_for(connector: ModuleType, shared: P
         assert ours.request_finished(request(asked, status), [0]) == (False, None)
     assert not ours.build_connector_meta(None).wanted
     keep, says = ours.request_finished(request(asked), [0])
-    assert keep and says == {"vsd": {"path": str(shared / f"{NAME}.safetensors"), "layers": [0, 2, 3], "depth": 4}}
+    assert keep and says == {
+        "vsd": {"path": str(shared / f"{NAME}.safetensors"), "layers": [0, 2, 3], "depth": 4, "from": 0}
+    }
     ours.request_finished(request({"vsd": {"name": NAME, "final": [[1, 2], [5, 9]]}}), [0])
     ours.request_finished(request({"vsd": {"name": NAME, "from": 1}}), [0])
     whole, prompt, own = ours.build_connector_meta(None).wanted

@@ -76,8 +76,8 @@ class ServedFeatures:
 
         Returns:
             tokens: [N, count].
-            hidden: final hidden states that predict them, [N, count, h].
-            aux: features of each text's last token and of the new tokens but the last, [N, count, n h].
+            hidden: final hidden states that predict them, in the target's precision, [N, count, h].
+            aux: features of each text's last token and of the new tokens but the last, as they are, [N, count, n h].
 
         Raises:
             VSDError: of `FeatureServer.continued`.
@@ -87,14 +87,14 @@ class ServedFeatures:
         tokens, states = zip(*found)
         aux = torch.stack([one.aux for one in states]).unflatten(2, (-1, h))[:, :, self.columns]
         hidden = torch.stack([one.hidden for one in states]).to(info.device, info.dtype)
-        return torch.tensor(tokens), info.norm(hidden).float(), aux.flatten(2).float()
+        return torch.tensor(tokens), info.norm(hidden), aux.flatten(2)
 
     def _continue(self, ids: list[int], count: int, seed: int) -> tuple[list[int], States]:
         tokens, path = self.server.continued(ids, count, self.temperature, seed)
         return tokens, taken(path)
 
     def _all(self, asked: Sequence[Future[T]]) -> list[T]:
-        """The outcomes of requests; when one fails, the others are not waited for."""
+        """The outcomes of requests, in their order; when one fails, those behind it are not waited for."""
         try:
             return [one.result() for one in asked]
         except BaseException:

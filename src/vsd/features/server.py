@@ -43,7 +43,8 @@ _SURPRISE = 2.0  # nats, eight standard deviations of their mean
 _WAIT = 60.0  # seconds until a file is requested again
 _ATTEMPTS = 3
 _LONGEST_PAUSE = 0.1  # seconds between two looks for a file
-_PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}  # not the model's own
+# p itself, whatever the model's generation_config.json says
+_PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 _REMEDY = "start it with the command that `vsd data server` prints"
 
 
@@ -51,8 +52,10 @@ class States(NamedTuple):
     """The server's states of a text.
 
     Attributes:
-        aux: inputs of the server's layers at all tokens but the last, which the server never reads, [T - 1, n h].
-        hidden: output of the last layer, before the final norm, at the positions before the drafted ones, [Q, h].
+        aux: inputs of the server's layers at all tokens but the last, which the server never reads, [T - 1, n h]; of a
+            continuation, from the token before the new ones on.
+        hidden: output of the last layer, before the final norm, at the positions before the drafted ones, [Q, h]; of a
+            continuation, before the new ones.
     """
 
     aux: Tensor
@@ -109,7 +112,7 @@ class FeatureServer(Server):
         """Find out what the server gives, and whether its states and samples are those of the target.
 
         Raises:
-            MismatchError: the server has other models, another target, other states, or samples from another law.
+            MismatchError: the server has other models, another target, other states, or less likely samples.
             ConfigurationError: it gives no features, or none that this machine sees.
         """
         if not self.model:
@@ -135,7 +138,7 @@ class FeatureServer(Server):
             self._check_samples(prompt)
 
     def _check_samples(self, prompt: list[int]) -> None:
-        """Whether samples are as likely as the target's own: the mean of -log p - entropy over tokens is about 0.
+        """Refuse samples that are less likely than the target's own, whose mean of -log p - entropy is 0.
 
         vLLM's CPU build (0.32.0) does not pass this: it verifies drafted tokens, those of `extract_hidden_states`
         included, at a temperature that it has not set.
@@ -150,7 +153,7 @@ class FeatureServer(Server):
             raise MismatchError(
                 f"{self.url} does not sample from the target: at temperature {self.temperature:g} its tokens are "
                 f"{mean:.0f} nats less likely than the target's own (vLLM's CPU build samples wrongly while it gives "
-                "features): use temperature 0 or a GPU"
+                "features): let a GPU serve it, or ask for nothing that is sampled"
             )
 
     def answer(self, messages: list[dict[str, str]], ids: list[int], **sampling: Any) -> tuple[Reply, Path]:
@@ -202,6 +205,8 @@ class FeatureServer(Server):
         def ask(name: str) -> tuple[Reply, list[int], int]:
             transfer = {"vsd": {"name": name, "from": first}}
             reply = super(FeatureServer, self).ask([], ids, **sampling, kv_transfer_params=transfer)
+            if (reply.transfer or {}).get("vsd", {"from": first}).get("from") != first:
+                raise ConfigurationError(f"{self.url} has an older connector: {_REMEDY}")
             if reply.ids is None or len(reply.ids) != count:
                 raise ConfigurationError(f"{self.url} did not continue a text by {count} tokens: {_REMEDY}")
             return reply, [*ids, *reply.ids][first:-1], count

@@ -109,6 +109,7 @@ def score_paths(
         hidden = torch.cat([hidden, output.hidden], dim=1)  # [B, P + N, h]
         later = torch.where(tokens[..., 1:] >= 0, P + trie.node, rows)
         rows = torch.cat([rows, later], dim=-1)
+    del read, cache  # their memory is the logits'
     rows = rows.expand(-1, -1, K) + (P + nodes) * torch.arange(B, device=roots.device)[:, None, None]
     hidden = hidden.flatten(0, 1)
     used, where = rows.unique(return_inverse=True)

@@ -1,7 +1,7 @@
 """A target without its layers: tokenizer, end tokens, context length, embedding, final norm and LM head.
 
 Export, import and training on recorded text from a feature store need nothing else. `Target` adds the layers;
-`load_target_info` (`vsd.targets.load`) reads the rest from a checkpoint.
+`load_target_info` reads a checkpoint without them.
 
 Legend: N tokens, h hidden size, V vocabulary.
 """

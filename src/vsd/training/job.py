@@ -63,6 +63,8 @@ def _train(
         job.data, info, job.max_length, job.on_bad_line, report, download_images=job.download_images
     )
     kept, held_out = hold_out(examples, job.held_out, examples.openings)
+    if len(held_out) > job.held_out and PartialState().is_main_process:
+        print(f"{job.held_out} conversations with {len(held_out)} of {len(examples)} texts are held out")
     dataset = DraftDataset(kept)
     served = job.server is not None or (job.store is not None and TextStore.is_at(job.store))
     stored = served or (job.store is not None and FeatureStore.complete(job.store, kept))
@@ -72,15 +74,15 @@ def _train(
     target = load_target(job.target, **where) if whole else info  # of `info` no weight has been read yet
     set_seed(config.seed)
     drafter = _drafter(job, target, dataset)
-    checkpoint = _begin(job, config, resume, held, examples.digest)
-    features = _features(job, target, kept, drafter.needs.layers, config.temperature, trained.continues)
+    checkpoint = _begin(job, config, resume, held, kept.digest)
+    features = _features(job, target, kept, drafter.needs.layers, config.temperature, trained.continues and not whole)
     trainer = VSDTrainer(
         target,
         drafter,
         config,
         dataset,
         features=features,
-        eval_prompts=prompts_of(held_out),
+        eval_prompts=distinct(map(prompt_of, held_out)),
     )
     if not isinstance(features, ServedFeatures):
         return _finish(trainer, job, checkpoint)
@@ -96,17 +98,16 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
     assert job.drafter is not None
     target = load_target(job.target, **_where(job, config))
     room = job.max_length - job.answer_tokens
-    prompts = [
-        prompt
-        for source in job.data
-        for prompt in load_prompts(source, target.tokenizer, room, job.on_bad_line, report)
+    found = [
+        one for source in job.data for one in load_prompts(source, target.tokenizer, room, job.on_bad_line, report)
     ]
-    kept, held_out = hold_out(prompts, job.held_out, [*map(_key, prompts)])
+    kept, held_out = hold_out(found, job.held_out, [one.opening for one in found])
+    prompts, measured = ([one.inputs for one in some] for some in (kept, held_out))
     set_seed(config.seed)
     drafter = _given(job.drafter, target)
     folder = Path(job.output_dir) / "online"
-    texts = OnlineText(folder, target, drafter, kept, job, temperature=config.temperature, seed=config.seed)
-    return VSDTrainer(target, drafter, config, texts, features=texts, eval_prompts=held_out)
+    texts = OnlineText(folder, target, drafter, prompts, job, temperature=config.temperature, seed=config.seed)
+    return VSDTrainer(target, drafter, config, texts, features=texts, eval_prompts=distinct(measured))
 
 
 def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
@@ -228,7 +229,10 @@ def hold_out(texts: Texts, count: int, openings: Any = None) -> tuple[Texts, Tex
     )
     size = len(first)
     if count >= size:
-        raise VSDError(f"{count} of {size} conversations are to be held out: nothing is left to train on")
+        raise VSDError(
+            f"{count} of {size} conversations are to be held out, and nothing is left to train on: give a lower "
+            "--held-out, or more text (texts with the same first prompt are one conversation)"
+        )
     picked = np.argsort(first)[[i * size // count for i in range(count)]]  # among the conversations in their order
     held_out = np.isin(belongs, picked)
     return _chosen(texts, np.flatnonzero(~held_out)), _chosen(texts, np.flatnonzero(held_out))
@@ -238,18 +242,14 @@ def _chosen(texts: Any, indices: Any) -> Any:
     return texts.chosen(indices) if isinstance(texts, Examples) else [texts[i] for i in indices]
 
 
-def prompts_of(examples: Iterable[Example]) -> list[Inputs]:
-    """The prompts of some examples; one with several answers stands there once."""
-    return list({_key(prompt): prompt for prompt in map(prompt_of, examples)}.values())
+def distinct(prompts: Iterable[Inputs]) -> list[Inputs]:
+    """Every prompt once, in their order."""
+    return list({(*prompt.ids, prompt.digest): prompt for prompt in prompts}.values())
 
 
 def prompt_of(example: Example) -> Inputs:
     """The inputs before the first drafted answer."""
     return example.inputs.upto(example.drafted.index(True) - 1)
-
-
-def _key(prompt: Inputs) -> int:
-    return hash((*prompt.ids, prompt.digest))
 
 
 def _drafter(job: TrainJob, target: TargetInfo, dataset: DraftDataset) -> Any:

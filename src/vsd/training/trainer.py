@@ -44,7 +44,8 @@ class VSDTrainer(Trainer):
     """Trains a drafter for a frozen target.
 
     Args:
-        target: `TargetInfo` is enough for objectives on recorded text with stored features and no `eval_prompts`.
+        target: `TargetInfo` is enough without `eval_prompts`, for objectives on recorded text with stored features, and
+            for those on continuations with `ServedFeatures`.
         drafter: of any family, attached to the target.
         features: their source; None computes them in every step.
         eval_prompts: held-out prompts; `evaluate` answers them and reports τ.
@@ -90,7 +91,7 @@ class VSDTrainer(Trainer):
         if self.is_fsdp_enabled:
             raise ConfigurationError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP")
         objective = objective_named(args.objective, args.objective_options)
-        server = features if isinstance(features, ServedFeatures) else None
+        server = features if isinstance(features, ServedFeatures) and not isinstance(target, Target) else None
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast, server)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
         self._acceptance: float | None = None  # running share of first drafted tokens that are right

@@ -12,9 +12,9 @@ A request asks with `kv_transfer_params: {"vsd": {"name": 32 hex digits, …}}`.
 but the last, which the model never reads, and `hidden` predicts the tokens of the answer but the first. With
 `"final": ranges`, a list of [first, end) positions of `hidden`, the text is the prompt. With `"from": position`, the
 text begins there, and `hidden` has all its positions: an answer's own states, without those of its prompt. The response
-says `kv_transfer_params: {"vsd": {"path", "layers", "depth"}}`, where `depth` counts the model's layers. It may arrive
-before the file. A file has its name when it is whole: a killed server leaves at most a `.part`. Files that nobody has
-fetched for an hour are deleted.
+says `kv_transfer_params: {"vsd": {"path", "layers", "depth", "from"}}`, where `depth` counts the model's layers. It may
+arrive before the file. A file has its name when it is whole: a killed server leaves at most a `.part`. Files not
+fetched within an hour are deleted.
 
 It inherits from vLLM's own example what finds the cache, and was written for vLLM 0.32.
 
@@ -107,11 +107,11 @@ class VSDConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]
         path = str(self.folder / f"{asked['name']}.safetensors")
         ids, prompt, ranges = list(request.all_token_ids), request.num_prompt_tokens, asked.get("final")
         ids, first = ids[:prompt] if ranges else ids[:-1], asked.get("from", 0)
-        ranges = ranges or [[first or prompt, len(ids)]]
+        ranges = ranges or [[asked.get("from", prompt), len(ids)]]
         rows = [row for start, end in ranges for row in range(start, min(end, len(ids)))]
         read = min(len(ids), request.num_computed_tokens)
         self.finished.append(Wanted(request.request_id, path, ids[first:], first, read, list(block_ids), rows))
-        return True, {"vsd": {"path": path, "layers": self.layers, "depth": self.depth}}
+        return True, {"vsd": {"path": path, "layers": self.layers, "depth": self.depth, "from": first}}
 
     # ---- in the workers
 

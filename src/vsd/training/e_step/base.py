@@ -84,7 +84,7 @@ class Models:
     """The models that E-steps use.
 
     Args:
-        target: embeddings, final norm and LM head alone are enough for recorded paths.
+        target: `TargetInfo` is enough for recorded paths, and for continuations of a server.
         drafter: as it is trained.
         rule: of verification.
         temperature: at which the target is served: its p is taken there. By `rejection` the drafter draws at it, too;
@@ -127,7 +127,7 @@ class Models:
             ConfigurationError: only embeddings, final norm and LM head were loaded.
         """
         if not isinstance(self.info, Target):
-            raise ConfigurationError("paths that are not recorded need the target's layers: load the whole target")
+            raise ConfigurationError("paths that are neither recorded nor a server's need the whole target: load it")
 
     def recorded(self, features: Features) -> HeadTarget:
         """The target's side of the texts' own tokens."""

@@ -1,8 +1,8 @@
 """E-step of alternative continuations, sampled from the target at positions where its confidence is low.
 
 The target states p of the new states as it writes them, so no further pass scores them. Where a server gives the
-features, it also continues the texts. The continuations of a text are kept for some epochs
-(`vsd.training.e_step.kept`).
+features and the target's layers are not here, the server also continues the texts. The continuations of a text are kept
+for some epochs (`vsd.training.e_step.kept`).
 
 Legend: B batch, Q drafted tokens of a sequence, A anchors, L tokens of a continuation.
 """
@@ -104,8 +104,8 @@ class ContinuedStep:
         """
         info, ids, temperature = self.models.info, batch.texts.inputs.ids, self.models.temperature
         places = batch.texts.drafted.gather(1, chosen)  # [B, A]
-        hidden = rows_at(batch.features.hidden, chosen)
-        logits = info.logits(hidden.to(info.dtype)) / temperature
+        hidden = rows_at(batch.features.hidden, chosen).to(info.dtype)
+        logits = info.logits(hidden) / temperature
         first = drawn_at(logits.scatter(-1, ids.gather(1, places)[..., None], float("-inf")).softmax(-1), numbers)
         texts = [
             [*ids[b, :place].tolist(), token]
@@ -120,5 +120,5 @@ class ContinuedStep:
         found = server.continued(texts, self.draw.length - 1, seeds)
         tokens, later, aux = (x.to(ids.device).unflatten(0, first.shape) for x in found)
         hidden = torch.cat([hidden[:, :, None], later], 2)  # [B, A, L, h]
-        normaliser = info.log_normaliser(hidden.flatten(0, 2).to(info.dtype), temperature).view(hidden.shape[:3])
+        normaliser = info.log_normaliser(hidden.flatten(0, 2), temperature).view(hidden.shape[:3])
         return Continuations(places - 2, torch.cat([first[..., None], tokens], -1), hidden, normaliser, aux)

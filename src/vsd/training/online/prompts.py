@@ -2,14 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from vsd.data import Conversation, prompt_inputs, read_conversations
+from vsd.data.examples import opening
 from vsd.data.lines import BadLineError, OnBadLine, Report, handle_bad_line
 from vsd.data.pictures import pictures_of
 from vsd.errors import DataError
 from vsd.targets import Inputs
+
+
+class Asked(NamedTuple):
+    """A prompt, and the opening of its conversation (`vsd.data.Example`)."""
+
+    inputs: Inputs
+    opening: int
 
 
 def load_prompts(
@@ -18,7 +27,7 @@ def load_prompts(
     longest: int,
     on_bad_line: OnBadLine = "fatal",
     report: Report | None = None,
-) -> list[Inputs]:
+) -> list[Asked]:
     """One prompt for every user turn whose earlier turns have recorded answers; the first turn always has.
 
     Args:
@@ -27,12 +36,15 @@ def load_prompts(
     Raises:
         DataError: a bad line, when fatal; no usable prompt.
     """
-    found: list[Inputs] = []
+    found: list[Asked] = []
     for conversation in read_conversations(source, on_bad_line=on_bad_line, report=report, need_answer=False):
         try:
-            found += _fitting(list(_prompts(tokenizer, conversation)), longest)
+            prompts = _fitting(list(_prompts(tokenizer, conversation)), longest)
         except BadLineError as error:
             handle_bad_line(f"{conversation.where}: {error}", on_bad_line, report)
+            continue
+        first = opening(conversation)
+        found += [Asked(prompt, first) for prompt in prompts]
     if not found:
         raise DataError(f"{source} holds no usable prompt")
     return found
