@@ -194,13 +194,13 @@ def test_a_run_without_checkpoints_is_neither_overwritten_nor_resumed(
 
 
 def test_a_run_is_not_resumed_on_other_text(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The files have the same names; one line more would move the order and the held-out conversations."""
+    """The files have the same names; one line more changes the order and what is trained on."""
     shop, out = tmp_path / "shop", tmp_path / "run"
     shutil.copytree(workshop, shop)
     given = arguments(shop, out, "max_steps=4", "--features", "online")
     assert cli.main(given) == 0
     text = (shop / "text.jsonl").read_text()
-    (shop / "text.jsonl").write_text(text + text.splitlines(keepends=True)[0])
+    (shop / "text.jsonl").write_text(text + text.splitlines(keepends=True)[1])
     longer = ["max_steps=8" if word == "max_steps=4" else word for word in given] + ["--resume"]
     assert cli.main(longer) == 1
     assert "was trained on other text" in capsys.readouterr().err
