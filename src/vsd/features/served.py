@@ -68,7 +68,7 @@ class ServedFeatures:
         return _features(self.server.info, texts, found, self.columns, self.temperature)
 
     def continued(self, texts: Sequence[list[int]], count: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """`count` tokens behind each of N texts, sampled at the served temperature, and their states, on the CPU.
+        """`count` tokens behind each of N texts, sampled at the served temperature, and their states.
 
         Args:
             texts: tokens.
