@@ -93,12 +93,21 @@ def continue_text(
             aux.append(output.aux)
         logits = target.logits(hidden[-1]) / temperature  # [B, P, V]
         normalisers.append(logits.logsumexp(-1))
-        if not step:
-            logits = logits.scatter(-1, ids.gather(1, roots + 2)[..., None], float("-inf"))
-        tokens.append(drawn_at(logits.softmax(-1), uniform[..., step]))
+        numbers = uniform[..., step]
+        tokens.append(drawn_at(logits.softmax(-1), numbers) if step else other_token(logits, ids, roots + 2, numbers))
     if prefill is not None:
         cache.truncate(ids.new_full((B,), T))  # as it was: the batch may have other paths
     return Continuations(roots, *(torch.stack(x, 2) for x in (tokens, hidden, normalisers, aux)))
+
+
+def other_token(logits: Tensor, ids: Tensor, places: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens [B, P] drawn from logits [B, P, V] at `places` [B, P] of texts ids [B, T], without the texts' own there.
+
+    Args:
+        uniform: numbers in [0, 1) that decide the draws, [B, P].
+    """
+    others = logits.scatter(-1, ids.gather(1, places)[..., None], float("-inf"))
+    return drawn_at(others.softmax(-1), uniform)
 
 
 def extended(text: Entries, found: Continuations) -> Entries:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vsd.features import ServedFeatures, Texts
 from vsd.objective import Continued, Part
 from vsd.paths import Continuations, along, check_length, continue_text, extended, longest_first
+from vsd.paths.continued import other_token
 from vsd.paths.entries import rows_at
 from vsd.targets.sampling import drawn_at
 from vsd.training.e_step.base import Batch, Info, Models, Posterior
@@ -105,8 +106,7 @@ class ContinuedStep:
         info, ids, temperature = self.models.info, batch.texts.inputs.ids, self.models.temperature
         places = batch.texts.drafted.gather(1, chosen)  # [B, A]
         hidden = rows_at(batch.features.hidden, chosen).to(info.dtype)
-        logits = info.logits(hidden) / temperature
-        first = drawn_at(logits.scatter(-1, ids.gather(1, places)[..., None], float("-inf")).softmax(-1), numbers)
+        first = other_token(info.logits(hidden) / temperature, ids, places, numbers)
         texts = [
             [*ids[b, :place].tolist(), token]
             for b, (row, tokens) in enumerate(zip(places.tolist(), first.tolist()))
