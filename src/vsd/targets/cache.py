@@ -59,7 +59,6 @@ class Slots:
 
     Attributes:
         layers: decoder layers of the cache.
-        capacity: slots that there is memory for.
         positions: largest position (of several rows of positions) of the token in every slot, [B, C].
         stores: keys and values.
         fill: first slot of the next pass.
@@ -68,11 +67,16 @@ class Slots:
     """
 
     def __init__(self, layers: int, positions: Tensor) -> None:
-        self.layers, self.capacity, self.positions = layers, positions.shape[1], positions
+        self.layers, self.positions = layers, positions
         self.stores: list[Store] = []
         self.fill = 0
         self.written: Tensor | None = None
         self.reach = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is memory for, C."""
+        return self.positions.shape[1]
 
     def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
         """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""
@@ -87,7 +91,6 @@ class Slots:
         """Make room for `slots` slots; copies the cache, so callers that know the length say so as `capacity`."""
         if slots > self.capacity:
             more = -(-(slots - self.capacity) // _GROW) * _GROW
-            self.capacity += more
             self.positions = torch.nn.functional.pad(self.positions, (0, more))
             for store in self.stores:
                 store.grow(more)
