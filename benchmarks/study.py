@@ -172,9 +172,9 @@ def drafter_of(folder: Path, a: argparse.Namespace) -> Path:
     return checkpoints[-1]
 
 
-def counts_file(decoding: str, temperature: float, a: argparse.Namespace) -> str:
-    """Name of the file in a run's folder with new tokens and passes of every prompt."""
-    return f"{'' if a.measure == 'best' else 'last-'}{decoding}-{temperature:g}.json"
+def results_file(name: str, a: argparse.Namespace) -> str:
+    """Name of a file of results; those of --measure last lie beside the others."""
+    return f"{'' if a.measure == 'best' else 'last-'}{name}.json"
 
 
 def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argparse.Namespace) -> None:
@@ -182,7 +182,7 @@ def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argpa
     drafter = None
     for temperature in a.temperatures:
         for name, (shape, verification, greedy_too) in DECODINGS.items():
-            path = folder / counts_file(name, temperature, a)
+            path = folder / results_file(f"{name}-{temperature:g}", a)
             if path.exists() or name not in a.decodings or (temperature == 0 and not greedy_too):
                 continue
             drafter = drafter or load_drafter(drafter_of(folder, a), target)
@@ -194,7 +194,7 @@ def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argpa
 
 def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt], a: argparse.Namespace) -> None:
     """Write new tokens and seconds of every prompt by temperature and objective, one request at a time."""
-    path, shape = speed_file(a), DECODINGS[a.decodings[0]][0]
+    path, shape = a.out / results_file("speed", a), DECODINGS[a.decodings[0]][0]
     if path.exists():
         return
     drafters = {name: load_drafter(drafter_of(folders[0], a), target) for name, folders in runs.items()}
@@ -217,15 +217,10 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
     path.write_text(json.dumps(found))
 
 
-def speed_file(a: argparse.Namespace) -> Path:
-    out: Path = a.out
-    return out / ("speed.json" if a.measure == "best" else "last-speed.json")
-
-
 def speed_rows(a: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second of every objective, and the ratio to the control."""
     rows = []
-    for temperature, found in json.loads(speed_file(a).read_text()).items():
+    for temperature, found in json.loads((a.out / results_file("speed", a)).read_text()).items():
         base = np.array(found[a.control]).T
         for name, spent in found.items():
             mine = np.array(spent).T
@@ -256,7 +251,7 @@ def report(runs: dict[str, list[Path]], a: argparse.Namespace) -> list[dict[str,
     rows = []
     for temperature in a.temperatures:
         for name in a.decodings:
-            file = counts_file(name, temperature, a)
+            file = results_file(f"{name}-{temperature:g}", a)
             have = {variant: folders for variant, folders in runs.items() if all((f / file).exists() for f in folders)}
             if a.control not in have:
                 continue
@@ -341,7 +336,7 @@ def main() -> None:
         speed(runs, target, load_prompts(a.prompts, a.speed), a)
         found["speed"] = speed_rows(a)
         show_speed(found["speed"], a.control)
-    write_json(found, a.out / ("study.json" if a.measure == "best" else "last-study.json"))
+    write_json(found, a.out / results_file("study", a))
 
 
 if __name__ == "__main__":

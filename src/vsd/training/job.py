@@ -187,7 +187,7 @@ def _features(
         reason = _against_storing(target, job.store, missing) if job.features == "auto" else None
         if missing:
             stored = f"{missing / 1e9:.2f} GB, stored in {job.store}"
-            print(f"target features: {f'computed in every step, as {reason}' if reason else stored}")
+            print("target features:", f"computed in every step, as {reason}" if reason else stored)
     (reason,) = broadcast_object_list([reason])
     if reason:
         return None
