@@ -3,13 +3,13 @@
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
 The first turn of each prompt is answered by plain greedy `generate` in batches, then by the engine with a tree and with
-a chain, in the same batches; the first prompt of every batch also alone. Short prompts are asked first. Answers must be equal, token for token, except
-at numerical ties: passes of different shapes round the same logit differently, most of all in bfloat16, so near-ties
-can have either outcome. The rounding is measured: the gap between the two best logits at every step of the plain run is
-compared with the same gap in one plain pass over the whole text. The largest deviation is the resolution of the
-precision. An answer that differs from the plain answer at a step with a larger gap is wrong, and the command fails.
-Finished prompts are stored in --out: an interrupted or killed command, or one that --minutes ended, goes on when it is
-repeated. So thousands of prompts can be compared in pieces.
+a chain, in the same batches; the first prompt of every batch also alone. Short prompts are asked first. Answers must be
+equal, token for token, except at numerical ties: passes of different shapes round the same logit differently, most of
+all in bfloat16, so near-ties can have either outcome. The rounding is measured: the gap between the two best logits at
+every step of the plain run is compared with the same gap in one plain pass over the whole text. The largest deviation
+is the resolution of the precision. An answer that differs from the plain answer at a step with a larger gap is wrong,
+and the command fails. Finished prompts are stored in --out: an interrupted or killed command, or one that --minutes
+ended, goes on when it is repeated. So thousands of prompts can be compared in pieces.
 """
 
 import argparse

@@ -12,6 +12,8 @@ model then reads a picture nearly as it reads the caption.
 `speak` trains tower and projector through the frozen language model: cross-entropy of short true answers, and KL of the
 answers behind the picture from those behind the caption, on long answers of the language model's own. The loss of
 `tower` continues beside it. Without a run of `tower`, it begins with the tower and projector in the package.
+
+A third of the pictures are of other programs (tools/real_pictures.py), which have captions, but no facts of patches.
 """
 
 import argparse
@@ -29,8 +31,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eye import Eye, Losses, Words, batch_of, pixels_of
+from real_pictures import Picture, RealPictures
 from speech import Said, Speech
-from vsd.pictures import caption, questions, scene
+from vsd.pictures import caption, questions, render, scene
 from vsd.targets.load import resolve
 from vsd.targets.vision import WEIGHTS, llava_config
 
@@ -43,7 +46,8 @@ LONG = (
 )
 _SAVE, _LOG = 90.0, 30.0  # seconds between checkpoints, and between lines of the log
 _TOWER_RATE, _SPEAK_RATE = 8e-4, 3e-4
-_TOWER_SIZE, _SPEAK_SIZE = 8, 4  # scenes of a step: plain ones, and as many crowded ones
+_TOWER_SIZE, _SPEAK_SIZE = 8, 4  # pictures of a step: plain scenes, as many crowded ones, and as many of other programs
+_REAL = 1 / 3  # of the pictures that are spoken about: those of other programs
 _ASKED = 4  # short questions of a step
 _LONGEST = 64  # tokens of a long answer
 _TOGETHER = 16  # long answers generated together
@@ -116,19 +120,20 @@ class Run:
 
 def train_tower(folder: Path, minutes: float) -> None:
     """The stage `tower`; goes on from `folder`/tower.pt."""
-    eye, words = new_eye()
+    real = RealPictures()
+    eye, words = new_eye(real)
 
     def losses(step: int) -> dict[str, Tensor]:
-        found = seen_losses(eye, words, step, _TOWER_SIZE)
+        found = seen_losses(eye, words, real, step, _TOWER_SIZE)
         return {"loss": total(found), **found._asdict()}
 
     Run(folder / "tower.pt", eye, _TOWER_RATE, minutes).train(losses)
 
 
-def seen_losses(eye: Eye, words: Words, step: int, size: int) -> Losses:
-    """Of `size` plain and as many crowded scenes; every step has its own."""
-    first = TRAIN + step * size
-    return eye.losses(batch_of(range(first, first + size), words))
+def seen_losses(eye: Eye, words: Words, real: RealPictures, step: int, size: int) -> Losses:
+    """Of `size` plain scenes, crowded scenes and pictures of other programs each; every step has its own."""
+    seeds = range(TRAIN + step * size, TRAIN + (step + 1) * size)
+    return eye.losses(batch_of(seeds, words, [real.picture(seed) for seed in seeds]))
 
 
 def total(losses: Losses) -> Tensor:
@@ -138,7 +143,8 @@ def total(losses: Losses) -> Tensor:
 
 def train_speak(folder: Path, minutes: float) -> None:
     """The stage `speak`; begins with `folder`/tower.pt or the package's weights, goes on from `folder`/speak.pt."""
-    eye, words = new_eye()
+    real = RealPictures()
+    eye, words = new_eye(real)
     if (folder / "tower.pt").exists():
         eye.load_state_dict(torch.load(folder / "tower.pt", weights_only=True)["eye"])
     else:
@@ -149,54 +155,56 @@ def train_speak(folder: Path, minutes: float) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         if step % 3 == 2:
             row = long[step // 3 % len(long)]
-            said = [Said(row["question"], row["answer"])]
-            name, spoken = "long", speech.divergence(shown(eye, row["seed"]), told(speech, row["seed"]), said)
+            picture, said = picture_of(row["seed"], real), [Said(row["question"], row["answer"])]
+            name, spoken = "long", speech.divergence(shown(eye, picture), speech.caption(picture.caption), said)
         else:
-            seed = TRAIN - 1 - step
-            name, spoken = "short", speech.cross_entropy(shown(eye, seed), short_answers(speech, seed))
-        found = seen_losses(eye, words, step, _SPEAK_SIZE)
+            picture = picture_of(TRAIN - 1 - step, real)
+            name, spoken = "short", speech.cross_entropy(shown(eye, picture), short_answers(speech, picture, step))
+        found = seen_losses(eye, words, real, step, _SPEAK_SIZE)
         return {"loss": spoken + 0.3 * total(found), name: spoken, **found._asdict()}
 
     Run(folder / "speak.pt", eye, _SPEAK_RATE, minutes).train(losses)
 
 
-def shown(eye: Eye, seed: int) -> Tensor:
-    """A scene as the language model sees it, [P, h]."""
-    embedded: Tensor = eye.projector(eye.features(pixels_of([scene(seed)])))[0]
+def picture_of(seed: int, real: RealPictures) -> Picture:
+    """A scene or a picture of another program."""
+    if random.Random(seed).random() < _REAL:
+        return real.picture(seed)
+    one = scene(seed)
+    return Picture(render(one), caption(one), questions(one))
+
+
+def shown(eye: Eye, picture: Picture) -> Tensor:
+    """A picture as the language model sees it, [P, h]."""
+    embedded: Tensor = eye.projector(eye.features(pixels_of([picture.image])))[0]
     return embedded
 
 
-def told(speech: Speech, seed: int) -> Tensor:
-    """A scene's caption as the language model reads it, [P, h]."""
-    return speech.caption(caption(scene(seed)))
-
-
-def short_answers(speech: Speech, seed: int) -> list[Said]:
-    """Questions about a scene, drawn by its seed, and their true answers."""
-    asked = questions(scene(seed))
-    asked = random.Random(seed).sample(asked, min(_ASKED, len(asked)))
+def short_answers(speech: Speech, picture: Picture, seed: int) -> list[Said]:
+    """Questions about a picture, drawn by `seed`, and their true answers."""
+    asked = random.Random(seed).sample(picture.questions, min(_ASKED, len(picture.questions)))
     return [Said(one.text, speech.tokenizer.encode(f"{one.answer}<|im_end|>")) for one in asked]
 
 
 def write_answers(folder: Path, minutes: float) -> None:
     """The stage `answers`: adds long greedy answers to captions to `folder`/answers.jsonl."""
-    speech, path = new_speech(), folder / "answers.jsonl"
+    speech, real, path = new_speech(), RealPictures(), folder / "answers.jsonl"
     done = len(path.read_text().splitlines()) if path.exists() else 0
     clock = Clock(minutes, 0.0)
     while clock.seconds < clock.planned:
         rows = [{"seed": TRAIN - 10**6 - n, "question": LONG[n % len(LONG)]} for n in range(done, done + _TOGETHER)]
         with path.open("a") as file:
-            for row, answer in zip(rows, generated(speech, rows)):
+            for row, answer in zip(rows, generated(speech, real, rows)):
                 file.write(json.dumps({**row, "answer": answer}) + "\n")
         done += _TOGETHER
         print(f"{done} answers, {clock.seconds:.0f} seconds", flush=True)
 
 
 @torch.no_grad()
-def generated(speech: Speech, rows: list[dict[str, Any]]) -> list[list[int]]:
+def generated(speech: Speech, real: RealPictures, rows: list[dict[str, Any]]) -> list[list[int]]:
     """The language model's greedy answers to questions about captions."""
     tokenizer = speech.tokenizer
-    texts = ["{}{}{}".format(*_around(speech, row)) for row in rows]
+    texts = [prompt(speech, picture_of(row["seed"], real).caption, row["question"]) for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     language: Any = speech.language
     found = language.generate(**batch, max_new_tokens=_LONGEST, do_sample=False)
@@ -205,15 +213,16 @@ def generated(speech: Speech, rows: list[dict[str, Any]]) -> list[list[int]]:
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
 
 
-def _around(speech: Speech, row: dict[str, Any]) -> tuple[str, str, str]:
-    before, behind = (str(speech.tokenizer.decode(ids)) for ids in speech.prompt(row["question"]))
-    return before, caption(scene(row["seed"])), behind
+def prompt(speech: Speech, told: str, question: str) -> str:
+    """A question about a picture that is told in words."""
+    before, behind = (str(speech.tokenizer.decode(ids)) for ids in speech.prompt(question))
+    return before + told + behind
 
 
-def new_eye() -> tuple[Eye, Words]:
+def new_eye(real: RealPictures) -> tuple[Eye, Words]:
     """A random tower and projector for the embedded language model, and the words of captions."""
     text = resolve("smollm2-135m")
-    words = Words(AutoTokenizer.from_pretrained(text))
+    words = Words(AutoTokenizer.from_pretrained(text), more=real.captions())
     with safe_open(f"{text}/model.safetensors", "pt") as file:
         embeddings: Tensor = file.get_tensor("model.embed_tokens.weight")
     torch.manual_seed(0)

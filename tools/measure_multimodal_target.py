@@ -81,7 +81,7 @@ def read(target: Target, scenes: Sequence[Scene], images: Sequence[Image.Image])
     found: dict[str, list[float]] = {about: [] for about in ABOUT}
     for one, row in zip(scenes, nearest.tolist()):
         hits: dict[str, list[bool]] = {about: [] for about in ABOUT}
-        for position, (true, near) in enumerate(zip(words.of(one), row)):
+        for position, (true, near) in enumerate(zip(words.of(caption(one)), row)):
             if about := kind_of(names[true], position):
                 hits[about].append(true == near)
         for about, values in hits.items():

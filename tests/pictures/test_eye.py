@@ -35,7 +35,7 @@ def test_captions_are_one_class_a_position() -> None:
     tokenizer = Splitter()
     words = Words(tokenizer, samples=50)
     back = {number: word for word, number in tokenizer.ids.items()}
-    classes = words.of(scene(3))
+    classes = words.of(caption(scene(3)))
     assert len(classes) == IMAGE_TOKENS
     said = " ".join(back[words.ids[index]] for index in classes)
     assert re.sub(r"\s+([:,.])", r"\1", said).split() == caption(scene(3)).split()
