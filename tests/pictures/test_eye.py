@@ -3,9 +3,11 @@
 import re
 
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
 
 from eye import EXTENTS, HUES, WHATS, Eye, Words, batch_of, facts_of
+from real_pictures import Picture
 from vsd.pictures import caption, scene
 from vsd.targets.vision import IMAGE_TOKENS, PATCH, SIDE
 
@@ -41,15 +43,30 @@ def test_captions_are_one_class_a_position() -> None:
     assert re.sub(r"\s+([:,.])", r"\1", said).split() == caption(scene(3)).split()
 
 
-def test_a_tiny_tower_learns_two_scenes_by_heart() -> None:
+def tiny_eye(words: Words) -> Eye:
     torch.manual_seed(0)
-    words = Words(Splitter(), samples=50)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=SiglipVisionConfig(**tower, image_size=SIDE, patch_size=PATCH, vision_use_head=False),
         text_config=LlamaConfig(hidden_size=64),
     )
-    eye = Eye(config, 0.3 * torch.randn(len(words.ids), 64))
+    return Eye(config, 0.3 * torch.randn(len(words.ids), 64))
+
+
+def test_pictures_of_other_programs_teach_their_captions_and_no_facts() -> None:
+    words = Words(Splitter(), samples=50, more=["an emoji: red apple."])
+    apple = Picture(Image.new("RGB", (SIDE, SIDE), "red"), "an emoji: red apple.", [])
+    batch = batch_of([0, 1], words, [apple])
+    assert batch.words[2].tolist() == words.of("an emoji: red apple.")
+    eye = tiny_eye(words)
+    losses, without = eye.losses(batch), eye.losses(batch_of([0, 1], words))
+    torch.testing.assert_close(losses.facts, without.facts)
+    assert losses.words != without.words
+
+
+def test_a_tiny_tower_learns_two_scenes_by_heart() -> None:
+    words = Words(Splitter(), samples=50)
+    eye = tiny_eye(words)
     optimizer = torch.optim.AdamW(eye.parameters(), lr=5e-3)
     batch = batch_of([0, 1], words)
     for _ in range(150):
