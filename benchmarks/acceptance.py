@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from tree_argument import tree
@@ -33,6 +32,7 @@ from vsd.evaluation.answers import Answers
 from vsd.evaluation.bootstrap import Counts, rate_interval
 from vsd.evaluation.breakdown import Passes, by_slice
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Inputs, Target, load_target
 
 DEFAULT = ("3x3x8", "5x4x16", "7x10x60")

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +39,7 @@ from vsd.evaluation.bootstrap import pooled_rate, ratio_interval
 from vsd.evaluation.plain import neutral
 from vsd.export import export_drafter
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Target, load_target
 from vsd.targets.load import resolve
 

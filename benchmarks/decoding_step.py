@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from tree_argument import tree
@@ -28,6 +27,7 @@ from vsd.drafters import load_drafter
 from vsd.evaluation import load_prompts, write_json
 from vsd.evaluation.bench import machine
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Inputs, Target, load_target
 
 DEFAULT = ("2x3x6", "3x3x8", "5x4x16")

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from vsd.errors import ConfigurationError
 from vsd.evaluation import Prompt, load_prompts, write_json
 from vsd.evaluation.plain import neutral
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Inputs, Padded, Target, load_target
 
 Record = dict[str, Any]  # of one prompt: the plain answer, the decodings compared with it and their differences

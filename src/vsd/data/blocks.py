@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from vsd.data.chat import conversations_of
@@ -19,6 +19,7 @@ from vsd.data.lines import OnBadLine
 from vsd.data.sequences import Examples
 from vsd.data.sources import Row, read_rows
 from vsd.errors import DataError
+from vsd.progress import Progress
 
 _ROWS = 256  # of a block
 _AHEAD = 4  # blocks of a process that wait to be encoded

@@ -8,7 +8,6 @@ from types import TracebackType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from vsd.data.questions import Tally
 from vsd.data.records import RecordLog
+from vsd.progress import Progress
 
 
 class _TokenRate(ProgressColumn):

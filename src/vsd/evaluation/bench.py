@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from rich.progress import Progress
 
 from vsd import __version__
 from vsd.data import prompt_inputs
@@ -27,6 +26,7 @@ from vsd.evaluation.breakdown import Passes, by_answer, by_context, by_position,
 from vsd.evaluation.plain import neutral
 from vsd.evaluation.prompts import Prompt, has_images
 from vsd.paths import TreeShape
+from vsd.progress import Progress
 from vsd.targets import Inputs, Padded, Target
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from vsd.data.pictures import as_request
 from vsd.decoding import Engine, Result, Sampling
@@ -29,6 +28,7 @@ from vsd.evaluation.bootstrap import Counts, difference_interval, pooled_rate, r
 from vsd.evaluation.prompts import Prompt
 from vsd.evaluation.serving import ServedAnswer, Serving
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Inputs, Padded, Target
 
 _ENOUGH = 8  # prompts from which an interval over prompts says something
@@ -129,7 +129,7 @@ def compare(
     plain, sampling = Engine(target), Sampling(max_new_tokens)
     chain = None if drafter is None else Engine(target, drafter, TreeShape.chain(serving.depth))
     here, there, differences, count = _Side(), _Side(), list[Difference](), 0
-    for n, prompt in enumerate(track(prompts, f"bench, beside {serving.name}", disable=not progress)):
+    for n, prompt in enumerate(track(prompts, f"bench, beside {serving.name}", enabled=progress)):
         talk = Talk(target, prompt)
         for turn in range(len(prompt.turns)):
             asked = talk.ask(turn)

@@ -19,7 +19,6 @@ from itertools import zip_longest
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from vsd.decoding import Engine, Replay, Result, Sampling
@@ -27,6 +26,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.drafters import Drafter
 from vsd.errors import ConfigurationError, VSDError
 from vsd.paths import TreeShape
+from vsd.progress import track
 from vsd.targets import Inputs, Target
 
 SHAPES = (
@@ -102,7 +102,7 @@ def tune(
     read = sum(len(prompt.ids) for prompt, _ in texts)
     plain = costs.reading[0] * read + costs.plain / concurrency * sum(len(answer) - 1 for _, answer in texts)
     found, replay = [], Replay(target, texts)
-    for shape in track(shapes, "trying trees", disable=not progress):
+    for shape in track(shapes, "trying trees", enabled=progress):
         results = replay(drafter, shape)
         seconds, shares = zip(*shared_steps(costs, shape, [result.trees for result in results], concurrency))
         speedup = plain / (costs.reading[1] * read + float(np.dot(seconds, shares)))

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +29,7 @@ from vsd.data import Example, Examples
 from vsd.errors import ConfigurationError, MismatchError, TargetError
 from vsd.features.base import Features, Texts, compute_features, stacked
 from vsd.files import gate_of, gated, write_text, writing
+from vsd.progress import track
 from vsd.targets import Padded, Target, TargetInfo
 
 _SHARD_TOKENS = 32768
@@ -96,7 +96,7 @@ class FeatureStore:
             write_text(path, json.dumps(manifest, indent=1))
         plan, (index, workers) = Plan.of(examples), worker
         missing = [s for s in range(index, len(plan.sizes), workers) if not (folder / _name(s)).exists()]
-        for s in track(missing, "target features", disable=not missing or index > 0):
+        for s in track(missing, "target features", enabled=bool(missing) and index == 0):
             chosen = list(examples[plan.first[s] : plan.first[s + 1]])
             _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()

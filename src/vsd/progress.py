@@ -1,0 +1,48 @@
+"""Progress of long work: a bar on a terminal, and a line from time to time in a log file."""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+T = TypeVar("T")
+
+SECONDS = 30.0  # between two lines
+
+
+class Progress(Bar):
+    """Rich's progress bar; where the output is no terminal, its columns are printed as a line twice a minute."""
+
+    _printed = float("inf")  # when: never before the start
+
+    def start(self) -> None:
+        """Show the bar, or begin to count the seconds to the first line."""
+        super().start()
+        self._printed = time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """See `rich.progress.Progress.advance`."""
+        super().advance(task_id, advance)
+        self._print()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """See `rich.progress.Progress.update`."""
+        super().update(task_id, **changes)
+        self._print()
+
+    def _print(self) -> None:
+        silent = self.disable or self.finished or self.console.is_terminal
+        if not silent and time.monotonic() - self._printed >= SECONDS:
+            self._printed = time.monotonic()
+            self.console.print(self.get_renderable())
+
+
+def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Iterable[T]:
+    """Iterate, and show how many items are done."""
+    with Progress(disable=not enabled) as bar:
+        task = bar.add_task(description, total=len(items))
+        for item in items:
+            yield item
+            bar.advance(task)
