@@ -12,17 +12,20 @@ traffic to measure on, and --limit of all other sources (is anything forgotten?)
     regenerate      the target answers the prompts greedily, then `eagle3`
     several draws   the target answers the prompts at T = 1, again and again for a third of the minutes, then `eagle3`
     vsd             the target answers the prompts greedily, then `vsd` with its E-step
+    continuations   the same with `vsd` on alternative continuations alone, 8 of 8 tokens for each text
     online          `vsd train --online` with `eagle3`'s objective: decoding is the E-step
     online greedy   the same with answers at T = 0
     online vsd      `vsd train --online` with `vsd` and its E-step
 
-Minutes are wall-clock time of answering, features, E-steps and training; loading of models is not counted. τ is
-measured by replay on the target's answers at T = 0 and T = 1, with 95 % paired bootstrap intervals of its ratio to
-`regenerate`; seeds are pooled. Results are stored in --out; an interrupted command can be repeated.
+Minutes are wall-clock time of answering, features, E-steps and training; loading of models is not counted. Answers that
+several arms train on are made once, and their minutes count in each of these arms. τ is measured by replay on the
+target's answers at T = 0 and T = 1, with 95 % paired bootstrap intervals of its ratio to `regenerate`; seeds are
+pooled. Results are stored in --out; an interrupted command can be repeated.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -47,15 +50,17 @@ from vsd.targets import load_target
 
 CONTROL = "regenerate"
 LONGEST = 1024  # tokens of a text
-TRAINED: dict[str, tuple[str, str]] = {  # arm: its text, its objective
-    "logs": ("logs", "eagle3"),
-    "vsd on logs": ("logs", "vsd"),
-    "regenerate": ("greedy", "eagle3"),
-    "several draws": ("sampled", "eagle3"),
-    "vsd": ("greedy", "vsd"),
-    "online": ("online", "eagle3"),
-    "online greedy": ("online", "eagle3"),
-    "online vsd": ("online", "vsd"),
+CONTINUATIONS = {"recorded": False, "anchors": 8, "length": 8}
+TRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {  # arm: its text, its objective and the objective's options
+    "logs": ("logs", "eagle3", {}),
+    "vsd on logs": ("logs", "vsd", {}),
+    "regenerate": ("greedy", "eagle3", {}),
+    "several draws": ("sampled", "eagle3", {}),
+    "vsd": ("greedy", "vsd", {}),
+    "continuations": ("greedy", "vsd", CONTINUATIONS),
+    "online": ("online", "eagle3", {}),
+    "online greedy": ("online", "eagle3", {}),
+    "online vsd": ("online", "vsd", {}),
 }
 ARMS = ("start", *TRAINED)
 SETTINGS = ("start", "prompts", "traffic", "count", "limit", "logs", "minutes", "answer_tokens", "learning_rate")
@@ -76,25 +81,28 @@ def split_prompts(a: argparse.Namespace) -> dict[str, Path]:
     return files
 
 
-def answered(text: str, folder: Path, prompts: Path, seed: int, a: argparse.Namespace) -> tuple[list[str], float]:
-    """Files of the training text, and the minutes that it took: answers and their features."""
-    if text == "logs":
-        files, start = [str(a.logs)], time.perf_counter()
-        target = load_target()
-    else:
-        target, files = load_target(), list[str]()
-        asked = list(read_conversations(prompts, need_answer=False))
-        start = time.perf_counter()
+def answered(text: str, seed: int, prompts: Path, a: argparse.Namespace) -> tuple[Path, list[str], float]:
+    """A folder with features of a training text, its files, and the minutes that both took; made once for all arms."""
+    folder: Path = a.out / f"{text}-{seed}"
+    done = folder / "minutes.json"
+    if not done.exists():
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("answers-*"):  # from an interrupted run: its time is unknown
+            path.unlink()
+        shutil.rmtree(folder / "features", ignore_errors=True)
+        target, asked = load_target(), list(read_conversations(prompts, need_answer=False))
+        start, files = time.perf_counter(), [str(a.logs)] if text == "logs" else []
         while not files or (text == "sampled" and time.perf_counter() - start < 60 * a.minutes / 3):
             path = folder / f"answers-{len(files)}.jsonl"
-            path.unlink(missing_ok=True)  # from an interrupted run: its time is unknown
             choice: dict[str, Any] = {"temperature": float(text == "sampled"), "seed": 1000 * seed + len(files)}
             choice |= {"max_new_tokens": a.answer_tokens, "max_length": LONGEST}
             regenerate(TargetTeacher(target), asked, path, on_bad_line="skip", **choice)
             files.append(str(path))
-    examples = [e for file in files for e in load_examples(file, target.tokenizer, LONGEST, "skip")]
-    FeatureStore.build(folder / "features", target, examples, load_drafter(a.start, target).needs.layers)
-    return files, (time.perf_counter() - start) / 60
+        examples = [e for file in files for e in load_examples(file, target.tokenizer, LONGEST, "skip")]
+        FeatureStore.build(folder / "features", target, examples, load_drafter(a.start, target).needs.layers)
+        done.write_text(json.dumps([files, (time.perf_counter() - start) / 60]))
+    files, minutes = json.loads(done.read_text())
+    return folder / "features", files, minutes
 
 
 def train(arm: str, seed: int, prompts: Path, a: argparse.Namespace) -> Path:
@@ -102,20 +110,20 @@ def train(arm: str, seed: int, prompts: Path, a: argparse.Namespace) -> Path:
     folder: Path = a.out / f"{arm.replace(' ', '-')}-{seed}"
     if arm == "start" or (folder / "drafter" / "config.json").exists():
         return folder
-    text, objective = TRAINED[arm]
+    text, objective, options = TRAINED[arm]
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "vsd.cli", "train", "--drafter", a.start, "--output-dir", folder]
-    words += ["--objective", objective, "--held-out", 0, "--max-length", LONGEST, "--on-bad-line", "skip"]
+    words += ["--objective", objective, "--objective-options", json.dumps(options), "--held-out", 0]
+    words += ["--max-length", LONGEST, "--on-bad-line", "skip"]
+    minutes = 0.0
     if text == "online":
-        minutes = 0.0
         words += ["--online", "--data", prompts, "--answer-tokens", a.answer_tokens, "--answer-tree", a.answer_tree]
         words += ["--answer-temperature", 0] if arm == "online greedy" else []
     else:
-        files, minutes = answered(text, folder, prompts, seed, a)
-        words += ["--data", *files, "--features", folder / "features"]
+        features, files, minutes = answered(text, seed, prompts, a)
+        words += ["--data", *files, "--features", features]
     words += ["--seed", seed, "--max-minutes", a.minutes - minutes, "--learning-rate", a.learning_rate]
     words += ["--set", "save_strategy=no", "report_to=none", f"draft_steps={a.draft_steps}"]
-    (folder / "minutes.json").write_text(json.dumps({"answers and features": minutes, "all": a.minutes}))
     with (folder / "log.txt").open("w") as log:
         subprocess.run([str(word) for word in words], check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder
