@@ -23,6 +23,11 @@ def pytest_collection() -> None:
     gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of minutes come first, so that no worker is left alone with one."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 def pytest_collection_finish() -> None:
     """Collections of garbage, of which every training asks for one, pass over all that is imported by now."""
     gc.freeze()
