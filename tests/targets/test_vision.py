@@ -97,7 +97,7 @@ def test_the_processor_writes_a_placeholder_a_patch(folder: Path) -> None:
     torch.testing.assert_close(batch["pixel_values"], red.expand_as(batch["pixel_values"]))
     scenes = [scene(1), scene(2)]
     read = processor.image_processor([render(one) for one in scenes], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(read, pixels_of(scenes))  # as the tower is trained on them
+    torch.testing.assert_close(read, pixels_of(map(render, scenes)))  # as the tower is trained on them
 
 
 def test_texts_without_images_are_those_of_the_language_model(text: Path, folder: Path) -> None:
