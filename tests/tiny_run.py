@@ -1,6 +1,9 @@
 """What a training run needs, built in code: text the tiny target wrote itself, a drafter for it, a folder of it."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +72,12 @@ def write_text(target: Target, path: Path, count: int, max_new_tokens: int = 24)
     """A file that `--data` takes."""
     records = [{"prompt_ids": p, "response_ids": a} for p, a in tiny_text(target, count, max_new_tokens)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def torchrun(words: Sequence[object]) -> str:
+    """What `vsd` prints when two processes run it, as the documentation says."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--no-python"]
+    command = [str(word) for word in (*launcher, Path(sys.executable).with_name("vsd"), *words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 import tiny_run
@@ -678,6 +679,21 @@ def test_the_commands(
     assert (len(of.asked) > before) == (kind == "url")
     assert (tmp_path / "run" / "drafter" / "config.json").exists() and not list(shared.iterdir())
     assert not (tmp_path / "run" / "features").exists()
+
+
+def test_two_processes_ask_one_server(start: Start, folder: Path, tmp_path: Path, shared: Path) -> None:
+    """Features and continuations from a server: under `torchrun` the drafter of one process."""
+    of, one, two = start(), tmp_path / "one", tmp_path / "two"
+    words = ["train", "--target", folder / "target", "--data", folder / "text.jsonl", "--held-out", 0]
+    words += ["--features", of.url, "--objective", "vsd", "--draft-vocab-size", 64, "--max-steps", 2]
+    words += ["--device", "cpu", "--dtype", "float32"]
+    words += ["--set", "warmup_steps=0", "report_to=none", "bf16=false", "adam_epsilon=1e-2"]
+    words += ["objective_options={anchors: 2, length: 4}"]
+    assert cli.main([*map(str, words), "per_device_train_batch_size=4", "--output-dir", str(one)]) == 0
+    tiny_run.torchrun([*words, "per_device_train_batch_size=2", "--output-dir", two])
+    wanted, found = (load_file(run / "drafter" / "model.safetensors") for run in (one, two))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert not list(shared.iterdir())
 
 
 def test_the_command_of_the_server(folder: Path, capsys: Any) -> None:
