@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny_run
 from vsd import cli
@@ -74,7 +75,8 @@ def online_trainer(
 
 
 def rounds(folder: Path, kind: str = "json") -> list[int]:
-    return sorted(int(path.stem.removeprefix("round-")) for path in (folder / "online").glob(f"round-*.{kind}"))
+    found = (folder / "online").glob(f"round-*.{kind}")
+    return sorted(int(path.name.split(".")[0].removeprefix("round-")) for path in found)
 
 
 def test_greedy_answers_are_given_once_and_sampled_ones_in_every_epoch(
@@ -87,7 +89,7 @@ def test_greedy_answers_are_given_once_and_sampled_ones_in_every_epoch(
         trainer.train()
         assert rounds(folder) == list(range(count))
         assert trainer.state.global_step == 2 * 12 / 2  # every prompt once in each epoch, in batches of two
-    first = [json.loads((tmp_path / f"1.0/online/round-{n:05d}.json").read_text()) for n in range(6)]
+    first = [json.loads((tmp_path / f"1.0/online/round-{n:05d}.json").read_text())[0] for n in range(6)]
     asked = [sorted(tuple(prompt) for part in half for prompt, _, _ in part) for half in (first[:3], first[3:])]
     assert len(set(asked[0])) >= 10 and set(asked[0]) <= {tuple(prompt.ids) for prompt in prompts}
     answers = [{tuple(response) for part in half for _, response, _ in part} for half in (first[:3], first[3:])]
@@ -134,6 +136,30 @@ def test_a_killed_run_ends_as_one_that_was_not(
         torch.testing.assert_close(weight, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
+def test_two_processes_answer_and_train_as_one(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Under `torchrun` each answers a part of every round, and a run of one process goes on as one of two."""
+    tiny_run.write_target(tiny_target, tmp_path / "target")
+    tiny_run.write_text(tiny_target, tmp_path / "text.jsonl", 12)
+    tiny_run.tiny_drafter(tiny_target, examples).save_pretrained(tmp_path / "start")
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["train", "--online", "--target", tmp_path / "target", "--drafter", tmp_path / "start"]
+    words += ["--data", tmp_path / "text.jsonl", "--answer-tokens", 12, "--round-prompts", 5, "--buffer", 10]
+    words += ["--held-out", 2, "--max-steps", 6, "--save-steps", 2, "--device", "cpu", "--dtype", "float32"]
+    words += ["--set", "warmup_steps=0", "report_to=none", "bf16=false", "adam_epsilon=1e-2", "save_total_limit=9"]
+    assert cli.main([*map(str, words), "per_device_train_batch_size=4", "--output-dir", str(one)]) == 0
+    shutil.copytree(one, two)
+    for late in (two / "checkpoint-4", two / "checkpoint-6", two / "drafter", two / "best"):
+        shutil.rmtree(late)
+    (two / "trainer_state.json").unlink()
+    for path in (two / "online").glob("round-*"):
+        if not path.name.startswith("round-00000"):
+            path.unlink()
+    tiny_run.torchrun([*words, "per_device_train_batch_size=2", "--output-dir", two, "--resume"])
+    wanted, found = (load_file(run / "drafter" / "model.safetensors") for run in (one, two))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert rounds(two) == rounds(one) and len(list((two / "online").glob("round-00001.*.safetensors"))) == 2
+
+
 def test_features_behind_the_buffer_of_every_checkpoint_are_deleted(
     tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path
 ) -> None:
@@ -144,10 +170,10 @@ def test_features_behind_the_buffer_of_every_checkpoint_are_deleted(
     assert rounds(tmp_path, "safetensors") == [11]
 
 
-def test_an_epoch_whose_last_step_has_fewer_batches_keeps_its_features(
+def test_a_round_fills_whole_steps(
     tiny_target: Target, examples: list[Example], prompts: list[Inputs], tmp_path: Path
 ) -> None:
-    """A round of 4 prompts is one batch, an epoch one step; two batches could be accumulated."""
+    """A round of 4 prompts is trained on for one step, of two batches of 4 texts."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
     saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     online = {"buffer": 8, "replay": 1.0}

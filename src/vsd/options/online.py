@@ -17,7 +17,7 @@ class OnlineOptions:
             once, above 0 in every epoch anew
         answer_tree: draft tree that the prompts are answered with, depth x top_k x nodes; none: plain decoding, which
             is faster where many prompts fill the device
-        round_prompts: prompts that are answered together
+        round_prompts: prompts that are answered together, by all processes
         replay: how often an answer is trained on, on average
         buffer: newest answers that are trained on
     """

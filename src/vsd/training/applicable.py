@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from accelerate import PartialState
-
 from vsd.drafters.load import DEFAULT, family_named, family_of
 from vsd.errors import ConfigurationError
 from vsd.options import OnlineOptions, TrainJob
@@ -40,13 +38,13 @@ def check_applicable(job: TrainJob, config: VSDConfig) -> None:
 
 
 def _check_online(job: TrainJob, config: VSDConfig) -> None:
-    """Online training answers with a drafter, in one process, and takes features from decoding."""
+    """Online training answers with a drafter, in the processes that train, and takes features from decoding."""
     if job.drafter is None:
         raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
     if job.features not in ("auto", "online"):
         raise ConfigurationError("--online takes the features from decoding: leave out --features")
-    if PartialState().num_processes > 1 or config.dataloader_num_workers:
-        raise ConfigurationError("--online answers in the training process: use one process and no loader workers")
+    if config.dataloader_num_workers:
+        raise ConfigurationError("--online answers in the training process: leave out dataloader_num_workers")
 
 
 def _check_new(job: TrainJob) -> None:

@@ -89,7 +89,7 @@ def check_resumable(folder: Path, job: TrainJob, config: VSDConfig) -> None:
     default = {**_defaults(VSDConfig), **_defaults(TrainJob), PROCESSES: config.world_size}
     old = {**default, **_read(folder / FILE)}
     new = {**default, **json.loads(json.dumps(_settings(job, config), default=str))}
-    if not job.online and config.train_sampling_strategy == "group_by_length":  # other orders have incomplete steps
+    if job.online or config.train_sampling_strategy == "group_by_length":  # other orders have incomplete steps
         _check_step(folder, old, new)
         old |= {name: new[name] for name in (PROCESSES, *DIVISION)}
     changes = [

@@ -104,11 +104,10 @@ class VSDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         """Grouping by length must not draw from the global generator: a resumed run would see other batches."""
         if isinstance(self.train_dataset, OnlineText):
-            return OnlineOrder(self.train_dataset, self.args.train_batch_size, lambda: self._epoch)
+            return OnlineOrder(self.train_dataset, self._step_size, lambda: self._epoch)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength(size, self.train_dataset, lambda: self.args.seed + self._epoch)  # type: ignore[arg-type]
+        return ByLength(self._step_size, self.train_dataset, lambda: self.args.seed + self._epoch)  # type: ignore[arg-type]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -166,6 +165,11 @@ class VSDTrainer(Trainer):
     def _due(self) -> list[Any]:
         """The E-steps of this step."""
         return [step for step in self._e_steps if self.state.global_step % step.part.paths.every == 0]
+
+    @property
+    def _step_size(self) -> int:
+        """Texts of a step, of all batches and processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     @property
     def _epoch(self) -> int:
@@ -267,7 +271,7 @@ class VSDTrainer(Trainer):
         if isinstance(self.train_dataset, OnlineText):
             saved = Path(str(self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
             oldest = min(int(path.name.rpartition("-")[2]) for path in saved)
-            self.train_dataset.forget(oldest, self.args.train_batch_size, self.args.gradient_accumulation_steps)
+            self.train_dataset.forget(oldest, self._step_size)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """And the running acceptance, which weights depend on, and the minutes trained."""

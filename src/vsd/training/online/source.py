@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 
 from vsd.data.generate import derive_seed
@@ -71,9 +72,9 @@ class OnlineText(Dataset[dict[str, Any]]):
         """Rounds in which every prompt is answered once."""
         return -(-len(self.prompts) // self.size)
 
-    def texts_per_round(self, batch_size: int) -> int:
-        """Texts that are trained on behind every round: whole batches."""
-        return batch_size * max(1, round(self.size * self.options.replay / batch_size))
+    def steps_per_round(self, size: int) -> int:
+        """Steps, of `size` texts each, behind every round."""
+        return max(1, round(self.size * self.options.replay / size))
 
     def __len__(self) -> int:
         """Prompts; the number of texts grows."""
@@ -87,24 +88,21 @@ class OnlineText(Dataset[dict[str, Any]]):
         """See `FeatureSource.batch`."""
         return self.rounds.batch(texts)
 
-    def order(self, epoch: int, batch_size: int) -> Iterator[int]:
-        """The texts of an epoch. A round is answered when training gets to it; greedy answers are given once."""
+    def order(self, epoch: int, size: int) -> Iterator[int]:
+        """The texts of an epoch, `size` for each step.
+
+        A round is answered when training gets to it; greedy answers are given once.
+        """
         first = epoch * self.rounds_per_epoch
         if not self.rounds.texts:  # a resumed run begins in this epoch, and its buffer with earlier rounds
             for number in range(self.oldest_round(first), first):
                 self._new(number)
         for number in range(first, first + self.rounds_per_epoch):
-            yield from self._chosen(number, self._new(number), batch_size)
+            yield from self._chosen(number, self._new(number), size)
 
-    def forget(self, steps: int, batch_size: int, accumulated: int) -> None:
-        """Delete features that the training does not need behind its first `steps` steps.
-
-        Args:
-            accumulated: batches of a step; the last step of an epoch may have fewer.
-        """
-        batches = self.texts_per_round(batch_size) // batch_size  # of a round
-        epoch, step = divmod(steps, -(-self.rounds_per_epoch * batches // accumulated))
-        self.rounds.forget(self.oldest_round(epoch * self.rounds_per_epoch + step * accumulated // batches))
+    def forget(self, steps: int, size: int) -> None:
+        """Delete features that the training does not need behind its first `steps` steps."""
+        self.rounds.forget(self.oldest_round(steps // self.steps_per_round(size)))
 
     def oldest_round(self, number: int) -> int:
         """The oldest round that is trained on behind round `number`."""
@@ -129,27 +127,30 @@ class OnlineText(Dataset[dict[str, Any]]):
             return []
         return self.rounds.load(number, self._answered)
 
-    def _chosen(self, number: int, new: list[int], batch_size: int) -> list[int]:
-        """The new texts, and others of the buffer, in batches of similar length."""
+    def _chosen(self, number: int, new: list[int], size: int) -> list[int]:
+        """The new texts, and others of the buffer, in steps of similar length."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "texts", number))
         first, texts = self.oldest_round(number) * self.size, self.rounds.texts
         buffer = [i for i in texts if i >= first]
         if not buffer:
             raise ConfigurationError("every answer is a single token: there is nothing to draft")
-        missing = self.texts_per_round(batch_size) - len(new)
+        whole = size * self.steps_per_round(size)
+        missing = whole - len(new)
         if missing > 0:
             passes = torch.tensor([float(texts[i].passes) for i in buffer])
             new = new + [buffer[j] for j in passes.multinomial(missing, True, generator=generator).tolist()]
-        new = new[: self.texts_per_round(batch_size)]
+        new = new[:whole]
         lengths = torch.tensor([len(texts[i].prompt) + len(texts[i].response) for i in new])
-        return [new[j] for j in in_batches(lengths, batch_size, generator)]
+        return [new[j] for j in in_batches(lengths, size, generator)]
 
     def _answered(self, number: int) -> list[Rollout]:
-        """The prompts of a round, answered. The answers depend on the drafter only where rounding decides."""
+        """This process's prompts of a round, answered. Answers depend on the drafter only where rounding decides."""
         epoch, place = divmod(number, self.rounds_per_epoch)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
         order = torch.randperm(len(self.prompts), generator=generator).tolist()
-        chosen = order[place * self.size : (place + 1) * self.size]
+        chosen = _share(order[place * self.size : (place + 1) * self.size])
+        if not chosen:
+            return []
         samplings = [
             Sampling(self.options.answer_tokens, self.answer_temperature, seed=derive_seed(self.seed, epoch, i))
             for i in chosen
@@ -161,22 +162,29 @@ class OnlineText(Dataset[dict[str, Any]]):
 
 
 class OnlineOrder(Sampler[int]):
-    """The order of online texts, for the trainer's loader: one batch behind another.
+    """The order of online texts, for the trainer's loader.
 
     Args:
+        size: texts of a step, of all processes.
         epoch: the number of the epoch that begins.
     """
 
-    def __init__(self, texts: OnlineText, batch_size: int, epoch: Callable[[], int]) -> None:
-        self.texts, self.batch_size, self.epoch = texts, batch_size, epoch
+    def __init__(self, texts: OnlineText, size: int, epoch: Callable[[], int]) -> None:
+        self.texts, self.size, self.epoch = texts, size, epoch
 
     def __len__(self) -> int:
         """Texts of an epoch."""
-        return self.texts.rounds_per_epoch * self.texts.texts_per_round(self.batch_size)
+        return self.texts.rounds_per_epoch * self.texts.steps_per_round(self.size) * self.size
 
     def __iter__(self) -> Iterator[int]:
         """Their indices."""
-        return self.texts.order(self.epoch(), self.batch_size)
+        return self.texts.order(self.epoch(), self.size)
+
+
+def _share(items: list[int]) -> list[int]:
+    """Those of this process: an even part, in their order."""
+    index, count = PartialState().process_index, PartialState().num_processes
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
 
 
 def _check_room(target: Target, prompts: Sequence[Inputs], answer: int) -> None:
