@@ -117,7 +117,7 @@ class OnlineText(Dataset[dict[str, Any]]):
             "target": target.fingerprint(self.drafter.needs.layers),
             "prompts": hashlib.sha256(json.dumps([prompt.ids for prompt in self.prompts]).encode()).hexdigest()[:16],
             "sampling": f"{o.answer_tokens} tokens at temperature {self.answer_temperature:g}, seed {self.seed}",
-            "round": f"{self.size} prompts",
+            "round": f"{self.size} prompts, in parts",
             "temperature": f"{self.temperature:g}",
         }
 
