@@ -155,7 +155,7 @@ def train_speak(folder: Path, minutes: float) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         if step % 3 == 2:
             row = long[step // 3 % len(long)]
-            picture, said = picture_of(row["seed"], real), [Said(row["question"], row["answer"])]
+            picture, said = told(row, real), [Said(row["question"], row["answer"])]
             name, spoken = "long", speech.divergence(shown(eye, picture), speech.caption(picture.caption), said)
         else:
             picture = picture_of(TRAIN - 1 - step, real)
@@ -167,11 +167,19 @@ def train_speak(folder: Path, minutes: float) -> None:
 
 
 def picture_of(seed: int, real: RealPictures) -> Picture:
-    """A scene or a picture of another program."""
-    if random.Random(seed).random() < _REAL:
+    """A scene or a picture of another program; the choice is independent of what the picture shows."""
+    if random.Random(f"real {seed}").random() < _REAL:
         return real.picture(seed)
     one = scene(seed)
     return Picture(render(one), caption(one), questions(one))
+
+
+def told(row: dict[str, Any], real: RealPictures) -> Picture:
+    """The picture whose caption a long answer was given to."""
+    picture = picture_of(row["seed"], real)
+    if picture.caption != row["caption"]:
+        raise SystemExit("answers.jsonl is of other pictures: delete it, and run the stage `answers` again.")
+    return picture
 
 
 def shown(eye: Eye, picture: Picture) -> Tensor:
@@ -192,19 +200,25 @@ def write_answers(folder: Path, minutes: float) -> None:
     done = len(path.read_text().splitlines()) if path.exists() else 0
     clock = Clock(minutes, 0.0)
     while clock.seconds < clock.planned:
-        rows = [{"seed": TRAIN - 10**6 - n, "question": LONG[n % len(LONG)]} for n in range(done, done + _TOGETHER)]
+        rows = [question_about(TRAIN - 10**6 - n, real) for n in range(done, done + _TOGETHER)]
         with path.open("a") as file:
-            for row, answer in zip(rows, generated(speech, real, rows)):
+            for row, answer in zip(rows, generated(speech, rows)):
                 file.write(json.dumps({**row, "answer": answer}) + "\n")
         done += _TOGETHER
         print(f"{done} answers, {clock.seconds:.0f} seconds", flush=True)
 
 
+def question_about(seed: int, real: RealPictures) -> dict[str, Any]:
+    """What is asked for a long answer: the caption of a picture, and a question drawn by its seed."""
+    question = random.Random(f"long {seed}").choice(LONG)
+    return {"seed": seed, "caption": picture_of(seed, real).caption, "question": question}
+
+
 @torch.no_grad()
-def generated(speech: Speech, real: RealPictures, rows: list[dict[str, Any]]) -> list[list[int]]:
+def generated(speech: Speech, rows: list[dict[str, Any]]) -> list[list[int]]:
     """The language model's greedy answers to questions about captions."""
     tokenizer = speech.tokenizer
-    texts = [prompt(speech, picture_of(row["seed"], real).caption, row["question"]) for row in rows]
+    texts = [prompt(speech, row["caption"], row["question"]) for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     language: Any = speech.language
     found = language.generate(**batch, max_new_tokens=_LONGEST, do_sample=False)
@@ -213,10 +227,10 @@ def generated(speech: Speech, real: RealPictures, rows: list[dict[str, Any]]) ->
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
 
 
-def prompt(speech: Speech, told: str, question: str) -> str:
-    """A question about a picture that is told in words."""
+def prompt(speech: Speech, caption: str, question: str) -> str:
+    """A question about a picture that is described in words."""
     before, behind = (str(speech.tokenizer.decode(ids)) for ids in speech.prompt(question))
-    return before + told + behind
+    return before + caption + behind
 
 
 def new_eye(real: RealPictures) -> tuple[Eye, Words]:
