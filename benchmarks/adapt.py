@@ -12,7 +12,7 @@ traffic to measure on, and --limit of all other sources (is anything forgotten?)
     regenerate      the target answers the prompts greedily, then `eagle3`
     several draws   the target answers the prompts at T = 1, again and again for a third of the minutes, then `eagle3`
     vsd             the target answers the prompts greedily, then `vsd` with its E-step
-    continuations   the same with `vsd` on alternative continuations alone, 8 of 8 tokens for each text
+    continuations   the same with `vsd` on alternative continuations alone: 8, of 8 tokens each, for each text
     online          `vsd train --online` with `eagle3`'s objective: decoding is the E-step
     online greedy   the same with answers at T = 0
     online vsd      `vsd train --online` with `vsd` and its E-step
@@ -83,7 +83,7 @@ def split_prompts(a: argparse.Namespace) -> dict[str, Path]:
 
 def answered(text: str, seed: int, prompts: Path, a: argparse.Namespace) -> tuple[Path, list[str], float]:
     """A folder with features of a training text, its files, and the minutes that both took; made once for all arms."""
-    folder: Path = a.out / f"{text}-{seed}"
+    folder: Path = a.out / f"text-{text}-{seed}"
     done = folder / "minutes.json"
     if not done.exists():
         folder.mkdir(exist_ok=True)

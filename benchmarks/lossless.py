@@ -3,13 +3,14 @@
     python benchmarks/lossless.py --drafter D --prompts FILE … --dtype float32 --out runs/lossless-float32.jsonl
 
 The first turn of each prompt is answered by plain greedy `generate` in batches, then by the engine with a tree and with
-a chain, in the same batches; the first prompt of every batch also alone. Short prompts are asked first. Answers must be
-equal, token for token, except at numerical ties: passes of different shapes round the same logit differently, most of
-all in bfloat16, so near-ties can have either outcome. The rounding is measured: the gap between the two best logits at
-every step of the plain run is compared with the same gap in one plain pass over the whole text. The largest deviation
-is the resolution of the precision. An answer that differs from the plain answer at a step with a larger gap is wrong,
-and the command fails. Finished prompts are stored in --out: an interrupted or killed command, or one that --minutes
-ended, goes on when it is repeated. So thousands of prompts can be compared in pieces.
+a chain, in the same batches; the first prompt of every batch also alone. Short prompts are asked first, so --minutes
+leaves out the longest. Answers must be equal, token for token, except at numerical ties: passes of different shapes
+round the same logit differently, most of all in bfloat16, so near-ties can have either outcome. The rounding is
+measured: the gap between the two best logits at every step of the plain run is compared with the same gap in one plain
+pass over the whole text. The largest deviation is the resolution of the precision. An answer that differs from the
+plain answer at a step with a larger gap is wrong, and the command fails. Finished prompts are stored in --out: an
+interrupted or killed command, or one that --minutes ended, goes on when it is repeated. So thousands of prompts can be
+compared in pieces.
 """
 
 import argparse
@@ -194,7 +195,7 @@ def main() -> None:
     a = parser.parse_args()
     keep_freed_memory()
     target = load_target(a.target, dtype=a.dtype)
-    prompts = sorted(load_prompts(a.prompts, a.limit), key=lambda prompt: len(prompt.turns[0]))  # little padding
+    prompts = sorted(load_prompts(a.prompts, a.limit), key=lambda prompt: len(str(prompt.turns[0])))  # little padding
     drafter = load_drafter(a.drafter, target)
     request = {"target": target.fingerprint(), "drafter": a.drafter, "dtype": a.dtype, "batch": a.batch}
     request |= {"max_new_tokens": a.max_new_tokens, "prompts": [f"{p.suite} {p.id}" for p in prompts]}

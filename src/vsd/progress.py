@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and a line from time to time in a log file."""
+"""Progress of long work: a bar on a terminal, lines in a log file."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ SECONDS = 30.0  # between two lines
 
 
 class Progress(Bar):
-    """Rich's progress bar; where the output is no terminal, its columns are printed as a line twice a minute."""
+    """Rich's progress bar; where the output is no terminal, a part that ends prints a line, at most twice a minute."""
 
     _printed = float("inf")  # when: never before the start
 
@@ -33,7 +33,7 @@ class Progress(Bar):
         self._print()
 
     def _print(self) -> None:
-        silent = self.disable or self.finished or self.console.is_terminal
+        silent = self.disable or self.finished or self.console.is_terminal or self.console.is_jupyter
         if not silent and time.monotonic() - self._printed >= SECONDS:
             self._printed = time.monotonic()
             self.console.print(self.get_renderable())

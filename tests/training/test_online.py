@@ -136,28 +136,38 @@ def test_a_killed_run_ends_as_one_that_was_not(
         torch.testing.assert_close(weight, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_two_processes_answer_and_train_as_one(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    """Under `torchrun` each answers a part of every round, and a run of one process goes on as one of two."""
+def test_two_processes_go_on_as_one(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Under `torchrun` each process answers its share of a round; a run of one process is resumed inside a round."""
     tiny_run.write_target(tiny_target, tmp_path / "target")
-    tiny_run.write_text(tiny_target, tmp_path / "text.jsonl", 12)
+    tiny_run.write_text(tiny_target, tmp_path / "text.jsonl", 13)
     tiny_run.tiny_drafter(tiny_target, examples).save_pretrained(tmp_path / "start")
     one, two = tmp_path / "one", tmp_path / "two"
     words = ["train", "--online", "--target", tmp_path / "target", "--drafter", tmp_path / "start"]
     words += ["--data", tmp_path / "text.jsonl", "--answer-tokens", 12, "--round-prompts", 5, "--buffer", 10]
-    words += ["--held-out", 2, "--max-steps", 6, "--save-steps", 2, "--device", "cpu", "--dtype", "float32"]
+    words += ["--held-out", 2, "--max-steps", 6, "--save-steps", 1, "--device", "cpu", "--dtype", "float32"]
     words += ["--set", "warmup_steps=0", "report_to=none", "bf16=false", "adam_epsilon=1e-2", "save_total_limit=9"]
     assert cli.main([*map(str, words), "per_device_train_batch_size=4", "--output-dir", str(one)]) == 0
     shutil.copytree(one, two)
-    for late in (two / "checkpoint-4", two / "checkpoint-6", two / "drafter", two / "best"):
+    for late in (two / f"checkpoint-{step}" for step in (4, 5, 6)):  # two steps a round: step 3 is inside round 1
         shutil.rmtree(late)
     (two / "trainer_state.json").unlink()
-    for path in (two / "online").glob("round-*"):
-        if not path.name.startswith("round-00000"):
-            path.unlink()
-    tiny_run.torchrun([*words, "per_device_train_batch_size=2", "--output-dir", two, "--resume"])
+    for path in (two / "online").glob("round-00002.*"):  # the last one of an epoch, with a single prompt
+        path.unlink()
+    division = ["per_device_train_batch_size=1", "gradient_accumulation_steps=2"]
+    tiny_run.torchrun([*words, *division, "--output-dir", two, "--resume"])
     wanted, found = (load_file(run / "drafter" / "model.safetensors") for run in (one, two))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert rounds(two) == rounds(one) and len(list((two / "online").glob("round-00001.*.safetensors"))) == 2
+    assert rounds(two) == rounds(one)
+    parts = {n: len(list((two / "online").glob(f"round-0000{n}.*.safetensors"))) for n in (1, 2)}
+    assert parts == {1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("option", ["dataloader_num_workers=1", "accelerator_config={dispatch_batches: true}"])
+def test_loading_in_other_processes_is_refused(tmp_path: Path, option: str, capsys: Any) -> None:
+    words = ["train", "--online", "--drafter", "smollm2-135m-eagle3", "--data", "x", "--output-dir", str(tmp_path)]
+    assert cli.main([*words, "--set", option]) == 1
+    name = option.split("=")[0] if "{" not in option else "dispatch_batches"
+    assert f"leave out {name}" in capsys.readouterr().err
 
 
 def test_features_behind_the_buffer_of_every_checkpoint_are_deleted(

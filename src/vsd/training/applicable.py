@@ -43,8 +43,15 @@ def _check_online(job: TrainJob, config: VSDConfig) -> None:
         raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
     if job.features not in ("auto", "online"):
         raise ConfigurationError("--online takes the features from decoding: leave out --features")
-    if config.dataloader_num_workers:
-        raise ConfigurationError("--online answers in the training process: leave out dataloader_num_workers")
+    loading = config.accelerator_config
+    settings = {
+        "dataloader_num_workers": config.dataloader_num_workers,
+        "auto_find_batch_size": config.auto_find_batch_size,
+        "dispatch_batches": loading.dispatch_batches,
+        "split_batches": loading.split_batches,
+    }
+    if given := [name for name, value in settings.items() if value]:
+        raise ConfigurationError(f"--online answers in the training processes: leave out {', '.join(given)}")
 
 
 def _check_new(job: TrainJob) -> None:

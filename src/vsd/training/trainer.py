@@ -269,8 +269,9 @@ class VSDTrainer(Trainer):
         """And delete the features of answers from which no checkpoint goes on."""
         super()._save_checkpoint(model, trial)
         if isinstance(self.train_dataset, OnlineText):
+            self.accelerator.wait_for_everyone()  # the first process has written the checkpoint
             saved = Path(str(self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-            oldest = min(int(path.name.rpartition("-")[2]) for path in saved)
+            (oldest,) = broadcast_object_list([min(int(path.name.rpartition("-")[2]) for path in saved)])
             self.train_dataset.forget(oldest, self._step_size)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -1,10 +1,10 @@
 """Rounds of rollouts in a folder, and their features.
 
 Every process answers a part of a round. Round n is round-n.json, the texts of all parts, and round-n.p.safetensors, the
-features of part p, which are written first: a round whose texts are there is whole. A resumed run, of as many or of
-other processes, reads the rounds that the interrupted one wrote.
+features of part p, which are written first: a round whose texts are there is whole. A resumed run reads the rounds that
+the interrupted one wrote, whatever the number of processes.
 
-Legend: R most rollouts of a round; example n R + j is rollout j of round n.
+Legend: R the largest number of rollouts in a round; example n R + j is rollout j of round n.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -65,18 +65,19 @@ class Rounds:
             write_text(manifest, json.dumps(origin, indent=1))
         self._processes.wait_for_everyone()
         if not manifest.exists():
-            raise ConfigurationError("--online in several processes needs an --output-dir that all of them share")
+            raise ConfigurationError("--online in several processes needs an --output-dir that all of them can read")
         found = json.loads(manifest.read_text())
         if other := [name for name in origin if found.get(name) != origin[name]]:
             raise MismatchError(
-                f"the answers in '{folder}' were given with another {' and '.join(other)}: "
-                "give another --output-dir, or delete this folder"
+                f"the answers in '{folder}' were given with another {' and '.join(other)}: give another --output-dir"
             )
 
     def load(self, number: int, roll_out: Callable[[int], Sequence[Rollout]]) -> list[int]:
         """The examples of a round; where it is not in the folder, `roll_out` makes this process's part of it."""
         path = self._path(number, "json")
-        parts = json.loads(path.read_text()) if path.exists() else self._written(number, roll_out(number))
+        (parts,) = broadcast_object_list([json.loads(path.read_text()) if path.exists() else None])
+        if parts is None:  # for all processes
+            parts = self._written(number, roll_out(number))
         self._starts[number] = [0, *accumulate(map(len, parts))][:-1]
         texts = [Text(*fields) for part in parts for fields in part]
         found = {number * self.size + j: text for j, text in enumerate(texts)}
@@ -88,8 +89,8 @@ class Rounds:
         for key in [key for key in self._features if key[0] < before]:
             del self._features[key]
         for path in self.folder.glob("round-*.safetensors"):
-            if int(path.name.split(".")[0].removeprefix("round-")) < before:
-                path.unlink(missing_ok=True)  # another process may be faster
+            if self._processes.is_main_process and int(path.name.split(".")[0].removeprefix("round-")) < before:
+                path.unlink()
 
     def batch(self, texts: Texts) -> Features:
         """See `FeatureSource.batch`."""

@@ -91,7 +91,7 @@ class OnlineText(Dataset[dict[str, Any]]):
     def order(self, epoch: int, size: int) -> Iterator[int]:
         """The texts of an epoch, `size` for each step.
 
-        A round is answered when training gets to it; greedy answers are given once.
+        A round is answered when training gets to it, which is one batch ahead; greedy answers are given once.
         """
         first = epoch * self.rounds_per_epoch
         if not self.rounds.texts:  # a resumed run begins in this epoch, and its buffer with earlier rounds
