@@ -1,6 +1,7 @@
 """Options that cannot apply together are refused before the target is loaded: none is ignored."""
 
 import dataclasses
+from typing import Any
 
 from vsd.drafters.load import DEFAULT, family_named, family_of
 from vsd.errors import ConfigurationError
@@ -43,7 +44,7 @@ def _check_online(job: TrainJob, config: VSDConfig) -> None:
         raise ConfigurationError("--online answers with a drafter: give the one to continue from, --drafter FOLDER")
     if job.features not in ("auto", "online"):
         raise ConfigurationError("--online takes the features from decoding: leave out --features")
-    loading = config.accelerator_config
+    loading: Any = config.accelerator_config
     settings = {
         "dataloader_num_workers": config.dataloader_num_workers,
         "auto_find_batch_size": config.auto_find_batch_size,

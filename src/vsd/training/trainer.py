@@ -169,7 +169,8 @@ class VSDTrainer(Trainer):
     @property
     def _step_size(self) -> int:
         """Texts of a step, of all batches and processes."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        size: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return size
 
     @property
     def _epoch(self) -> int:
