@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from rich.progress import Progress as Bar
-from rich.progress import TaskID
+from rich.progress import ProgressColumn, TaskID
 
 T = TypeVar("T")
 
@@ -16,6 +16,9 @@ class Progress(Bar):
     """Rich's progress bar; where the output is no terminal, a part that ends prints a line, at most twice a minute."""
 
     _printed = float("inf")  # when: never before the start
+
+    def __init__(self, *columns: str | ProgressColumn, **options: Any) -> None:
+        super().__init__(*columns, **{"speed_estimate_period": 3600.0, **options})  # a part may take minutes
 
     def start(self) -> None:
         """Show the bar, or begin to count the seconds to the first line."""

@@ -38,7 +38,6 @@ def progress_bar(*, enabled: bool) -> Progress:
         TimeRemainingColumn(),
         _TokenRate(),
         disable=not enabled,
-        speed_estimate_period=3600,
     )
 
 
