@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_overwritten(workshop: Path, tmp_path: Path, capsy
     assert (out / "drafter" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("length", ["max_minutes=0.01", "patience=1"])
+@pytest.mark.parametrize("length", ["max_minutes=0.003", "patience=1"])
 def test_a_run_that_ends_before_its_last_step_has_a_checkpoint(workshop: Path, tmp_path: Path, length: str) -> None:
     """It was ended by the clock, or because τ did not rise; longer, it goes on from there."""
     out = tmp_path / "run"
@@ -172,7 +172,7 @@ def test_a_run_that_ends_before_its_last_step_has_a_checkpoint(workshop: Path, t
     assert cli.main(arguments(workshop, out, *options)) == 0
     (first,) = out.glob("checkpoint-*")
     ended = int(first.name.rpartition("-")[2])
-    assert ended < 1000  # no step at which a checkpoint was due
+    assert ended < 30
     longer = [*options[:-1], "max_minutes=null", "patience=null", f"max_steps={ended + 2}", "--resume"]
     if length.startswith("patience"):  # the clock's schedule of the learning rate is a setting of its own
         assert cli.main(arguments(workshop, out, *longer)) == 0
