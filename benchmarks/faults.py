@@ -39,7 +39,7 @@ Record = dict[str, Any]  # of one case: kind, number, group, and what is wrong
 
 def inputs(shop: Workshop, folder: Path, seed: int, numbers: list[int]) -> Iterator[Record]:
     """Malformed inputs."""
-    for number in track(numbers, "malformed inputs", enabled=bool(numbers)):
+    for number in track(numbers, "malformed inputs"):
         wrong = malformed.attempt(shop, folder / str(number), seed, number)
         shutil.rmtree(folder / str(number), ignore_errors=True)
         yield {"kind": "input", "number": number, "group": malformed.rule_of(number), "wrong": wrong}
@@ -48,7 +48,7 @@ def inputs(shop: Workshop, folder: Path, seed: int, numbers: list[int]) -> Itera
 def killed(shop: Workshop, folder: Path, seed: int, command: str, numbers: list[int]) -> Iterator[Record]:
     """Trials of one command, each killed once or several times."""
     cost = kills.straight(shop, command, folder / command / "straight") if numbers else (0.0, 0)
-    for number in track(numbers, f"kills of {command}", enabled=bool(numbers)):
+    for number in track(numbers, f"kills of {command}"):
         out, reference = folder / command / str(number), folder / command / "straight"
         found = kills.trial(shop, command, reference, cost, out, Random(f"{seed} {command} {number}"))
         yield {"kind": "kill", "number": number, "group": command, "kills": found.met, "wrong": found.wrong}

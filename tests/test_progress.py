@@ -30,6 +30,7 @@ def test_lines_are_half_a_minute_apart(log: io.StringIO, monkeypatch: pytest.Mon
     assert len(log.getvalue().splitlines()) == 1
 
 
-def test_disabled_bars_print_nothing(log: io.StringIO) -> None:
+def test_disabled_bars_and_bars_of_nothing_print_nothing(log: io.StringIO) -> None:
     list(progress.track(range(3), "shards", enabled=False))
+    list(progress.track([], "shards"))
     assert not log.getvalue()

@@ -28,7 +28,7 @@ from vsd.targets.load import resolve
 
 BLANK = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
 ABOUT = ("object", "color", "place", "count", "ground")
-_HELD_OUT = 500_000  # first seed: training begins far above
+HELD_OUT = 500_000  # first seed: training begins far above
 _OPENING = 10  # words of a caption before its things
 _TOGETHER = 20
 _LONGEST = 16  # tokens of an answer
@@ -106,7 +106,7 @@ def right(question: Question, answer: str) -> bool:
 
 def asked_of(pictures: int) -> Iterator[tuple[int, Question]]:
     """One question of each kind about every picture that has one."""
-    for seed in range(_HELD_OUT, _HELD_OUT + pictures):
+    for seed in range(HELD_OUT, HELD_OUT + pictures):
         firsts: dict[str, Question] = {}
         for question in questions(scene(seed)):
             firsts.setdefault(question.about, question)
@@ -125,11 +125,15 @@ def print_table(title: str, columns: dict[str, dict[str, list[float]]]) -> None:
     """Means and intervals of every kind of fact (rows) in every way of showing it (columns)."""
     print(title)
     for about in ABOUT:
-        line = f"  {about:8}"
-        for way, found in columns.items():
-            mean, low, high = interval(found[about])
-            line += f"   {way} {mean:.2f} [{low:.2f}, {high:.2f}] n {len(found[about])}"
-        print(line, flush=True)
+        print_row(f"  {about:8}", {way: found[about] for way, found in columns.items()})
+
+
+def print_row(label: str, hits: dict[str, list[float]]) -> None:
+    """Mean and interval of one kind of fact in every way of showing it."""
+    for way, values in hits.items():
+        mean, low, high = interval(values)
+        label += f"   {way} {mean:.2f} [{low:.2f}, {high:.2f}] n {len(values)}"
+    print(label, flush=True)
 
 
 def answered(target: Target, pictures: int, report: Path | None) -> dict[str, dict[str, list[float]]]:
@@ -160,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all answers there")
     options = parser.parse_args()
     target = Target(resolve(options.target))
-    scenes = [scene(seed) for seed in range(_HELD_OUT, _HELD_OUT + options.read)]
+    scenes = [scene(seed) for seed in range(HELD_OUT, HELD_OUT + options.read)]
     blank = read(target, scenes, [BLANK] * len(scenes))
     columns = {"picture": read(target, scenes, [render(one) for one in scenes]), "blank": blank}
     print_table("Words that image embeddings are nearest to", columns)

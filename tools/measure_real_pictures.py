@@ -12,11 +12,9 @@ over pictures).
 
 import argparse
 
-from measure_multimodal_target import BLANK, Target, interval, right
+from measure_multimodal_target import BLANK, HELD_OUT, Target, print_row, right
 from real_pictures import Emoji, Shapes
 from vsd.targets.load import resolve
-
-_HELD_OUT = 500_000  # first seed of emoji: training begins far above
 
 
 def main() -> None:
@@ -28,19 +26,18 @@ def main() -> None:
     target, shapes, emoji = Target(resolve(options.target)), Shapes("test"), Emoji()
     shown = {
         "easy-vqa": [shapes.picture(number) for number in shapes.numbers[: options.pictures]],
-        "emoji": [emoji.picture(_HELD_OUT + k) for k in range(options.pictures)],
+        "emoji": [emoji.picture(HELD_OUT + k) for k in range(options.pictures)],
     }
     for program, pictures in shown.items():
         asked = [(picture.image, question) for picture in pictures for question in picture.questions]
         ways = {"picture": [image for image, _ in asked], "blank": [BLANK] * len(asked)}
         answers = {way: target.answers([q.text for _, q in asked], images) for way, images in ways.items()}
         for about in dict.fromkeys(question.about for _, question in asked):
-            line = f"{program:8} {about:6}"
-            for way, said in answers.items():
-                hits = [float(right(q, said[k])) for k, (_, q) in enumerate(asked) if q.about == about]
-                mean, low, high = interval(hits)
-                line += f"   {way} {mean:.2f} [{low:.2f}, {high:.2f}] n {len(hits)}"
-            print(line, flush=True)
+            hits = {
+                way: [float(right(q, said[k])) for k, (_, q) in enumerate(asked) if q.about == about]
+                for way, said in answers.items()
+            }
+            print_row(f"{program:8} {about:6}", hits)
 
 
 if __name__ == "__main__":

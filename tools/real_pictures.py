@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vsd.pictures import SIDE, Question
-from vsd.pictures.scenes import COLOURS, GROUNDS
+from vsd.pictures.scenes import COLOURS, GROUNDS, others
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SHAPE_FACTS = {
@@ -27,7 +27,6 @@ _FOOD_AND_PLANTS, _ANIMALS = range(0x1F32D, 0x1F380), range(0x1F400, 0x1F440)  #
 _LONGEST_NAME = 3  # words
 _STRIKE = 109  # the only size that Noto's bitmaps have
 _SMALLEST = 40  # pixels of an emoji's side
-_ENOUGH = 200  # pictures of shapes, of 24 kinds
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,11 @@ class Shapes:
         shape, color = asked["shape"][1], asked["color"][1]
         said = {"shape": f"A {color} {shape}.", "color": f"The {shape} is {color}."}
         questions = [
-            Question(about, text, said[about], (fact,), tuple(other for other in SHAPE_FACTS[about] if other != fact))
+            Question(about, text, said[about], (fact,), others(SHAPE_FACTS[about], fact))
             for about, (text, fact) in asked.items()
         ]
         image = Image.open(self._paths[number]).convert("RGB")
-        caption = f"There is one object on a plain background: a {color} {shape}."
-        return Picture(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), caption, questions)
+        return Picture(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), shape_caption(color, shape), questions)
 
 
 class Emoji:
@@ -95,10 +93,10 @@ class Emoji:
         image = Image.new("RGB", (SIDE, SIDE), COLOURS[ground])
         glyph = self.glyphs[name].resize((side, side))
         image.paste(glyph, (draw.randint(0, SIDE - side), draw.randint(0, SIDE - side)), glyph)
-        others = tuple(color for color in GROUNDS if color != ground)
+        wrong = others(GROUNDS, ground)
         questions = [
             Question("emoji", "What is this emoji called?", f"It is called {name}.", tuple(name.split()), ()),
-            Question("ground", "What is the background?", f"The background is plain {ground}.", (ground,), others),
+            Question("ground", "What is the background?", f"The background is plain {ground}.", (ground,), wrong),
         ]
         return Picture(image, emoji_caption(name, ground), questions)
 
@@ -108,6 +106,11 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     image = Image.new("RGBA", (side, side))
     ImageDraw.Draw(image).text((0, 0), character, font=font, embedded_color=True)
     return image.crop(image.getbbox())
+
+
+def shape_caption(color: str, shape: str) -> str:
+    """All that is true of a shape's picture, in words."""
+    return f"There is one object on a plain background: a {color} {shape}."
 
 
 def emoji_caption(name: str, ground: str) -> str:
@@ -122,8 +125,8 @@ class RealPictures:
         self._shapes, self._emoji = Shapes("train"), Emoji()
 
     def captions(self) -> Iterator[str]:
-        """Captions that have all words of captions."""
-        yield from (self._shapes.picture(number).caption for number in self._shapes.numbers[:_ENOUGH])
+        """All captions that there are."""
+        yield from (shape_caption(color, shape) for color in SHAPE_FACTS["color"] for shape in SHAPE_FACTS["shape"])
         yield from (emoji_caption(name, ground) for name in self._emoji.glyphs for ground in GROUNDS)
 
     def picture(self, seed: int) -> Picture:

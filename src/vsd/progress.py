@@ -43,8 +43,8 @@ class Progress(Bar):
 
 
 def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Iterable[T]:
-    """Iterate, and show how many items are done."""
-    with Progress(disable=not enabled) as bar:
+    """Iterate, and show how many items are done; of no items nothing."""
+    with Progress(disable=not enabled or not items) as bar:
         task = bar.add_task(description, total=len(items))
         for item in items:
             yield item

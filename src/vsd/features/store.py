@@ -96,7 +96,7 @@ class FeatureStore:
             write_text(path, json.dumps(manifest, indent=1))
         plan, (index, workers) = Plan.of(examples), worker
         missing = [s for s in range(index, len(plan.sizes), workers) if not (folder / _name(s)).exists()]
-        for s in track(missing, "target features", enabled=bool(missing) and index == 0):
+        for s in track(missing, "target features", enabled=index == 0):
             chosen = list(examples[plan.first[s] : plan.first[s + 1]])
             _write_shard(folder / _name(s), partial(_shard, target, chosen, layers, temperature))
         meet()

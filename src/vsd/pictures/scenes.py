@@ -155,8 +155,8 @@ def questions(scene: Scene) -> list[Question]:
     many = "is one object" if count == "one" else f"are {count} objects"
     ground = f"The background is {scene.pattern} {scene.ground}."
     asked = [
-        Question("count", "How many objects are there?", f"There {many}.", (count,), _others(NUMBERS[1:7], count)),
-        Question("ground", "What is the background?", ground, (scene.ground,), _others(GROUNDS, scene.ground)),
+        Question("count", "How many objects are there?", f"There {many}.", (count,), others(NUMBERS[1:7], count)),
+        Question("ground", "What is the background?", ground, (scene.ground,), others(GROUNDS, scene.ground)),
     ]
     for thing in scene.things:
         asked += _about(thing, alone=sum(other.noun == thing.noun for other in scene.things) == 1)
@@ -165,12 +165,12 @@ def questions(scene: Scene) -> list[Question]:
 
 def _about(thing: Thing, alone: bool) -> list[Question]:
     name = thing.noun
-    whats = _others(SHAPES + WORDS + NUMBERS, thing.what)
+    whats = others(SHAPES + WORDS + NUMBERS, thing.what)
     asked = [Question("object", f"What is at the {thing.place}?", f"A {thing.look}.", (thing.what,), whats)]
     if alone:
         row, column = ROWS[thing.row], COLUMNS[thing.column]
-        places = _others(ROWS, row) + _others(COLUMNS, column)
-        colours = _others(tuple(COLOURS), thing.colour)
+        places = others(ROWS, row) + others(COLUMNS, column)
+        colours = others(tuple(COLOURS), thing.colour)
         asked += [
             Question("color", f"What color is the {name}?", f"The {name} is {thing.colour}.", (thing.colour,), colours),
             Question("place", f"Where is the {name}?", f"The {name} is at the {thing.place}.", (row, column), places),
@@ -178,7 +178,8 @@ def _about(thing: Thing, alone: bool) -> list[Question]:
     return asked
 
 
-def _others(words: tuple[str, ...], word: str) -> tuple[str, ...]:
+def others(words: tuple[str, ...], word: str) -> tuple[str, ...]:
+    """The alternatives to a word."""
     return tuple(other for other in words if other != word)
 
 

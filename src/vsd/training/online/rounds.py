@@ -88,8 +88,9 @@ class Rounds:
         """Delete the features of all rounds before a round; their texts stay."""
         for key in [key for key in self._features if key[0] < before]:
             del self._features[key]
-        for path in self.folder.glob("round-*.safetensors"):
-            if self._processes.is_main_process and int(path.name.split(".")[0].removeprefix("round-")) < before:
+        files = self.folder.glob("round-*.safetensors") if self._processes.is_main_process else ()
+        for path in files:
+            if int(path.name.split(".")[0].removeprefix("round-")) < before:
                 path.unlink()
 
     def batch(self, texts: Texts) -> Features:
