@@ -27,13 +27,13 @@ def rope(x: Tensor, position: int, theta: float) -> Tensor:
     return out
 
 
-def attend(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """queries [heads, D] over keys and values, [kv heads, D] each -> [heads · D]."""
+def attend(queries: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], lost: Tensor | float = 0.0) -> Tensor:
+    """queries [heads, D] over keys and values, [kv heads, D] each -> [heads · D]; `lost` is taken off the scores."""
     share = len(queries) // len(keys[0])
     out = []
     for head, query in enumerate(queries):
         kv = head // share
-        weights = torch.stack([query @ key[kv] / len(query) ** 0.5 for key in keys]).softmax(0)
+        weights = (torch.stack([query @ key[kv] / len(query) ** 0.5 for key in keys]) - lost).softmax(0)
         out.append(torch.stack([weight * value[kv] for weight, value in zip(weights, values)]).sum(0))
     return torch.cat(out)
 

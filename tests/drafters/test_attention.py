@@ -71,6 +71,25 @@ def test_gradients_are_those_of_the_output(J: int, M: int, monkeypatch: pytest.M
     torch.autograd.gradcheck(run, states, fast_mode=True)  # along random directions
 
 
+def test_numbers_in_place_of_the_mask_are_added_to_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An added logarithm of a whole number n has the effect of n equal entries, and minus infinity hides an entry."""
+    monkeypatch.setitem(chunks._BYTES, "cpu", 3 * SCORES)
+    states, (seen, own_seen) = case(2, 3)
+    own_seen[:, 0] = True
+    added = torch.where(seen, 0.0, float("-inf")).double()
+    for found, wanted in zip(*(attended(attend_block, states, (mask, own_seen)) for mask in (added, seen))):
+        torch.testing.assert_close(found, wanted)
+    added[:, :, 0] = torch.tensor(3.0).log()
+    queries, keys, values, *own = states
+    copied = [torch.cat([x, x[:, :, :1], x[:, :, :1]], dim=2) for x in (keys, values)]
+    twice = seen[:, :, :1].expand(-1, -1, 2)
+    wanted = attend_block(queries, (copied[0], copied[1]), torch.cat([seen, twice], -1), (own[0], own[1]), own_seen)
+    found = attend_block(queries, (keys, values), added, (own[0], own[1]), own_seen)
+    torch.testing.assert_close(found, wanted)
+    run = lambda q, k, v, ok, ov: attend_block(q, (k, v), added, (ok, ov), own_seen)  # noqa: E731
+    torch.autograd.gradcheck(run, states, fast_mode=True)
+
+
 def test_a_query_that_sees_nothing_has_output_and_gradient_zero() -> None:
     states, (seen, own_seen) = case(2, 3)
     seen[0, 2], own_seen[0] = False, False

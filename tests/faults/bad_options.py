@@ -108,6 +108,8 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "online with another family": (["online=true", "drafter={shop}/drafter", "family=peagle"], "leave out family"),
     "answer_tokens without online": (["answer_tokens=9"], "answer_tokens: .*--online"),
     "replay and buffer without online": (["replay=1", "buffer=9"], "replay, buffer: .*--online"),
+    "locality of eagle3": (["locality=0.2"], "locality is for a new block drafter"),
+    "locality of a given drafter": (["drafter={shop}/drafter", "locality=0"], "locality is for a new block drafter"),
     "patience without τ": (["patience=2"], "patience .*--held-out"),
     "layers of lm": (["family=lm", "drafter_options.aux_layers=[1]"], "no field aux_layers: leave it out"),
     "heads of lm": (["family=lm", "drafter_options.num_attention_heads=3"], "num_attention_heads.*family lm"),

@@ -40,7 +40,8 @@ def attend_block(
     Args:
         queries: [B, H, P J, D].
         shared: keys and values of the entries, [B, N, E, D].
-        seen: which entries a path sees, [B, P, E] bool.
+        seen: which entries a path sees, [B, P, E] bool; or numbers that are added to the scores of its queries, minus
+            infinity for an entry that it does not see.
         own: keys and values of the paths, [B, N, P M, D].
         own_seen: which of its path's keys a query sees, [J, M] bool.
 
@@ -119,7 +120,10 @@ def _chunks(queries: Tensor, keys: Tensor, own_keys: Tensor) -> Iterator[tuple[s
 def _scores(queries: Tensor, keys: Tensor, own_keys: Tensor, seen: Tensor, own_seen: Tensor) -> Tensor:
     """[B, N, C, R, E + M]; minus infinity where a query does not see a key."""
     scores, E = _products(queries, keys, own_keys), keys.shape[2]
-    scores[..., :E].masked_fill_(~seen[:, None, :, None], float("-inf"))
+    if seen.dtype is torch.bool:
+        scores[..., :E].masked_fill_(~seen[:, None, :, None], float("-inf"))
+    else:
+        scores[..., :E].add_(seen[:, None, :, None])
     scores[..., E:].masked_fill_(~own_seen, float("-inf"))
     return scores
 

@@ -62,11 +62,13 @@ class FeatureDrafter(Proposals, PreTrainedModel):
 
     Attributes:
         title: of the family, for messages.
+        untrained: whether it was made by `for_target` instead of read; families that start with trained blocks say no.
         reads_final: whether the final hidden states, index L of `aux_layers`, are among its features.
         image_rules: the values of `image_inputs` that its family knows.
     """
 
     title: ClassVar[str]
+    untrained: bool = False
     reads_final: ClassVar[bool] = False
     image_rules: ClassVar[tuple[str, ...]] = ("placeholder",)
     config_class: Any
@@ -92,6 +94,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
         cls._check_fields(overrides)
         fields = {**cls.fields_for(target, overrides), "draft_vocab_size": vocabulary.size, **overrides}
         drafter: Any = cls(cls.config_class(**fields))
+        drafter.untrained = True
         drafter.d2t.copy_(vocabulary.d2t)
         drafter.t2d.copy_(vocabulary.t2d)
         drafter.to(target.device)

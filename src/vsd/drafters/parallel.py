@@ -6,7 +6,8 @@ and scored, and trees grown, without another pass. A correction makes q_t depend
 The best N - 1 prefixes of such a q are found exactly: at every level the N - 1 best prefixes suffice, as a prefix
 outranks its continuations. `top_k` bounds the children of a node; 1 drafts a chain.
 
-Legend: B batch, E entries, P paths, U distinct roots of a sequence, K steps, h hidden, Vd draft vocabulary.
+Legend: B batch, E entries, N tokens, P paths, U distinct roots of a sequence, K steps, h hidden, n h width of
+the features, Vd draft vocabulary.
 """
 
 from abc import abstractmethod
@@ -26,6 +27,7 @@ class Parallel(Proposals):
     """A drafter of whole blocks."""
 
     one_pass = True
+    locality: float = 0.0  # in training: what a block's attention scores lose for every position before its root
     lm_head: Any
     embed: Any
 
@@ -50,6 +52,22 @@ class Parallel(Proposals):
         found = self.blocks(entries, some, paths.tokens.shape[-1])  # [B, U, K, h]
         states = found.gather(1, which[..., None, None].expand(-1, -1, *found.shape[2:])).permute(2, 0, 1, 3)
         return objective(*self.joined(states, paths.consumed(entries.next_ids)))
+
+    def prepare(self, aux: Tensor) -> None:
+        """What an untrained drafter takes from features [N, n h] of its text before training; here nothing."""
+
+    def seen_by_blocks(self, entries: Entries, roots: Tensor) -> Tensor:
+        """The entries that blocks below roots [B, P] attend to, [B, P, E]: bool, or with `locality` added scores.
+
+        The queries of untrained blocks are alike, so their attention is nearly even, and the root, which tells most
+        about the next tokens, is one among hundreds of entries. `locality` gives it most of the weight. The trainer
+        lowers it to 0, and meanwhile queries and keys learn to find the entries near the root.
+        """
+        seen = entries.seen_from(roots)
+        if not self.locality:
+            return seen
+        distances = entries.positions.gather(1, roots)[..., None] - entries.positions[:, None]
+        return (-self.locality * distances).masked_fill(~seen, float("-inf"))
 
     @torch.no_grad()
     def sample(self, entries: Entries, roots: Tensor, steps: int, choose: Callable[[Tensor], Tensor]) -> None:

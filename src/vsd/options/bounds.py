@@ -32,7 +32,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("minutes", "max_minutes", "requests_per_second", "num_train_epochs"), _POSITIVE),
     **dict.fromkeys(("eval_steps", "logging_steps", "save_steps"), _POSITIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _DECAY),
-    "ramp": _SHARE,
+    **dict.fromkeys(("ramp", "locality"), _SHARE),
     "seed": _SEED,
 }
 

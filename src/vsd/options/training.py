@@ -17,6 +17,8 @@ class ObjectiveOptions:
         objective_options: options of the objective, which `vsd objectives NAME` lists; they are added to the recipe's
         draft_steps: number K of draft steps that are trained
         ramp: share of the training during which K grows from 1 to draft_steps
+        locality: share of the training during which the blocks of a new block drafter attend mostly to the text near
+            their root; 0: they see all of it equally from the start, and learn slowly
         temperature: sampling temperature in serving, for the rules target and rejection; 1 for greedy serving
     """
 
@@ -24,6 +26,7 @@ class ObjectiveOptions:
     objective_options: dict[str, Any] = field(default_factory=dict)
     draft_steps: int = 5
     ramp: float = 0.0
+    locality: float = 0.5
     temperature: float = 1.0
 
 

@@ -27,6 +27,7 @@ def check_applicable(job: TrainJob, config: VSDConfig) -> None:
         _check_new(job)
     else:
         _check_given(job, job.drafter)
+    _check_locality(job, config)
     if job.online:
         _check_online(job, config)
     else:
@@ -36,6 +37,16 @@ def check_applicable(job: TrainJob, config: VSDConfig) -> None:
             raise ConfigurationError(f"{', '.join(unused)}: for online training: add --online, or leave it out")
     if config.patience is not None and not job.held_out:
         raise ConfigurationError("patience needs measurements of τ: give --held-out a number above 0, or leave it out")
+
+
+def _check_locality(job: TrainJob, config: VSDConfig) -> None:
+    """Only untrained blocks have a locality."""
+    if config.locality == VSDConfig.locality:
+        return
+    given = None if job.drafter is None else family_of(job.drafter)
+    wanted: Any = given if given is not None and job.family is None else family_named(job.family or DEFAULT)
+    if wanted is given or not wanted.kind.one_pass:
+        raise ConfigurationError("locality is for a new block drafter: leave it out")
 
 
 def _check_online(job: TrainJob, config: VSDConfig) -> None:

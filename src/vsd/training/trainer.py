@@ -37,6 +37,8 @@ from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a step
+_FIRST = 8  # texts that an untrained drafter is prepared with
+_LOCALITY = 2.0  # at first: an attention weight is divided by e² for every position before the root (docs/results.md)
 _MEMORY = "memory_0.json"  # in a checkpoint; older ones also have files of other processes
 
 
@@ -94,6 +96,8 @@ class VSDTrainer(Trainer):
         server = features if isinstance(features, ServedFeatures) and not isinstance(target, Target) else None
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast, server)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
+        if drafter.one_pass and drafter.untrained and isinstance(train_dataset, DraftDataset):
+            drafter.prepare(self._first_features(train_dataset))
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._first = torch.zeros(2)  # first drafted tokens of this step so far: right ones, and all
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
@@ -122,6 +126,13 @@ class VSDTrainer(Trainer):
         )
         return self.lr_scheduler
 
+    def _first_features(self, texts: DraftDataset) -> Tensor:
+        """Features of all tokens of the first texts, [N, n h]: the same in every process."""
+        some = Collator()([texts[i] for i in range(min(_FIRST, len(texts)))])
+        read = texts_of(self._prepare_inputs(some))
+        pieces = zip(self.features.batch(read).aux, read.inputs.lengths)
+        return torch.cat([aux[:length] for aux, length in pieces])
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -130,6 +141,7 @@ class VSDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """E-step, then M-step, on one batch; see `vsd.objective` for the loss."""
+        self._set_locality()
         batch = self.batch(inputs)
         posteriors = self._e_step(batch)
         batch = batch._replace(prefill=None)  # its memory is the M-step's
@@ -294,9 +306,20 @@ class VSDTrainer(Trainer):
 
     def _steps(self) -> int:
         """K now: grows evenly from 1 to `draft_steps` over the first share `ramp` of the training."""
-        K, ramp = self.args.draft_steps, self.args.ramp
-        clock = self._budget.progress if self._budget else self.state.global_step / max(1, self.state.max_steps)
+        K, ramp, clock = self.args.draft_steps, self.args.ramp, self._clock
         return K if clock >= ramp else 1 + int(K * clock / ramp)
+
+    def _set_locality(self) -> None:
+        """Blocks of a new drafter attend near their root, ever less so over the first share `locality`."""
+        drafter, share = self._models.drafter, self.args.locality
+        if drafter.one_pass and drafter.untrained:
+            left = max(0.0, 1 - self._clock / share) if share else 0.0
+            drafter.locality = _LOCALITY * left
+
+    @property
+    def _clock(self) -> float:
+        """The share of the training that is done."""
+        return self._budget.progress if self._budget else self.state.global_step / max(1, self.state.max_steps)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The drafter's own checkpoint, whatever its family."""
