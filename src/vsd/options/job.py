@@ -21,7 +21,8 @@ class TargetOptions:
     Attributes:
         target: hub id, folder or .gguf file of the target
         dtype: precision of the target: auto (the fastest on this device), float32, bfloat16 or float16
-        device: auto (the first GPU, if there is one), cpu, cuda, cuda:1, …
+        device: auto (the first GPU, if there is one), cpu, cuda, cuda:1, …; or split: the layers over all GPUs, for a
+            target that is too large for one
         revision: branch, tag or commit of the target on the hub
         trust_remote_code: run Python code that the target's repository brings
     """

@@ -8,7 +8,7 @@ Nothing is ever copied but the accepted rows, and the committed slots of the row
 Legend: B batch, H key/value heads, C capacity, N nodes of one pass, A accepted nodes, D head dimension, M layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class Store:
         """Whether there is a place for one more layer, and states [B, H, N, D] fit it."""
         pairs = (self.keys, key_states), (self.values, value_states)
         return self.used < len(self.keys) and all(
-            s.shape[1:3] == x.shape[:2] and s.shape[4] == x.shape[3] for s, x in pairs
+            s.device == x.device and s.shape[1:3] == x.shape[:2] and s.shape[4] == x.shape[3] for s, x in pairs
         )
 
     def grow(self, slots: int) -> None:
@@ -42,6 +42,7 @@ class Store:
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots source [B, A] to slots destination [B, A]."""
+        source, destination = source.to(self.keys.device), destination.to(self.keys.device)
         for states in (self.keys, self.values):
             index = source[None, :, None, :, None].expand(*states.shape[:1], -1, states.shape[2], -1, states.shape[4])
             rows = states.gather(3, index)
@@ -49,6 +50,7 @@ class Store:
 
     def select(self, rows: Tensor, slots: int) -> None:
         """Keep only the batch rows `rows` [B'] and their first slots; fewer rows move within the same memory."""
+        rows = rows.to(self.keys.device)
         self.keys, self.values = (_selected(states, rows, slots) for states in (self.keys, self.values))
 
 
@@ -58,7 +60,7 @@ class Slots:
     The layers refer to this object and not to the cache: in a cycle they would wait for the garbage collector.
 
     Attributes:
-        layers: decoder layers of the cache.
+        devices: of the decoder layers of the cache.
         positions: largest position (of several rows of positions) of the token in every slot, [B, C].
         stores: keys and values.
         fill: first slot of the next pass.
@@ -66,8 +68,8 @@ class Slots:
         reach: slots that it reads.
     """
 
-    def __init__(self, layers: int, positions: Tensor) -> None:
-        self.layers, self.positions = layers, positions
+    def __init__(self, devices: Sequence[torch.device], positions: Tensor) -> None:
+        self.devices, self.positions = devices, positions
         self.stores: list[Store] = []
         self.fill = 0
         self.written: Tensor | None = None
@@ -79,11 +81,12 @@ class Slots:
         return self.positions.shape[1]
 
     def store_for(self, key_states: Tensor, value_states: Tensor) -> Store:
-        """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers."""
+        """The store of layers with such states [B, H, N, D]; nearly always there is one for all layers of a device."""
         for store in self.stores:
             if store.holds(key_states, value_states):
                 return store
-        layers = 1 if self.stores else self.layers
+        first = all(store.keys.device != key_states.device for store in self.stores)
+        layers = self.devices.count(key_states.device) if first else 1
         self.stores.append(Store(layers, self.capacity, key_states, value_states))
         return self.stores[-1]
 
@@ -149,6 +152,10 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """One `TreeLayer` per decoder layer, and the committed length of every row.
 
+    Args:
+        layers: the device of every decoder layer.
+        device: of everything but keys and values.
+
     Attributes:
         lengths: committed tokens of every row, [B].
         next: position of the token behind the committed ones, [B]: one above the largest.
@@ -158,10 +165,10 @@ class TreeCache(Cache):
     layers: list[TreeLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, num_layers: int, batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
+        self, layers: Sequence[torch.device], batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
     ) -> None:
-        self.slots = Slots(num_layers, torch.zeros(batch_size, capacity, dtype=torch.long, device=device))
-        super().__init__(layers=[TreeLayer(self.slots) for _ in range(num_layers)])
+        self.slots = Slots(layers, torch.zeros(batch_size, capacity, dtype=torch.long, device=device))
+        super().__init__(layers=[TreeLayer(self.slots) for _ in layers])
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.next = torch.zeros_like(self.lengths)
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
@@ -20,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from vsd.errors import TargetError
 from vsd.targets.images import image_reader
 from vsd.targets.info import OuterModules, TargetInfo, end_ids, outer_modules
-from vsd.targets.load import auto_class, chosen_dtype, device_named, first_line, resolve
+from vsd.targets.load import chosen_dtype, device_named, first_line, resolve, without_memory
 
 # Before the base model's own name of a tensor: how checkpoints of whole, bare and multimodal models call it.
 _PREFIXES = ("", "model.", "language_model.", "language_model.model.", "model.language_model.", "transformer.")
@@ -68,8 +67,7 @@ def _read_outer(
     revision: str | None,
     trust_remote_code: bool,
 ) -> OuterModules:
-    with init_empty_weights(include_buffers=False):
-        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    model = without_memory(config, trust_remote_code)
     outer, shards = outer_modules(model), _Shards(path, revision)
     names = {id(module): name for name, module in model.named_modules()}
     tied = model.config.get_text_config().tie_word_embeddings and not any(

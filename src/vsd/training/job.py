@@ -18,12 +18,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from vsd.data import Example, Examples, training_text
 from vsd.drafters import new_drafter
 from vsd.drafters.load import adopted_drafter, family_for, family_named, start_drafter
-from vsd.errors import MismatchError, VSDError
+from vsd.errors import ConfigurationError, MismatchError, VSDError
 from vsd.features import FeatureServer, FeatureSource, FeatureStore, KeptFeatures, ServedFeatures, TextStore
 from vsd.files import alone, writing
 from vsd.objective import objective
 from vsd.options import TrainJob, draft_vocabulary_size
 from vsd.targets import Inputs, Target, TargetInfo, load_target, load_target_info
+from vsd.targets.split import SPLIT
 from vsd.training.applicable import check_applicable
 from vsd.training.batch import DraftDataset, announced
 from vsd.training.config import VSDConfig
@@ -111,8 +112,12 @@ def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | No
 
 
 def _where(job: TrainJob, config: VSDConfig) -> dict[str, Any]:
-    """How the target is loaded: each process has its own GPU."""
-    return {**job.loading, "device": str(config.device)}
+    """How the target is loaded: each process has its own GPU, and one process alone may spread it over all."""
+    if job.device != SPLIT:
+        return {**job.loading, "device": str(config.device)}
+    if (count := PartialState().num_processes) > 1:
+        raise ConfigurationError(f"--device split is for one process, and there are {count}: start one")
+    return job.loading
 
 
 def _begin(job: TrainJob, config: VSDConfig, resume: bool, held: ExitStack, text: str | None = None) -> str | None:
