@@ -1,11 +1,13 @@
 """Time and memory of a DFlash training step: vsd against speculators' own class on the same weights and batch.
 
-    python benchmarks/block_step.py [--batch 4] [--rounds 6] [--json FILE]
+    python benchmarks/block_step.py [--batch 4] [--rounds 6] [--attention sdpa eager] [--dtypes float32 bfloat16]
+        [--json FILE]
 
-Both run in processes of their own, one step after the other, in float32 without autocast; speculators 0.9.0 in the
-environment of `make integration` (.venv-vllm), once with each attention implementation that runs on a CPU. Every answer
-token is an anchor on both sides, a block has five mask tokens, the drafter two layers and a draft vocabulary of 8192. A
-supervised position is a mask token whose label is an answer token. Memory is the peak beyond weights and batch.
+Both run in processes of their own, one step after the other, in float32 and with bfloat16 autocast; speculators 0.9.0
+in the environment of `make integration` (.venv-vllm), once with each attention implementation that runs on a CPU. Every
+answer token is an anchor on both sides, a block has five mask tokens, the drafter two layers and a draft vocabulary of
+8192. A supervised position is a mask token whose label is an answer token. Memory is the peak beyond weights and batch.
+The features are given; vsd's, as in a feature store, include the logarithms of the target's normalisers.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -35,7 +38,6 @@ from vsd.targets import Padded, TargetInfo, load_target_info
 
 K, VD = 5, 8192
 LAYERS = (2, 15, 28)
-OURS = "vsd"
 PEER = Path(".venv-vllm/bin/python")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 TERMS = objective("eagle3", {"decay": 0.78}).parts[0].terms  # exp(-1/4) a step, DFlash's own
@@ -54,10 +56,11 @@ def prepare(folder: Path, batch: int) -> None:
     drafter.save_pretrained(folder / "drafter")
     h = target.hidden_size
     features = {"aux": torch.randn(*ids.shape, len(LAYERS) * h), "last": torch.randn(*ids.shape, h)}
+    features["normaliser"] = F.linear(features["last"], target.head_weight).logsumexp(-1)
     save_file({"ids": ids, "mask": mask.contiguous(), **features}, folder / "inputs.safetensors")
 
 
-def run_worker(folder: Path) -> None:
+def run_worker(folder: Path, dtype: torch.dtype) -> None:
     """Steps of vsd, one for every line on the standard input."""
     keep_freed_memory()
     target = load_target_info("smollm2-135m", dtype="float32", device="cpu")
@@ -67,7 +70,8 @@ def run_worker(folder: Path) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         drafter.zero_grad(set_to_none=True)
-        loss, supervised = step(drafter, target, given)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss, supervised = step(drafter, target, given)
         loss.backward()
         seconds = time.perf_counter() - start
         found = {"seconds": seconds, "supervised": float(supervised), "loss": float(loss.detach())}
@@ -81,8 +85,7 @@ def step(drafter: Any, target: TargetInfo, given: dict[str, torch.Tensor]) -> tu
     drafted = mask.nonzero()[:, 1].view(B, -1)  # all sequences have as many
     text = Padded(ids, torch.full((B,), T), torch.arange(T).expand(B, -1), ())
     hidden = given["last"].gather(1, (drafted - 1)[..., None].expand(-1, -1, given["last"].shape[-1])).flatten(0, 1)
-    vocabulary = drafter.vocabulary
-    normaliser = target.log_normaliser(hidden)
+    vocabulary, normaliser = drafter.vocabulary, given["normaliser"].gather(1, drafted - 1).flatten()
     rows = HeadTarget(hidden, target.head_weight[vocabulary.ids], None, normaliser, lambda x: x)
     paths = recorded(ids, drafted, torch.ones_like(drafted, dtype=torch.bool), K)
     tokens, at, valid = (field.flatten(0, 1).T for field in (paths.tokens, paths.rows, paths.valid))
@@ -95,14 +98,17 @@ def step(drafter: Any, target: TargetInfo, given: dict[str, torch.Tensor]) -> tu
     return output.loss / valid.sum(), valid.sum()
 
 
-def measure(batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(batch: int, rounds: int, attention: list[str], dtypes: list[str]) -> dict[str, list[dict[str, float]]]:
     """Every step of every side."""
     here = Path(__file__)
     peer = here.with_name("block_step_speculators.py")
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), batch)
-        commands = {OURS: [sys.executable, here, "--worker", name]}
-        commands |= {f"speculators, {kind}": [PEER, peer, name, kind] for kind in ("eager", "sdpa")}
+        commands: dict[str, list[Any]] = {}
+        for dtype in dtypes:
+            commands[f"vsd, {dtype}"] = [sys.executable, here, "--worker", name, "--dtype", dtype]
+            for kind in attention:
+                commands[f"speculators, {kind}, {dtype}"] = [PEER, peer, name, kind, dtype]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         workers = {
             side: subprocess.Popen(list(map(str, words)), env={**os.environ, **OFFLINE}, text=True, **pipes)
@@ -121,10 +127,11 @@ def measure(batch: int, rounds: int) -> dict[str, list[dict[str, float]]]:
 
 
 def show(found: dict[str, list[dict[str, float]]]) -> None:
+    base = next(side for side in found if side.startswith("speculators"))
     rates = {side: [step["supervised"] / step["seconds"] for step in steps] for side, steps in found.items()}
-    table = Table("", "supervised positions/s", "vsd / it (quartiles)", "peak MiB", "supervised", "loss")
+    table = Table("", "supervised positions/s", f"× {base} (quartiles)", "peak MiB", "supervised", "loss")
     for side, steps in found.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(rates[OURS], rates[side])], n=4)
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(rates[side], rates[base])], n=4)
         peak = max(step["peak_mib"] for step in steps)
         ratio, last = f"{middle:.2f} ({low:.2f}, {high:.2f})", steps[-1]
         counted = f"{last['supervised']:.0f}"
@@ -138,13 +145,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4, help="sequences (default 4)")
     parser.add_argument("--rounds", type=int, default=6, help="steps of each side (default 6)")
+    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"], help="implementations of speculators")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--worker", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        run_worker(a.worker)
+        run_worker(a.worker, getattr(torch, a.dtype))
         return
-    found = measure(a.batch, a.rounds)
+    found = measure(a.batch, a.rounds, a.attention, a.dtypes)
     show(found)
     if a.json:
         write_json(found, a.json)

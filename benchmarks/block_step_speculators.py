@@ -1,6 +1,6 @@
 """The part of `block_step.py` that runs in the environment of speculators: steps of its own DFlash class.
 
-    python benchmarks/block_step_speculators.py FOLDER ATTENTION
+    python benchmarks/block_step_speculators.py FOLDER ATTENTION DTYPE
 
 FOLDER is written by `block_step.py`. For every line on the standard input one forward and backward pass of the batch is
 run; a line with seconds, supervised positions, loss and peak MiB beyond weights and batch is printed.
@@ -24,7 +24,7 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 2**10
 
 
-def main(folder: Path, attention: str) -> None:
+def main(folder: Path, attention: str, dtype: torch.dtype) -> None:
     config = DFlashSpeculatorConfig.from_pretrained(folder / "checkpoint")
     config.transformer_layer_config._attn_implementation = attention
     model: Any = DFlashDraftModel.from_pretrained(folder / "checkpoint", config=config, dtype=torch.float32)
@@ -48,12 +48,13 @@ def main(folder: Path, attention: str) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         model.zero_grad(set_to_none=True)
-        _, loss, metrics = model(**batch, **options)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            _, loss, metrics = model(**batch, **options)
         loss.backward()
         seconds = time.perf_counter() - start
-        found = {"seconds": seconds, "supervised": float(metrics["full_acc_total"]), "loss": float(loss)}
+        found = {"seconds": seconds, "supervised": float(metrics["full_acc_total"]), "loss": float(loss.detach())}
         print(json.dumps({**found, "peak_mib": peak_mib() - before}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]))
