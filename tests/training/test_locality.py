@@ -41,6 +41,14 @@ def test_it_falls_evenly_to_zero(tiny_target: Target, examples: list[Example], t
     assert localities(tiny_target, new(), examples, tmp_path, locality=0.0) == [0.0] * 8
 
 
+def test_a_drafter_is_trained_once_from_near_its_roots(
+    tiny_target: Target, examples: list[Example], tmp_path: Path
+) -> None:
+    drafter = tiny_run.tiny_drafter(tiny_target, examples, family="dflash")
+    assert localities(tiny_target, drafter, examples, tmp_path)[0] == 2.0
+    assert localities(tiny_target, drafter, examples, tmp_path) == [0.0] * 8
+
+
 def test_trained_blocks_go_on_as_they_are_decoded(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     tiny_run.tiny_drafter(tiny_target, examples, family="dflash").save_pretrained(tmp_path / "dflash")
     read = load_drafter(tmp_path / "dflash", tiny_target, trainable=True)

@@ -38,7 +38,7 @@ from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a step
 _FIRST = 8  # texts that an untrained drafter is prepared with
-_LOCALITY = 2.0  # at first: an attention weight is divided by e² for every position before the root (docs/results.md)
+_LOCALITY = 2.0  # at first: an attention weight is divided by e² for every position before the root (docs/log.md)
 _MEMORY = "memory_0.json"  # in a checkpoint; older ones also have files of other processes
 
 
@@ -314,7 +314,7 @@ class VSDTrainer(Trainer):
         drafter, share = self._models.drafter, self.args.locality
         if drafter.one_pass and drafter.untrained:
             left = max(0.0, 1 - self._clock / share) if share else 0.0
-            drafter.locality = _LOCALITY * left
+            drafter.locality, drafter.untrained = _LOCALITY * left, left > 0
 
     @property
     def _clock(self) -> float:
