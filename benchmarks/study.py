@@ -189,16 +189,17 @@ def decode(folder: Path, target: Target, read: Callable[[float], Read], a: argpa
             drafter = drafter or load_drafter(drafter_of(folder, a), target)
             turns, replay = read(temperature)
             seeds = range(REJECTION_SEEDS if verification == "rejection" else 1)
-            own = shape_for(drafter, shape, a)
+            own = shape_for(drafter, shape)
             found = [per_prompt(turns, replay(drafter, own, verification, seed)) for seed in seeds]
             path.write_text(json.dumps(np.sum(found, 0).T.tolist()))
 
 
-def shape_for(drafter: Any, shape: TreeShape, a: argparse.Namespace) -> TreeShape:
+def shape_for(drafter: Any, shape: TreeShape) -> TreeShape:
     """A block drafter drafts blocks of the length that it is trained for: another length has another q."""
     if not drafter.one_pass:
         return shape
-    return TreeShape.chain(a.draft_steps) if shape.top_k == 1 else replace(shape, depth=a.draft_steps)
+    steps = drafter.config.draft_steps
+    return TreeShape.chain(steps) if shape.top_k == 1 else replace(shape, depth=steps)
 
 
 def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt], a: argparse.Namespace) -> None:
@@ -207,7 +208,7 @@ def speed(runs: dict[str, list[Path]], target: Target, prompts: Sequence[Prompt]
     if path.exists():
         return
     drafters = {name: load_drafter(drafter_of(folders[0], a), target) for name, folders in runs.items()}
-    engines = [Engine(target, drafter, shape_for(drafter, shape, a)) for drafter in drafters.values()]
+    engines = [Engine(target, drafter, shape_for(drafter, shape)) for drafter in drafters.values()]
     questions = [
         prompt_inputs(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}], target.images)
         for prompt in prompts

@@ -56,7 +56,7 @@ def reference(drafter: DFlashDrafter, aux: Tensor, root_embed: Tensor, mask_embe
         for j, a in enumerate(normed):
             query = plain.rms(heads(at, "q", a), w[f"{at}.self_attn.q_norm.weight"], eps)
             seen = T + j + 1 if config.causal else len(read)
-            lost = (drafter.locality * (T - 1 - torch.arange(seen))).clamp(min=0)
+            lost = (drafter.locality_slope * (T - 1 - torch.arange(seen))).clamp(min=0)
             attended = plain.attend(plain.rope(query, T + j, theta), keys[:seen], values[:seen], lost)
             x[j] = x[j] + w[f"{at}.self_attn.o_proj.weight"] @ attended
             inner = plain.rms(x[j], w[f"{at}.post_attention_layernorm.weight"], eps)
@@ -67,7 +67,7 @@ def reference(drafter: DFlashDrafter, aux: Tensor, root_embed: Tensor, mask_embe
 @pytest.mark.parametrize("locality", [0.0, 0.7])
 def test_states_equal_the_textbook(tiny_target: Target, drafter: DFlashDrafter, locality: float) -> None:
     """Two paths share a root, roots are not sorted; what is drafted on a path changes nothing."""
-    drafter.locality = locality
+    drafter.locality_slope = locality
     _ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[7, 0, 7, 10], [5, 9, 1, 2]])
     found = along.states(drafter, entries, along.paths(roots, torch.randint(128, (2, 4, K))))

@@ -47,7 +47,7 @@ def reference(drafter: PeagleDrafter, aux: Tensor, next_embeds: Tensor, mask_emb
             keys.append(plain.rope(k, position, theta))
             values.append(v)
             distances = (T - 1 - torch.arange(position + 1)).clamp(min=0)
-            lost = drafter.locality * distances if position >= T else 0.0
+            lost = drafter.locality_slope * distances if position >= T else 0.0
             attended = plain.attend(plain.rope(q, position, theta), keys, values, lost)
             x = x + w[f"{at}.self_attn.o_proj.weight"] @ attended
             inner = plain.rms(x, w[f"{at}.post_attention_layernorm.weight"], eps)
@@ -59,7 +59,7 @@ def reference(drafter: PeagleDrafter, aux: Tensor, next_embeds: Tensor, mask_emb
 @pytest.mark.parametrize("locality", [0.0, 0.7])
 def test_states_equal_one_causal_sequence(tiny_target: Target, drafter: PeagleDrafter, locality: float) -> None:
     """Two paths share a root, roots are not sorted; what is drafted on a path changes nothing."""
-    drafter.locality = locality
+    drafter.locality_slope = locality
     _ids, entries = plain.inputs(tiny_target, drafter)
     roots = torch.tensor([[7, 0, 7, 10], [5, 9, 1, 2]])
     found = along.states(drafter, entries, along.paths(roots, torch.randint(128, (2, 4, K))))

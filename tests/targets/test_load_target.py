@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OlmoConfig
 
 import along
+import architectures
 import tiny
 from architectures import llama
 from vsd.errors import VSDError
-from vsd.targets import EMBEDDED, Target, load_target
+from vsd.targets import EMBEDDED, Inputs, Padded, Target, load_target
 from vsd.targets.load import cache_directory, fastest_dtype, resolve
-from vsd.targets.packed import PackedLinear
+from vsd.targets.packed import PackedLinear, pack_linears
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,17 @@ def test_a_saved_folder_loads(saved: tuple[Target, Path]) -> None:
         assert loaded.eos_ids == target.eos_ids
     half = load_target(str(folder), dtype="bfloat16", device="cpu")
     assert half.model.dtype == torch.bfloat16 and half.fingerprint() == target.fingerprint()
+
+
+def test_layers_without_weights_of_their_own_have_a_cache() -> None:
+    """OLMo's norms have no weights, and packed matrices are none."""
+    target = architectures.build(OlmoConfig(**architectures.SIZES))
+    inputs = Padded.of([Inputs([3, 1, 4, 1, 5])])
+    expected = target.features(inputs).hidden
+    pack_linears(target.model)
+    assert not any(list(layer.parameters()) for layer in target.decoder.layers)
+    found, _ = target.read(inputs, room=4)
+    torch.testing.assert_close(found.hidden, expected)
 
 
 def test_pickled_weights_are_refused(saved: tuple[Target, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A target whose layers are spread over several GPUs; tensors without memory stand on devices that are not there."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ import tiny
 from vsd.errors import VSDError
 from vsd.targets import Inputs, Padded, load_target
 from vsd.targets.decoder import Decoder, Output
+from vsd.targets.load import without_memory
 from vsd.targets.split import device_map
+from vsd.training.job import train
+from vsd.training.recipe import recipe
 
 GPUS = [torch.device("lazy", i) for i in range(3)]  # any kind that has indices and needs no driver
 LAYERS = [0, 1, 3]
@@ -102,6 +106,22 @@ def test_a_loaded_target_has_the_same_features(tmp_path: Path, monkeypatch: pyte
         torch.testing.assert_close(mine, theirs)
 
 
-def test_it_needs_two_gpus() -> None:
+def test_tied_weights_count_once() -> None:
+    config = architectures.llama().model.config
+    config.tie_word_embeddings, config.vocab_size = True, 600
+    whole = AutoModelForCausalLM.from_config(config)
+    assert device_map(without_memory(config, False), GPUS) == device_map(whole, GPUS)
+
+
+def test_one_process_alone_spreads_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, config = recipe(None, ["device=split", "data=x.jsonl"], {"output_dir": str(tmp_path)})
+    assert job.device == "split"
+    monkeypatch.setattr("vsd.training.job.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(VSDError, match="for one process, and there are 2"):
+        train(job, config, resume=False)
+
+
+def test_it_needs_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(VSDError, match="there are 0: use auto"):
         load_target(device="split")

@@ -52,6 +52,7 @@ class Family(NamedTuple):
         start: a new drafter from a trained one of another family, with fields of its configuration by name; None where
             the family can take none. Raises ConfigurationError for a family that it does not know, and for fields that
             the trained drafter decides.
+        starts_trained: whether the blocks of such a drafter are trained.
     """
 
     title: str
@@ -65,3 +66,4 @@ class Family(NamedTuple):
     drafts_all: bool = False
     needs_tokenizer: bool = False
     start: Callable[..., Drafter] | None = None
+    starts_trained: bool = False

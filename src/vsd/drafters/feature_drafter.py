@@ -62,7 +62,7 @@ class FeatureDrafter(Proposals, PreTrainedModel):
 
     Attributes:
         title: of the family, for messages.
-        untrained: whether it was made by `for_target` and has not been trained yet; blocks may start trained, too.
+        untrained: whether it was made by `for_target` and not trained since; False if it was made of trained blocks.
         reads_final: whether the final hidden states, index L of `aux_layers`, are among its features.
         image_rules: the values of `image_inputs` that its family knows.
     """

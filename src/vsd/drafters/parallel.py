@@ -27,7 +27,7 @@ class Parallel(Proposals):
     """A drafter of whole blocks."""
 
     one_pass = True
-    locality: float = 0.0  # in training: what a block's attention scores lose for every position before its root
+    locality_slope: float = 0.0  # in training: subtracted from a block's scores for every position before its root
     lm_head: Any
     embed: Any
 
@@ -53,21 +53,22 @@ class Parallel(Proposals):
         states = found.gather(1, which[..., None, None].expand(-1, -1, *found.shape[2:])).permute(2, 0, 1, 3)
         return objective(*self.joined(states, paths.consumed(entries.next_ids)))
 
-    def prepare(self, aux: Tensor) -> None:
-        """What an untrained drafter takes from features [N, n h] of its text before training; here nothing."""
+    def prepare(self, features: Callable[[], Tensor]) -> None:
+        """Initialise weights from features [N, n h] of N tokens of the text, before training. By default none."""
 
     def seen_by_blocks(self, entries: Entries, roots: Tensor) -> Tensor:
-        """The entries that blocks below roots [B, P] attend to, [B, P, E]: bool, or with `locality` added scores.
+        """The entries that blocks below roots [B, P] attend to, [B, P, E]: bool, or numbers to add to their scores.
 
         The queries of untrained blocks are alike, so their attention is nearly even, and the root, which tells most
-        about the next tokens, is one among hundreds of entries. `locality` gives it most of the weight. The trainer
-        lowers it to 0, and meanwhile queries and keys learn to find the entries near the root.
+        about the next tokens, is one among hundreds of entries. `locality_slope` gives it most of the weight. The
+        trainer lowers the slope to 0, and meanwhile queries and keys learn to find the entries near the root.
         """
         seen = entries.seen_from(roots)
-        if not self.locality:
+        if not self.locality_slope:
             return seen
-        distances = entries.positions.gather(1, roots)[..., None] - entries.positions[:, None]
-        return (-self.locality * distances).masked_fill(~seen, float("-inf"))
+        positions = entries.positions.float()
+        added = positions[:, None] - positions.gather(1, roots)[..., None]  # minus the distances
+        return added.mul_(self.locality_slope).masked_fill_(~seen, float("-inf"))
 
     @torch.no_grad()
     def sample(self, entries: Entries, roots: Tensor, steps: int, choose: Callable[[Tensor], Tensor]) -> None:

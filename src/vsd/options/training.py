@@ -18,7 +18,7 @@ class ObjectiveOptions:
         draft_steps: number K of draft steps that are trained
         ramp: share of the training during which K grows from 1 to draft_steps
         locality: share of the training during which the blocks of a new block drafter attend mostly to the text near
-            their root; 0: they see all of it equally from the start, and learn slowly
+            their root; 0: they attend to all of it from the start, and learn slowly; not for objectives on draft trees
         temperature: sampling temperature in serving, for the rules target and rejection; 1 for greedy serving
     """
 

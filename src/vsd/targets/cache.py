@@ -153,7 +153,7 @@ class TreeCache(Cache):
     """One `TreeLayer` per decoder layer, and the committed length of every row.
 
     Args:
-        layers: the device of every decoder layer.
+        devices: of the decoder layers.
         device: of everything but keys and values.
 
     Attributes:
@@ -165,10 +165,14 @@ class TreeCache(Cache):
     layers: list[TreeLayer]  # type: ignore[assignment]
 
     def __init__(
-        self, layers: Sequence[torch.device], batch_size: int, capacity: int = _GROW, device: torch.device | str = "cpu"
+        self,
+        devices: Sequence[torch.device],
+        batch_size: int,
+        capacity: int = _GROW,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.slots = Slots(layers, torch.zeros(batch_size, capacity, dtype=torch.long, device=device))
-        super().__init__(layers=[TreeLayer(self.slots) for _ in layers])
+        self.slots = Slots(devices, torch.zeros(batch_size, capacity, dtype=torch.long, device=device))
+        super().__init__(layers=[TreeLayer(self.slots) for _ in devices])
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.next = torch.zeros_like(self.lengths)
 

@@ -73,7 +73,8 @@ class Decoder:
         """An empty cache for this model."""
         if self._static:  # every capacity is compiled for: let there be few
             capacity = max(_STATIC_CAPACITY, 1 << (capacity - 1).bit_length())
-        devices = [next(layer.parameters()).device for layer in self.layers]
+        weights = (next(layer.parameters(), None) for layer in self.layers)  # none where all are packed
+        devices = [self.device if weight is None else weight.device for weight in weights]
         return TreeCache(devices, batch_size, capacity, self.device)
 
     def prefill(self, inputs: Padded, cache: TreeCache, layers: Sequence[int] = ()) -> Output:
@@ -138,7 +139,7 @@ class Decoder:
         Raises:
             ConfigurationError: the weights are packed, or spread over several devices.
         """
-        if len({layer.device for layer in self.model.parameters()}) > 1:
+        if len({weight.device for weight in self.model.parameters()}) > 1:
             raise ConfigurationError("a target on several GPUs cannot be compiled: leave out --compile")
         if any(isinstance(module, PackedLinear) for module in self.model.modules()):
             raise ConfigurationError("packed weights cannot be compiled: load_target(…, pack=False)")

@@ -98,7 +98,9 @@ def load_target(
 def without_memory(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     """The model of a configuration without memory for its parameters."""
     with init_empty_weights(include_buffers=False):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+    model.tie_weights()
+    return model
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

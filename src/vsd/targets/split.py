@@ -1,8 +1,8 @@
 """A target whose layers are spread over several GPUs.
 
-Embedding, final norm, LM head and a vision tower stay on the first GPU, with the drafter and all that is computed
-outside the layers; its share of the layers is smaller by their size. Hidden states move from GPU to GPU inside the
-model (hooks of `accelerate`). Every GPU waits for the one before: this is for targets that do not fit on one.
+Embedding, final norm, LM head and a vision tower stand on the first GPU, which has fewer layers for it. The drafter and
+its training are there, too; their memory is not counted. Hidden states move from GPU to GPU inside the model (hooks of
+`accelerate`). Every GPU waits for the one before: this is for targets that do not fit on one.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def _others(model: nn.Module, layers: nn.Module, names: dict[int, str]) -> list[
 
 
 def _spread(model: nn.Module, layers: nn.ModuleList, devices: Sequence[torch.device]) -> list[torch.device]:
-    """The device of every layer, in order: equal bytes on all devices, with the rest of the model on the first one."""
+    """The device of every layer, in order: equally many weights on all devices, the rest of the model on the first."""
     sizes = [_size(layer) for layer in layers]
     total, rest = _size(model), _size(model) - sum(sizes)
     share, found, before = total / len(devices), [], rest

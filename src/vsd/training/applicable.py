@@ -45,7 +45,8 @@ def _check_locality(job: TrainJob, config: VSDConfig) -> None:
         return
     given = None if job.drafter is None else family_of(job.drafter)
     wanted: Any = given if given is not None and job.family is None else family_named(job.family or DEFAULT)
-    if wanted is given or not wanted.kind.one_pass:
+    trained = given is not None and (wanted is given or wanted.starts_trained)
+    if trained or not wanted.kind.one_pass:
         raise ConfigurationError("locality is for a new block drafter: leave it out")
 
 

@@ -77,6 +77,8 @@ def _train(
     drafter = _drafter(job, target, dataset)
     checkpoint = _begin(job, config, resume, held, kept.digest)
     features = _features(job, target, kept, drafter.needs.layers, config.temperature, trained.continues and not whole)
+    if isinstance(features, ServedFeatures):
+        held.callback(features.close)
     trainer = VSDTrainer(
         target,
         drafter,
@@ -85,13 +87,9 @@ def _train(
         features=features,
         eval_prompts=distinct(map(prompt_of, held_out)),
     )
-    if not isinstance(features, ServedFeatures):
-        return _finish(trainer, job, checkpoint)
-    trainer.data_collator = announced(features.expect)
-    try:
-        return _finish(trainer, job, checkpoint)
-    finally:
-        features.close()
+    if isinstance(features, ServedFeatures):
+        trainer.data_collator = announced(features.expect)
+    return _finish(trainer, job, checkpoint)
 
 
 def _online(job: TrainJob, config: VSDConfig, report: Callable[[str], None] | None) -> VSDTrainer:

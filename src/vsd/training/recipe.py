@@ -19,6 +19,7 @@ from vsd.errors import ConfigurationError, MismatchError
 from vsd.files import write_text
 from vsd.options import MeasurementOptions, ObjectiveOptions, OptimisationOptions, TrainJob
 from vsd.options.values import checked, read_yaml
+from vsd.targets.split import SPLIT
 from vsd.training.config import VSDConfig
 
 FILE = "recipe.json"
@@ -155,7 +156,7 @@ def _built(values: dict[str, Any]) -> tuple[TrainJob, VSDConfig]:
         named = [name for name, value in own.items() if isinstance(value, str) and value and value in str(error)]
         which = f" {' or '.join(named)}" if named else ""
         raise ConfigurationError(f"bad training option{which}: {' '.join(str(error).split())}") from error
-    if job.device not in ("auto", str(config.device), config.device.type):
+    if job.device not in ("auto", SPLIT, str(config.device), config.device.type):
         raise ConfigurationError(
             f"device '{job.device}': this process would train on {config.device}; "
             "CUDA_VISIBLE_DEVICES chooses the GPU, device: cpu takes none"

@@ -24,7 +24,7 @@ from vsd.decoding.statistics import acceptance_length
 from vsd.drafters.lattice import Head
 from vsd.errors import ConfigurationError, VSDError
 from vsd.features import FeatureSource, InProcess, ServedFeatures
-from vsd.objective import Confidence, FusedLoss, PathTarget, Recorded, fused_loss
+from vsd.objective import Confidence, Contrasted, FusedLoss, PathTarget, Proposed, Recorded, fused_loss
 from vsd.objective import objective as objective_named
 from vsd.paths import Paths, TreeShape
 from vsd.targets import Inputs, Target, TargetInfo
@@ -37,8 +37,8 @@ from vsd.training.online import OnlineOrder, OnlineText
 from vsd.training.random_source import RandomSource
 
 _REMEMBERED = 0.99  # of the running acceptance, a step
-_FIRST = 8  # texts that an untrained drafter is prepared with
-_LOCALITY = 2.0  # at first: an attention weight is divided by e² for every position before the root (docs/log.md)
+_PREPARED_WITH = 8  # texts
+_SLOPE = 2.0  # of locality at first: a weight of attention is divided by e² for every position (docs/log.md)
 _MEMORY = "memory_0.json"  # in a checkpoint; older ones also have files of other processes
 
 
@@ -94,10 +94,13 @@ class VSDTrainer(Trainer):
             raise ConfigurationError("a drafter sharded by FSDP can neither draw paths nor be measured: use DDP")
         objective = objective_named(args.objective, args.objective_options)
         server = features if isinstance(features, ServedFeatures) and not isinstance(target, Target) else None
+        self._slope = _SLOPE if drafter.one_pass and drafter.untrained else 0.0  # of locality, now
+        if self._slope and isinstance(train_dataset, DraftDataset):
+            drafter.prepare(partial(self._some_features, train_dataset))
         self._models = Models(target, drafter, objective.rule, args.temperature, self.accelerator.autocast, server)
         self._e_steps = e_steps(objective, self._models, train_dataset.longest)
-        if drafter.one_pass and drafter.untrained and isinstance(train_dataset, DraftDataset):
-            drafter.prepare(self._first_features(train_dataset))
+        if any(isinstance(step.part.paths, Proposed | Contrasted) for step in self._e_steps):
+            self._slope = 0.0  # trees are grown as in decoding, and q must be that of their growth
         self._acceptance: float | None = None  # running share of first drafted tokens that are right
         self._first = torch.zeros(2)  # first drafted tokens of this step so far: right ones, and all
         self._budget = TimeBudget(args.max_minutes) if args.max_minutes else None
@@ -126,12 +129,13 @@ class VSDTrainer(Trainer):
         )
         return self.lr_scheduler
 
-    def _first_features(self, texts: DraftDataset) -> Tensor:
-        """Features of all tokens of the first texts, [N, n h]: the same in every process."""
-        some = Collator()([texts[i] for i in range(min(_FIRST, len(texts)))])
-        read = texts_of(self._prepare_inputs(some))
-        pieces = zip(self.features.batch(read).aux, read.inputs.lengths)
-        return torch.cat([aux[:length] for aux, length in pieces])
+    def _some_features(self, texts: DraftDataset) -> Tensor:
+        """Features of all tokens of a few texts, [N, n h]: the same in every process."""
+        found = []
+        for i in range(min(_PREPARED_WITH, len(texts))):
+            one = texts_of(self._prepare_inputs(Collator()([texts[i]])))
+            found.append(self.features.batch(one).aux[0, :-1])  # no drafter reads those of the last token
+        return torch.cat(found)
 
     def compute_loss(
         self,
@@ -233,13 +237,16 @@ class VSDTrainer(Trainer):
         return Path(str(self.args.output_dir)) / "best"
 
     def _keep_best(self, tau: float) -> None:
-        """Save the drafter if it is the best so far; end the training if none has been for `patience` measurements."""
+        """Save the drafter if it is the best so far; end the training if none has been for `patience` measurements.
+
+        While blocks are trained with locality, and measured without, a τ that does not rise says nothing.
+        """
         if self.state.best_metric is None or tau > self.state.best_metric:
             self.state.best_metric = tau
             self.save_model(str(self.best), _internal_call=True)
         measured = list(self.measured.values())
         since = len(measured) - 1 - measured.index(max(measured)) if measured else 0
-        if self.args.patience is not None and since >= self.args.patience:
+        if self.args.patience is not None and since >= self.args.patience and not self._slope:
             self.control.should_training_stop = True
             self.control.should_save |= self.args.save_strategy == "steps"
 
@@ -288,11 +295,11 @@ class VSDTrainer(Trainer):
             self.train_dataset.forget(oldest, self._step_size)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """And the running acceptance, which weights depend on, and the minutes trained."""
+        """And the running acceptance, which weights depend on, the slope of locality, and the minutes trained."""
         super()._save_rng_state(output_dir)
         minutes = self._budget.minutes if self._budget else 0.0
         if self.is_world_process_zero():
-            memory = json.dumps({"acceptance": self._acceptance, "minutes": minutes})
+            memory = json.dumps({"acceptance": self._acceptance, "slope": self._slope, "minutes": minutes})
             (Path(output_dir) / _MEMORY).write_text(memory)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -300,7 +307,7 @@ class VSDTrainer(Trainer):
         path = Path(checkpoint or "") / _MEMORY
         (memory,) = broadcast_object_list([json.loads(path.read_text()) if path.exists() else None])
         if memory is not None:
-            self._acceptance = memory["acceptance"]
+            self._acceptance, self._slope = memory["acceptance"], memory.get("slope", 0.0)
             if self._budget is not None:
                 self._budget.go_on(memory["minutes"])
 
@@ -312,9 +319,10 @@ class VSDTrainer(Trainer):
     def _set_locality(self) -> None:
         """Blocks of a new drafter attend near their root, ever less so over the first share `locality`."""
         drafter, share = self._models.drafter, self.args.locality
-        if drafter.one_pass and drafter.untrained:
-            left = max(0.0, 1 - self._clock / share) if share else 0.0
-            drafter.locality, drafter.untrained = _LOCALITY * left, left > 0
+        left = max(0.0, 1 - self._clock / share) if share else 0.0
+        self._slope = min(self._slope, _SLOPE * left)  # it never rises, also in a run that is resumed with more time
+        if drafter.one_pass:
+            drafter.locality_slope, drafter.untrained = self._slope, False
 
     @property
     def _clock(self) -> float:

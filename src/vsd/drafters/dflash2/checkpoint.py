@@ -99,4 +99,5 @@ FAMILY = Family(
     kind=DFlash2Drafter,
     drafts_all=True,
     start=start,
+    starts_trained=True,
 )

@@ -67,9 +67,9 @@ class PeagleDrafter(Parallel, EagleBody):
         return list(self.layers)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def prepare(self, aux: Tensor) -> None:
-        """See `Parallel.prepare`: mask nodes have the mean features, so that layers of an EAGLE-3 drafter know them."""
-        self.mask_hidden.copy_(aux.mean(0, keepdim=True))
+    def prepare(self, features: Callable[[], Tensor]) -> None:
+        """See `Parallel.prepare`: mask nodes have mean features; layers of EAGLE-3 were trained on such inputs."""
+        self.mask_hidden.copy_(features().mean(0, keepdim=True))
 
     def blocks(self, entries: Entries, roots: Tensor, steps: int) -> Tensor:
         """See `Parallel.blocks`: entries run through all layers, mask nodes beside them."""
@@ -78,7 +78,7 @@ class PeagleDrafter(Parallel, EagleBody):
         places = (at[..., None] + 1 + torch.arange(M, device=at.device)).flatten(1)  # [B, P M]
         embeds, aux = self.embedded(entries.next_ids, entries.aux)
         hidden, (mask_embeds, masks) = self.fc(aux), self._mask_input()
-        seen, near = entries.seen_from(roots), self.seen_by_blocks(entries, roots)
+        seen, added = entries.seen_from(roots), self.seen_by_blocks(entries, roots)
         every = entries.seen_from(torch.arange(entries.next_ids.shape[1], device=at.device).expand(B, -1))
         rotary, mask_rotary = self.rotary_emb(hidden, entries.positions), self.rotary_emb(hidden, places)
         run: Callable[..., tuple[Tensor, Tensor]] = self._layer
@@ -88,7 +88,7 @@ class PeagleDrafter(Parallel, EagleBody):
         for i, layer in enumerate(self.decoder_layers()):
             inputs = layer.input(embeds, hidden), layer.input(mask_embeds, masks)
             queried = (roots, seen) if i == last else (None, every)  # of the last layer only the roots' output is used
-            hidden, masks = run(layer, hidden, masks, inputs, (rotary, mask_rotary), queried, near)
+            hidden, masks = run(layer, hidden, masks, inputs, (rotary, mask_rotary), queried, added)
         states = torch.cat([hidden[:, :, None], masks.view(B, P, M, hidden.shape[-1])], dim=2)
         normed: Tensor = self.norm(states)
         return normed
@@ -101,7 +101,7 @@ class PeagleDrafter(Parallel, EagleBody):
         inputs: tuple[Tensor, Tensor],
         rotary: tuple[Rotary, Rotary],
         queried: tuple[Tensor | None, Tensor],
-        near: Tensor,
+        added: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One layer: hidden [B, E, h] of the entries (in the last layer [B, P, h] of roots), masks [B, P M, h].
 
@@ -109,7 +109,7 @@ class PeagleDrafter(Parallel, EagleBody):
             inputs: of attention, [B, E, ·] and [1 or B, 1 or P M, ·].
             rotary: of the entries and of the mask nodes.
             queried: the entries whose output is wanted, None for all, and the entries that each of them sees.
-            near: the entries that the mask nodes of every path see, [B, P, E], as of `Parallel.seen_by_blocks`.
+            added: of the mask nodes of every path, see `Parallel.seen_by_blocks`, [B, P, E].
         """
         attention, (a, mask_a) = layer.self_attn, inputs
         shared = attention.keys_values(a, rotary[0])
@@ -121,15 +121,15 @@ class PeagleDrafter(Parallel, EagleBody):
         queries = attention.queries(a, own_rotary)
         attended = F.scaled_dot_product_attention(queries, *shared, attn_mask=allowed[:, None], enable_gqa=True)
         hidden = layer.finish(hidden, attended)
-        (B, P, _), places = near.shape, rotary[1][0].shape[1]
+        (B, P, _), places = added.shape, rotary[1][0].shape[1]
         M = places // P
         if not M:
             return hidden, masks.new_zeros(B, 0, masks.shape[-1])
-        causal = torch.ones(M, M, dtype=torch.bool, device=near.device).tril()
+        causal = torch.ones(M, M, dtype=torch.bool, device=added.device).tril()
         keys, values = attention.keys_values(mask_a, rotary[1])
         values = values.expand(B, -1, places, -1)
         queries = attention.queries(mask_a, rotary[1])
-        return hidden, layer.finish(masks, attend_block(queries, shared, near, (keys, values), causal))
+        return hidden, layer.finish(masks, attend_block(queries, shared, added, (keys, values), causal))
 
     def block(self, state: EntryCache, root: Tensor, steps: int) -> Tensor:
         """See `Parallel.block`: the root's output is known, the mask nodes run."""
