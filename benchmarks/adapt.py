@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acceptance import Turn, per_prompt, plain_answers, replay_of
-from study import DECODINGS, Read, check_settings, counts, formatted_ratio, ratio
+from study import DECODINGS, Read, check_settings, counts, formatted_ratio, ratio, shape_for
 from vsd.allocator import keep_freed_memory
 from vsd.data import TargetTeacher, load_examples, read_conversations, regenerate
 from vsd.drafters import load_drafter
@@ -138,7 +138,8 @@ def measure(folder: Path, drafter: str | Path, part: str, read: Callable[[str, f
             if not path.exists():
                 turns, replay = read(part, temperature)
                 shape, verification, _ = DECODINGS[name]
-                found = per_prompt(turns, replay(load_drafter(drafter, replay.target), shape, verification, 0))
+                loaded = load_drafter(drafter, replay.target)
+                found = per_prompt(turns, replay(loaded, shape_for(loaded, shape), verification, 0))
                 path.write_text(json.dumps(np.array(found).T.tolist()))
 
 

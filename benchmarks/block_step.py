@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -56,7 +55,7 @@ def prepare(folder: Path, batch: int) -> None:
     drafter.save_pretrained(folder / "drafter")
     h = target.hidden_size
     features = {"aux": torch.randn(*ids.shape, len(LAYERS) * h), "last": torch.randn(*ids.shape, h)}
-    features["normaliser"] = F.linear(features["last"], target.head_weight).logsumexp(-1)
+    features["normaliser"] = target.log_normaliser(features["last"].flatten(0, 1)).view(ids.shape)
     save_file({"ids": ids, "mask": mask.contiguous(), **features}, folder / "inputs.safetensors")
 
 

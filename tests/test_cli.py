@@ -179,6 +179,7 @@ USAGE = {
     "number": (["train", "--learning-rate", "fast"], "--learning-rate must be a number, not 'fast'"),
     "optional number": (["train", "--max-minutes", "soon"], "--max-minutes must be a number, not 'soon'"),
     "numbers": (["bench", "--temperature", "0", "hot"], "--temperature: invalid float value: 'hot'"),
+    "no number": (["bench", "--temperature", "0", "nan"], "--temperature: invalid float value: 'nan'"),
     "truth": (["train", "--bf16", "maybe"], "--bf16 must be true or false, not 'maybe'"),
     "choice": (["train", "--on-bad-line", "explode"], "--on-bad-line must be fatal or skip, not 'explode'"),
     "mapping": (["train", "--objective-options", "8"], "--objective-options must be a mapping {name: value}, not '8'"),

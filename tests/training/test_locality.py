@@ -83,19 +83,11 @@ def test_trees_are_grown_as_in_decoding(tiny_target: Target, examples: list[Exam
 
 def test_patience_counts_from_its_end(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
     """At a rate of zero τ never rises, so that patience ends the run as soon as it counts."""
-    drafter = tiny_run.tiny_drafter(tiny_target, examples, family="dflash")
     options: dict[str, Any] = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "patience": 1}
     prompts = [tiny_run.prompt_of(example) for example in examples[:2]]
-    config = VSDConfig(
-        output_dir=str(tmp_path),
-        draft_steps=3,
-        max_steps=8,
-        save_strategy="no",
-        report_to="none",
-        bf16=False,
-        **options,
+    trainer = tiny_run.tiny_trainer(
+        tiny_target, examples, tmp_path, family="dflash", eval_prompts=prompts, max_steps=8, **options
     )
-    trainer = VSDTrainer(tiny_target, drafter, config, DraftDataset(examples), eval_prompts=prompts)
     trainer.train()
     assert trainer.state.global_step == 5  # the fifth step is the first one without locality
 

@@ -8,6 +8,7 @@ several of them); `single` makes a list that takes one word a flag.
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import shutil
 import sys
@@ -169,8 +170,20 @@ def _reading(field: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"action": "store_true"}
     if get_origin(kind) is list:
         several = {"action": "append"} if given.get("single") else {"action": "extend", "nargs": "+"}
-        return {"type": get_args(kind)[0], "metavar": given.get("metavar", _metavar(get_args(kind)[0])), **several}
+        (of,) = get_args(kind)
+        return {"type": _number if of is float else of, "metavar": given.get("metavar", _metavar(of)), **several}
     return {"type": kind, "metavar": given.get("metavar", _metavar(kind))}
+
+
+def _number(word: str) -> float:
+    """One number of several; `float` takes nan and inf, which flags of one number refuse."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"invalid float value: {word!r}")
+    return value
 
 
 def _given_kind(kind: Any) -> Any:

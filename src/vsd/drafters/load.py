@@ -50,10 +50,13 @@ def start_drafter(trained: Any, target: TargetInfo, family: str, **options: Any)
     Raises:
         ConfigurationError: the family takes no such start, or a configuration it does not take.
     """
-    start = family_named(family).start
+    wanted = family_named(family)
+    start = wanted.start
     if start is None:
         raise ConfigurationError(f"a drafter of family {family} does not start from another family's: leave out family")
-    return _made(family, options, lambda: start(trained, target, **options))
+    drafter = _made(family, options, lambda: start(trained, target, **options))
+    drafter.untrained = not wanted.starts_trained
+    return drafter
 
 
 def family_named(name: str) -> Family:

@@ -56,14 +56,13 @@ class Parallel(Proposals):
     def prepare(self, features: Callable[[], Tensor]) -> None:
         """Initialise weights from features [N, n h] of N tokens of the text, before training. By default none."""
 
-    def seen_by_blocks(self, entries: Entries, roots: Tensor) -> Tensor:
-        """The entries that blocks below roots [B, P] attend to, [B, P, E]: bool, or numbers to add to their scores.
+    def with_locality(self, seen: Tensor, entries: Entries, roots: Tensor) -> Tensor:
+        """`seen` from roots [B, P], [B, P, E] bool, as blocks attend: the same, or numbers to add to their scores.
 
         The queries of untrained blocks are alike, so their attention is nearly even, and the root, which tells most
         about the next tokens, is one among hundreds of entries. `locality_slope` gives it most of the weight. The
         trainer lowers the slope to 0, and meanwhile queries and keys learn to find the entries near the root.
         """
-        seen = entries.seen_from(roots)
         if not self.locality_slope:
             return seen
         positions = entries.positions.float()

@@ -55,8 +55,8 @@ def _others(model: nn.Module, layers: nn.Module, names: dict[int, str]) -> list[
 def _spread(model: nn.Module, layers: nn.ModuleList, devices: Sequence[torch.device]) -> list[torch.device]:
     """The device of every layer, in order: equally many weights on all devices, the rest of the model on the first."""
     sizes = [_size(layer) for layer in layers]
-    total, rest = _size(model), _size(model) - sum(sizes)
-    share, found, before = total / len(devices), [], rest
+    total = _size(model)
+    share, found, before = total / len(devices), [], total - sum(sizes)
     for size in sizes:
         found.append(devices[min(len(devices) - 1, int((before + size / 2) / share))])
         before += size

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from vsd.drafters.family import Family
 from vsd.drafters.load import DEFAULT, family_named, family_of
 from vsd.errors import ConfigurationError
 from vsd.options import OnlineOptions, TrainJob
@@ -44,10 +45,15 @@ def _check_locality(job: TrainJob, config: VSDConfig) -> None:
     if config.locality == VSDConfig.locality:
         return
     given = None if job.drafter is None else family_of(job.drafter)
-    wanted: Any = given if given is not None and job.family is None else family_named(job.family or DEFAULT)
-    trained = given is not None and (wanted is given or wanted.starts_trained)
-    if trained or not wanted.kind.one_pass:
+    wanted = _wanted(job, given)
+    kind: Any = wanted.kind
+    if wanted is given or (given is not None and wanted.starts_trained) or not kind.one_pass:
         raise ConfigurationError("locality is for a new block drafter: leave it out")
+
+
+def _wanted(job: TrainJob, given: Family | None) -> Family:
+    """The family to train: the job's, else that of the given drafter, else the default."""
+    return given if given is not None and job.family is None else family_named(job.family or DEFAULT)
 
 
 def _check_online(job: TrainJob, config: VSDConfig) -> None:
@@ -85,7 +91,7 @@ def _check_given(job: TrainJob, folder: str) -> None:
             "draft_vocab_size is for a new drafter, and the given one has a vocabulary: leave it out, or set it to null"
         )
     family = family_of(folder)
-    wanted = family if job.family is None else family_named(job.family)
+    wanted = _wanted(job, family)
     if wanted is family and job.drafter_options:
         raise ConfigurationError(
             "drafter_options are for a new drafter, and the given one has a configuration: leave them out"

@@ -171,7 +171,7 @@ class DFlashDrafter(Parallel, FeatureDrafter):
         x = self._queried(first, len(order)).flatten(1, 2)  # [B, P J, h]
         places = (entries.positions.gather(1, roots)[..., None] + 1 + order).flatten(1)
         rotary, own_rotary = self.rotary_emb(context, entries.positions), self.rotary_emb(context, places)
-        seen, own_seen = self.seen_by_blocks(entries, roots), self._own_seen(order)
+        seen, own_seen = self.with_locality(entries.seen_from(roots), entries, roots), self._own_seen(order)
         run: Callable[..., Tensor] = _layer
         if self.gradient_checkpointing and self.training:
             run = partial(self._gradient_checkpointing_func, _layer)

@@ -63,7 +63,6 @@ def start(trained: Any, target: TargetInfo, **options: Any) -> DFlash2Drafter:
     left = ("lm_head.weight", "d2t", "t2d")
     weights = {name: tensor for name, tensor in trained.state_dict().items() if name not in left}
     drafter.load_state_dict(weights, strict=False)
-    drafter.untrained = False
     return drafter
 
 

@@ -78,7 +78,8 @@ class PeagleDrafter(Parallel, EagleBody):
         places = (at[..., None] + 1 + torch.arange(M, device=at.device)).flatten(1)  # [B, P M]
         embeds, aux = self.embedded(entries.next_ids, entries.aux)
         hidden, (mask_embeds, masks) = self.fc(aux), self._mask_input()
-        seen, added = entries.seen_from(roots), self.seen_by_blocks(entries, roots)
+        seen = entries.seen_from(roots)
+        added = self.with_locality(seen, entries, roots)
         every = entries.seen_from(torch.arange(entries.next_ids.shape[1], device=at.device).expand(B, -1))
         rotary, mask_rotary = self.rotary_emb(hidden, entries.positions), self.rotary_emb(hidden, places)
         run: Callable[..., tuple[Tensor, Tensor]] = self._layer
@@ -109,7 +110,7 @@ class PeagleDrafter(Parallel, EagleBody):
             inputs: of attention, [B, E, ·] and [1 or B, 1 or P M, ·].
             rotary: of the entries and of the mask nodes.
             queried: the entries whose output is wanted, None for all, and the entries that each of them sees.
-            added: of the mask nodes of every path, see `Parallel.seen_by_blocks`, [B, P, E].
+            added: of the mask nodes of every path, see `Parallel.with_locality`, [B, P, E].
         """
         attention, (a, mask_a) = layer.self_attn, inputs
         shared = attention.keys_values(a, rotary[0])
